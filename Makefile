@@ -1,0 +1,51 @@
+# make demo   the main job on embedded synthetic shapes: teacher, generator, plain and PointCMT student, report
+# make test   set-up, lint, and the whole suite
+# make bench  speed, as ratios against peers measured in the same run
+# Every target does its own set-up in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := $(wildcard csrc/*)
+
+.PHONY: demo test bench lint cuda-compile clean
+.DELETE_ON_ERROR:
+
+$(VENV)/.dependencies: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "pointcmt needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch torchvision "setuptools>=77" wheel ninja
+	touch $@
+
+# csrc is built here, against the torch that was just installed
+$(STAMP): $(VENV)/.dependencies setup.py $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev,tensorboard]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/pointcmt demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# the CUDA sources cannot run without a GPU, but wherever nvcc is they must compile
+cuda-compile: $(STAMP)
+	@if command -v nvcc >/dev/null; then \
+		echo "compiling the CUDA sources"; \
+		FORCE_CUDA=1 POINTCMT_REQUIRE_EXT=1 TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-9.0} \
+		$(BIN)/python setup.py --quiet build_ext --build-temp build/cuda-check --build-lib build/cuda-check; \
+	else echo "no nvcc here: the CUDA sources are not compiled"; fi
+
+test: lint cuda-compile
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf build $(VENV) pointcmt/*.so *.egg-info

@@ -1,0 +1,19 @@
+// Every operator's schema stands here; each <family>_cpu.cpp and <family>_cuda.cu registers its
+// kernels against them with TORCH_LIBRARY_IMPL. Fake kernels and autograd are in pointcmt/ops/.
+#include <Python.h>
+#include <torch/library.h>
+
+extern "C" {
+// An empty module: importing pointcmt._C loads this library, and with it the registrations below.
+PyObject* PyInit__C(void) {
+  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}
+}
+
+TORCH_LIBRARY(pointcmt, m) {
+  // emd
+  // sampling
+  // neighbors
+  // grouping
+}

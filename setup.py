@@ -1,0 +1,128 @@
+"""Builds pointcmt._C from csrc/: the CPU kernels always, the CUDA kernels where they can run.
+
+Environment:
+    FORCE_CUDA=1           compile the CUDA kernels though no GPU is visible
+    FORCE_CUDA=0           never compile them
+    POINTCMT_ARCH=native   the CPU to compile for (a -march value; empty for the compiler's default)
+    POINTCMT_REQUIRE_EXT=1 fail, instead of falling back to the PyTorch twins, when nothing compiles
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import warnings
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def cuda_home() -> str | None:
+    """The toolkit's own folder: the one whose include/ holds cuda_runtime.h."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = shutil.which("nvcc")
+    guesses = [os.environ.get("CUDA_HOME"), CUDA_HOME, "/usr/local/cuda"]
+    if nvcc:
+        guesses.insert(2, str(Path(nvcc).resolve().parents[1]))
+        guesses += sorted((str(p) for p in Path(nvcc).resolve().parents[1].glob("cuda-*")), reverse=True)
+    for guess in guesses:
+        if (
+            guess
+            and (Path(guess) / "bin/nvcc").exists()
+            and (Path(guess) / "include/cuda_runtime.h").exists()
+        ):
+            return guess
+    return None
+
+
+def want_cuda() -> bool:
+    import torch
+
+    forced = os.environ.get("FORCE_CUDA")
+    if forced is not None:
+        return forced == "1"
+    return torch.version.cuda is not None and torch.cuda.is_available() and cuda_home() is not None
+
+
+def extension() -> tuple[list, dict]:
+    try:
+        import torch.utils.cpp_extension as cpp
+    except ImportError:
+        warnings.warn(
+            "torch is not importable while building: install it first and build with "
+            "--no-build-isolation to get the compiled kernels",
+            stacklevel=1,
+        )
+        return [], {}
+
+    flags = ["-O3", "-fvisibility=hidden", "-Wno-unknown-pragmas"]  # torch adds the -std its headers need
+    link: list[str] = []
+    if sys.platform != "darwin":
+        flags.append("-fopenmp")  # at::parallel_for runs serially in a translation unit without it
+        link.append("-fopenmp")
+    arch = os.environ.get("POINTCMT_ARCH", "native")
+    if arch:
+        flags.append(f"-mcpu={arch}" if platform.machine() in ("arm64", "aarch64") else f"-march={arch}")
+
+    csrc = ROOT / "csrc"
+    sources = sorted(str(p.relative_to(ROOT)) for p in csrc.glob("*.cpp"))
+    compile_args: dict[str, list[str]] = {"cxx": flags}
+    kind, include = cpp.CppExtension, [str(csrc)]
+    if want_cuda():
+        home = cuda_home()
+        if home is None:
+            raise SystemExit(
+                "FORCE_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to the folder that "
+                "holds bin/nvcc and include/cuda_runtime.h"
+            )
+        os.environ["CUDA_HOME"] = cpp.CUDA_HOME = home
+        kind = cpp.CUDAExtension
+        sources += sorted(str(p.relative_to(ROOT)) for p in csrc.glob("*_cuda.cu"))
+        compile_args["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
+        # torch's headers include cuBLAS's and cuSPARSE's, which a bare toolkit may lack but torch's wheels bring
+        site = Path(sysconfig.get_paths()["purelib"])
+        include += [str(p) for p in sorted(site.glob("nvidia/cu*/include"))]
+        import torch
+
+        torch_site = Path(torch.__file__).resolve().parents[1]
+        include += [str(p) for p in sorted(torch_site.glob("nvidia/cu*/include")) if str(p) not in include]
+
+    class BuildOrFallBack(cpp.BuildExtension):
+        """Without a working compiler the package still installs: the PyTorch twins serve."""
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                if os.environ.get("POINTCMT_REQUIRE_EXT") == "1":
+                    raise
+                warnings.warn(
+                    f"pointcmt's kernels could not be compiled ({error}); the slower pure-PyTorch twins "
+                    "will serve. Install a C++20 compiler and install again.",
+                    stacklevel=1,
+                )
+                self.extensions = []
+
+        def copy_extensions_to_source(self) -> None:
+            if self.extensions:
+                super().copy_extensions_to_source()
+
+    module = kind(
+        "pointcmt._C", sources, include_dirs=include, extra_compile_args=compile_args, extra_link_args=link
+    )
+    return [module], {"build_ext": BuildOrFallBack}
+
+
+modules, commands = extension()
+setup(
+    packages=[*find_packages(include=["pointcmt", "pointcmt.*"]), "pointcmt.adapters"],
+    package_dir={"pointcmt": "pointcmt", "pointcmt.adapters": "adapters"},
+    ext_modules=modules,
+    cmdclass=commands,
+)

@@ -1,0 +1,32 @@
+"""Fixtures shared by the whole suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def modelnet40_root() -> Path:
+    """The folder of real ModelNet40 clouds: ``POINTCMT_MODELNET40``, or ``../shared/data`` beside the checkout."""
+    folder = Path(
+        os.environ.get("POINTCMT_MODELNET40", ROOT.parent / "shared" / "data" / "modelnet40_ply_hdf5_1024")
+    )
+    if not (folder / "test_files.txt").exists():
+        pytest.skip(
+            f"ModelNet40 is not at {folder}; set POINTCMT_MODELNET40 to a folder in one of its public formats"
+        )
+    return folder
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """A CUDA device, for tests marked ``cuda``."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False")
+    return torch.device("cuda")
