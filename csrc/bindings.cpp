@@ -3,12 +3,10 @@
 #include <Python.h>
 #include <torch/library.h>
 
-extern "C" {
 // An empty module: importing pointcmt._C loads this library, and with it the registrations below.
-PyObject* PyInit__C(void) {
+PyMODINIT_FUNC PyInit__C(void) {
   static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
   return PyModule_Create(&module);
-}
 }
 
 TORCH_LIBRARY(pointcmt, m) {
