@@ -85,7 +85,7 @@ def extension() -> tuple[list, dict]:
         kind = cpp.CUDAExtension
         sources += sorted(str(p.relative_to(ROOT)) for p in csrc.glob("*_cuda.cu"))
         compile_args["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
-        # torch's headers include cuBLAS's and cuSPARSE's: a bare toolkit may lack them, torch's wheels bring them
+        # torch's headers include cuBLAS's, which a bare toolkit may lack and torch's wheels bring
         site = Path(sysconfig.get_paths()["purelib"])
         include += [str(p) for p in sorted(site.glob("nvidia/cu*/include"))]
         import torch

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def modelnet40_root() -> Path:
-    """Real ModelNet40 clouds: the folder in ``POINTCMT_MODELNET40``, or ``../shared/data`` beside the checkout."""
+    """Real ModelNet40: ``POINTCMT_MODELNET40``, or ``../shared/data`` beside the checkout."""
     folder = Path(
         os.environ.get("POINTCMT_MODELNET40", ROOT.parent / "shared" / "data" / "modelnet40_ply_hdf5_1024")
     )
