@@ -167,7 +167,7 @@ def _open(path: PathLike, kind: str, weights: bool = False) -> tuple[dict[str, A
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({path.stat().st_size} bytes): {error}. Expected a "
-            f"{kind} checkpoint of pointcmt; if it was copied, copy it again, else make one with: {_maker(kind)}"
+            f"{kind} checkpoint of pointcmt; copy it again, or make one with: {_maker(kind)}"
         ) from error
     if "kind" not in metadata or "config" not in metadata:
         raise ValueError(
