@@ -1,0 +1,15 @@
+"""Point-cloud operators: compiled kernels where they were built, PyTorch twins everywhere else."""
+
+from pointcmt.ops.grouping import gather_points, group_points, three_interpolate
+from pointcmt.ops.neighbors import ball_query, knn, three_nn
+from pointcmt.ops.sampling import furthest_point_sample
+
+__all__ = [
+    "ball_query",
+    "furthest_point_sample",
+    "gather_points",
+    "group_points",
+    "knn",
+    "three_interpolate",
+    "three_nn",
+]

@@ -1,0 +1,67 @@
+"""Checks and casts that the faces in :mod:`pointcmt.ops` share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def check_coordinates(op: str, **tensors: Tensor) -> None:
+    """Every tensor is floating [B, ., D] and agrees with the first in B, D and device, or ValueError."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.dim() != 3 or not tensor.is_floating_point():
+            raise ValueError(
+                f"{op}: {name} must be a floating-point tensor [B, N, D], "
+                f"got {tensor.dtype} of shape {list(tensor.shape)}"
+            )
+        if tensor.shape[0] != first.shape[0] or tensor.shape[2] != first.shape[2]:
+            raise ValueError(
+                f"{op}: {first_name} and {name} must agree in batch size and in the last dimension, "
+                f"got {list(first.shape)} and {list(tensor.shape)}"
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{op}: {first_name} is on {first.device} and {name} on {tensor.device}; move them together"
+            )
+
+
+def check_xyz(op: str, **tensors: Tensor) -> None:
+    """As :func:`check_coordinates`, for points in space: the last dimension is 3."""
+    check_coordinates(op, **tensors)
+    name, tensor = next(iter(tensors.items()))
+    if tensor.shape[2] != 3:
+        raise ValueError(
+            f"{op}: {name} must be [B, N, 3], got {list(tensor.shape)}; transpose [B, 3, N] first"
+        )
+
+
+def check_features(op: str, features: Tensor, idx: Tensor, idx_shape: str) -> None:
+    """features are floating [B, C, N]; idx is int32 or int64, of idx_shape's rank, same B and device."""
+    if features.dim() != 3 or not features.is_floating_point():
+        raise ValueError(
+            f"{op}: features must be a floating-point tensor [B, C, N], "
+            f"got {features.dtype} of shape {list(features.shape)}"
+        )
+    rank = idx_shape.count(",") + 1
+    if idx.dim() != rank or idx.dtype not in _INDEX_DTYPES:
+        raise ValueError(
+            f"{op}: idx must be an int32 or int64 tensor {idx_shape}, got {idx.dtype} of shape {list(idx.shape)}"
+        )
+    if idx.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"{op}: features and idx must have the same batch size, "
+            f"got {list(features.shape)} and {list(idx.shape)}"
+        )
+    if idx.device != features.device:
+        raise ValueError(
+            f"{op}: features are on {features.device} and idx on {idx.device}; move them together"
+        )
+
+
+def common_float(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in float64 if one of them is, else in float32: coordinates are never compared in half."""
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return tuple(t.to(dtype) for t in tensors)

@@ -1,0 +1,197 @@
+"""Neighbour search: ball query, k nearest neighbours, three nearest neighbours."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pointcmt.ops._checks import check_coordinates, check_xyz, common_float
+from pointcmt.ops._extension import compiled_ops, use_compiled
+
+
+def ball_query(radius: float, nsample: int, xyz: Tensor, new_xyz: Tensor) -> Tensor:
+    """The first ``nsample`` points inside a ball around each query, in index order.
+
+    As in ``pointnet2_ops``: a point is inside when its squared distance is strictly smaller than
+    radius² (both in the coordinates' precision); hits are listed by index, not by distance; a row
+    with fewer hits is filled with its first hit, a row without any with 0.
+
+    Args:
+        radius: of the balls, in the coordinates' unit, > 0.
+        nsample: hits to list, ≥ 1.
+        xyz: [B, N, 3] points to search, N ≥ 1; half precision is compared in float32.
+        new_xyz: [B, M, 3] centres of the balls.
+
+    Returns:
+        int64 [B, M, nsample], indices into N. Not differentiable.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, no points, radius or nsample out of range.
+
+    Source: Qi et al., PointNet++ (NeurIPS 2017), section 3.2; erikwijmans/Pointnet2_PyTorch.
+    """
+    check_xyz("ball_query", xyz=xyz, new_xyz=new_xyz)
+    if not radius > 0:
+        raise ValueError(f"ball_query: radius must be positive, got {radius}")
+    if nsample < 1:
+        raise ValueError(f"ball_query: nsample must be at least 1, got {nsample}")
+    if xyz.shape[1] == 0:
+        raise ValueError(f"ball_query: xyz must hold at least one point, got shape {list(xyz.shape)}")
+    xyz, new_xyz = common_float(xyz.detach(), new_xyz.detach())
+    if use_compiled(xyz, op="ball_query"):
+        return torch.ops.pointcmt.ball_query(radius, nsample, xyz, new_xyz)
+    return reference_ball_query(radius, nsample, xyz, new_xyz)
+
+
+def knn(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` nearest points of each query, nearest first, ties to the lower index.
+
+    Distances are sums of squared differences, taken dimension by dimension, so they do not suffer
+    the cancellation of ``|q|² + |p|² − 2 q·p`` and a point is at distance 0 of itself. The compiled
+    kernels never hold the M × N matrix of distances.
+
+    Args:
+        queries: [B, M, D] in any number of dimensions; half precision is compared in float32.
+        points: [B, N, D].
+        k: 1 ≤ k ≤ N.
+
+    Returns:
+        squared distances [B, M, k], float32 (float64 if an input is), differentiable in queries
+        and points; and int64 [B, M, k], indices into N. A NaN distance counts as infinite.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, or k out of range.
+    """
+    check_coordinates("knn", points=points, queries=queries)
+    if not 1 <= k <= points.shape[1]:
+        raise ValueError(
+            f"knn: k must be between 1 and the number of points, got k={k} for points of shape "
+            f"{list(points.shape)}"
+        )
+    queries, points = common_float(queries, points)
+    if use_compiled(points, op="knn"):
+        return torch.ops.pointcmt.knn(queries, points, k)
+    return reference_knn(queries, points, k)
+
+
+def three_nn(unknown: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """The three nearest ``known`` points of each ``unknown`` one, nearest first, ties to the lower index.
+
+    As in ``pointnet2_ops``: distances are Euclidean (the square root is taken); with fewer than three
+    known points the missing ones have distance infinity and index 0, so that inverse-distance
+    weights ignore them.
+
+    Args:
+        unknown: [B, n, 3]; half precision is compared in float32.
+        known: [B, m, 3], m ≥ 1.
+
+    Returns:
+        distances [B, n, 3] and int64 indices [B, n, 3] into m. Neither is differentiable.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, or no known point.
+
+    Source: Qi et al., PointNet++ (NeurIPS 2017), section 3.4; erikwijmans/Pointnet2_PyTorch.
+    """
+    check_xyz("three_nn", known=known, unknown=unknown)
+    if known.shape[1] == 0:
+        raise ValueError(f"three_nn: known must hold at least one point, got shape {list(known.shape)}")
+    unknown, known = common_float(unknown.detach(), known.detach())
+    if use_compiled(known, op="three_nn"):
+        return torch.ops.pointcmt.three_nn(unknown, known)
+    return reference_three_nn(unknown, known)
+
+
+def _squared_distances(queries: Tensor, points: Tensor) -> Tensor:
+    """[B, M, N], summed dimension by dimension: the order of operations that every kernel keeps."""
+    total = queries.new_zeros(queries.shape[0], queries.shape[1], points.shape[1])
+    for d in range(queries.shape[2]):
+        difference = queries[:, :, None, d] - points[:, None, :, d]
+        total = total + difference * difference
+    return total
+
+
+def reference_ball_query(radius: float, nsample: int, xyz: Tensor, new_xyz: Tensor) -> Tensor:
+    """The readable twin of :func:`ball_query`, in PyTorch."""
+    n = xyz.shape[1]
+    limit = torch.tensor(radius, dtype=xyz.dtype, device=xyz.device) ** 2  # squared in their precision
+    inside = _squared_distances(new_xyz, xyz) < limit
+    index = torch.where(inside, torch.arange(n, device=xyz.device), n)
+    hits = index.sort(-1).values[..., :nsample]
+    hits = torch.nn.functional.pad(hits, (0, nsample - hits.shape[-1]), value=n)
+    first = hits[..., :1]
+    return torch.where(hits < n, hits, torch.where(first < n, first, 0))
+
+
+def reference_knn(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The readable twin of :func:`knn`, in PyTorch."""
+    with torch.no_grad():
+        exact = torch.nan_to_num(_squared_distances(queries, points), nan=math.inf, posinf=math.inf)
+        distance, idx = (t[..., :k] for t in exact.sort(dim=-1, stable=True))
+    if not torch.is_grad_enabled() or not (queries.requires_grad or points.requires_grad):
+        return distance.contiguous(), idx.contiguous()
+    flat = idx.flatten(1)[..., None].expand(-1, -1, points.shape[2])
+    neighbours = points.gather(1, flat).unflatten(1, (idx.shape[1], k))
+    return (queries[:, :, None] - neighbours).square().sum(-1), idx.contiguous()
+
+
+def reference_three_nn(unknown: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """The readable twin of :func:`three_nn`, in PyTorch."""
+    m = known.shape[1]
+    exact = torch.nan_to_num(_squared_distances(unknown, known), nan=math.inf, posinf=math.inf)
+    distance, idx = (t[..., :3] for t in exact.sort(dim=-1, stable=True))
+    idx = torch.where(distance < math.inf, idx, 0)
+    if m < 3:
+        distance = torch.nn.functional.pad(distance, (0, 3 - m), value=math.inf)
+        idx = torch.nn.functional.pad(idx, (0, 3 - m), value=0)
+    return distance.sqrt(), idx.contiguous()
+
+
+if "ball_query" in compiled_ops("cpu"):
+
+    @torch.library.register_fake("pointcmt::ball_query")
+    def _(radius: float, nsample: int, xyz: Tensor, new_xyz: Tensor) -> Tensor:
+        return xyz.new_empty((xyz.shape[0], new_xyz.shape[1], nsample), dtype=torch.int64)
+
+
+if "three_nn" in compiled_ops("cpu"):
+
+    @torch.library.register_fake("pointcmt::three_nn")
+    def _(unknown: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (unknown.shape[0], unknown.shape[1], 3)
+        return unknown.new_empty(shape), unknown.new_empty(shape, dtype=torch.int64)
+
+
+if "knn" in compiled_ops("cpu"):
+
+    @torch.library.register_fake("pointcmt::knn")
+    def _(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        shape = (queries.shape[0], queries.shape[1], k)
+        return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
+
+    def _knn_context(ctx, inputs, output) -> None:
+        queries, points, _ = inputs
+        ctx.save_for_backward(queries, points, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def _knn_backward(ctx, grad: Tensor | None, _: Tensor | None):
+        if grad is None:
+            return None, None, None
+        queries, points, idx = ctx.saved_tensors
+        # d|q − p|² = 2 (q − p) dq − 2 (q − p) dp; grouped as [B, D, M, k], the layout of group_points
+        flat_points = points.transpose(1, 2).contiguous()
+        neighbours = torch.ops.pointcmt.group_points(flat_points, idx)
+        slope = 2 * grad[:, None] * (queries.transpose(1, 2)[..., None] - neighbours)
+        grad_queries = slope.sum(-1).transpose(1, 2) if ctx.needs_input_grad[0] else None
+        grad_points = None
+        if ctx.needs_input_grad[1]:
+            scattered = torch.ops.pointcmt.group_points_backward(
+                slope.neg().contiguous(), idx, points.shape[1]
+            )
+            grad_points = scattered.transpose(1, 2)
+        return grad_queries, grad_points, None
+
+    torch.library.register_autograd("pointcmt::knn", _knn_backward, setup_context=_knn_context)
