@@ -1,0 +1,123 @@
+"""ModelNet40 (Wu et al., CVPR 2015) in the three forms in which it is public."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import numpy as np
+
+from pointcmt.data import modelnet_hdf5, modelnet_off, modelnet_resampled
+from pointcmt.data.dataset import PointDataset, Split, check_split, class_rows, unit_sphere
+
+# ModelNet10 is these classes of ModelNet40, in the same split (3991 train, 908 test)
+MODELNET10 = (
+    "bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa", "table", "toilet",
+)  # fmt: skip
+_FORMATS = (modelnet_hdf5, modelnet_resampled, modelnet_off)
+
+
+class ModelNet40(PointDataset):
+    """ModelNet40: 9843 training and 2468 test shapes of 40 classes.
+
+    ``root`` may hold any of the public forms, or be the folder above one that kept its public name:
+
+    - HDF5: ``train_files.txt``, ``test_files.txt`` and ``ply_data_*.h5`` with 2048 (or 1024) points.
+      Shape ids come from ``ply_data_*_id2file.json`` where those files are.
+    - resampled text, ``modelnet40_normal_resampled``: ``<class>/<class>_0001.txt`` with 10 000 points
+      and normals, ``modelnet40_train.txt`` and so on.
+    - the meshes as first published: ``<class>/{train,test}/*.off``, sampled uniformly on the surface.
+
+    The axis that points up is left as it is in the files (z in the meshes; copies of the HDF5 files
+    differ).
+
+    Args:
+        root: folder of the data.
+        split: ``"train"`` or ``"test"``, the official split.
+        num_points: N. Sampled clouds give their first N points, as the public training codes take them.
+        classes: ``"modelnet40"``, or ``"modelnet10"`` for its ten-class part.
+        per_class: keep this many shapes of each class, drawn by ``seed``; None keeps all.
+        seed: draws the shapes of ``per_class``, and the points on the surface of meshes.
+        normals: items are [N, 6] with unit normals; not for the HDF5 form, which has none.
+        normalize: centre each cloud and scale it into the unit sphere. None does as the public codes do:
+            text and meshes are normalised, HDF5 files (published normalised) left as they are.
+        dense_points: also keep this many points of each shape as ``view_points``, for finer views than
+            the clouds a student sees; None projects views from the clouds.
+        cache_dir: where parsed text files and sampled meshes are kept as one binary file, so that only
+            the first use is slow; None keeps nothing.
+
+    Raises:
+        FileNotFoundError: ``root`` holds none of the forms (the message lists them), or a listed file is
+            missing.
+        OSError: a truncated HDF5 file.
+        ValueError: another split; more points than there are; normals from HDF5; a damaged file.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: Split,
+        num_points: int = 1024,
+        *,
+        classes: Literal["modelnet40", "modelnet10"] = "modelnet40",
+        per_class: int | None = None,
+        seed: int = 0,
+        normals: bool = False,
+        normalize: bool | None = None,
+        dense_points: int | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        check_split(split)
+        if classes not in ("modelnet40", "modelnet10"):
+            raise ValueError(f"classes is {classes!r}; expected 'modelnet40' or 'modelnet10'")
+        if num_points < 1:
+            raise ValueError(f"num_points is {num_points}; expected at least 1")
+        source, folder = _recognise(Path(root))
+        listing = source.Listing(folder, split)
+        rows = np.arange(len(listing.labels))
+        names = list(listing.class_names)
+        if classes == "modelnet10":
+            keep = [name for name in names if name in MODELNET10]
+            if len(keep) != len(MODELNET10):
+                raise ValueError(f"{folder} has only {keep} of ModelNet10's classes {list(MODELNET10)}")
+            rows = rows[np.isin(listing.labels, [names.index(name) for name in keep])]
+            names = keep
+        relabel = {listing.class_names.index(name): label for label, name in enumerate(names)}
+        labels = np.array([relabel[label] for label in listing.labels[rows].tolist()], dtype=np.int64)
+        if per_class is not None:
+            chosen = class_rows(labels, per_class, seed)
+            rows, labels = rows[chosen], labels[chosen]
+
+        wanted = max(num_points, dense_points or 0)
+        clouds = listing.read(rows, wanted, normals=normals, seed=seed, cache_dir=cache_dir)
+        dense = clouds[..., :3] if dense_points else None
+        clouds = clouds[:, :num_points]
+        if source.NORMALIZE if normalize is None else normalize:
+            if dense is not None:
+                # one frame for both: the student's cloud and the views show the same thing
+                centre = clouds[..., :3].mean(1, keepdims=True)
+                radius = np.linalg.norm(clouds[..., :3] - centre, axis=-1).max(1)[:, None, None]
+                dense = (dense - centre) / np.where(radius > 0, radius, 1)
+            clouds = np.concatenate([unit_sphere(clouds[..., :3]), clouds[..., 3:]], axis=-1)
+        super().__init__(clouds, labels, names, [listing.shape_ids[row] for row in rows], dense, rows)
+        self.root, self.split = folder, split
+
+
+def _recognise(root: Path) -> tuple[ModuleType, Path]:
+    """The module of the form found in ``root`` or in a folder of a public name below it."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; ModelNet40 needs one in {_layouts()}")
+    for source in _FORMATS:
+        for folder in (root, *(root / name for name in source.FOLDERS)):
+            if source.matches(folder):
+                return source, folder
+    content = sorted(path.name for path in root.iterdir())
+    shown = ", ".join(content[:8]) + (", …" if len(content) > 8 else "") or "nothing"
+    raise FileNotFoundError(f"{root} holds {shown}; ModelNet40 was looked for in {_layouts()}")
+
+
+def _layouts() -> str:
+    return "one of the layouts " + "; ".join(
+        f"({number}) {source.LAYOUT}" for number, source in enumerate(_FORMATS, 1)
+    )
