@@ -61,7 +61,8 @@ def extension() -> tuple[list, dict]:
         )
         return [], {}
 
-    flags = ["-O3", "-fvisibility=hidden", "-Wno-unknown-pragmas"]  # torch adds the -std its headers need
+    # torch adds the -std its headers need; math-errno would keep every square root from being vectorised
+    flags = ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wno-unknown-pragmas"]
     link: list[str] = []
     if sys.platform != "darwin":
         flags.append("-fopenmp")  # at::parallel_for runs serially in a translation unit without it

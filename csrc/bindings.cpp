@@ -11,6 +11,9 @@ PyMODINIT_FUNC PyInit__C(void) {
 
 TORCH_LIBRARY(pointcmt, m) {
   // emd
+  m.def(
+      "emd(Tensor x, Tensor y, float eps, int max_rounds, Tensor? initial=None) -> "
+      "(Tensor distance, Tensor assignment, Tensor statistics)");
   // sampling
   // neighbors
   // grouping

@@ -1,15 +1,21 @@
 """Point-cloud operators: compiled kernels where they were built, PyTorch twins everywhere else."""
 
+from pointcmt.ops.emd import EmdStatistics, emd, emd_statistics
 from pointcmt.ops.grouping import gather_points, group_points, three_interpolate
 from pointcmt.ops.neighbors import ball_query, knn, three_nn
+from pointcmt.ops.normalize import unit_cube
 from pointcmt.ops.sampling import furthest_point_sample
 
 __all__ = [
+    "EmdStatistics",
     "ball_query",
+    "emd",
+    "emd_statistics",
     "furthest_point_sample",
     "gather_points",
     "group_points",
     "knn",
     "three_interpolate",
     "three_nn",
+    "unit_cube",
 ]
