@@ -1,0 +1,43 @@
+"""Adapters: where classifiers keep their shape feature (imports as ``pointcmt.adapters``).
+
+Every file in this folder is imported when an adapter is first looked for; adding one is all it takes to add a
+codebase. Other packages add theirs through the entry-point group ``pointcmt.adapters``.
+"""
+
+from .generic import generic_adapter
+from .registry import (
+    ENTRY_POINT_GROUP,
+    INPUT_LAYOUTS,
+    Adapter,
+    AdapterError,
+    AdapterReport,
+    adapter_problems,
+    find_adapter,
+    first_tensor,
+    get_adapter,
+    list_adapters,
+    module_tree,
+    register_adapter,
+    unregister_adapter,
+    unwrap,
+    verify_adapter,
+)
+
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "INPUT_LAYOUTS",
+    "Adapter",
+    "AdapterError",
+    "AdapterReport",
+    "adapter_problems",
+    "find_adapter",
+    "first_tensor",
+    "generic_adapter",
+    "get_adapter",
+    "list_adapters",
+    "module_tree",
+    "register_adapter",
+    "unregister_adapter",
+    "unwrap",
+    "verify_adapter",
+]
