@@ -8,6 +8,8 @@ from typing import Literal
 
 from pointcmt.data.dataset import PointDataset, Split
 from pointcmt.data.modelnet40 import ModelNet40
+from pointcmt.data.modelnet40_hard import ModelNet40Hard
+from pointcmt.data.scanobjectnn import ScanObjectNN, Variant
 from pointcmt.data.synthetic import SyntheticShapes
 
 
@@ -15,10 +17,12 @@ from pointcmt.data.synthetic import SyntheticShapes
 class DataConfig:
     """A data set and how much of it to use."""
 
-    name: Literal["synthetic", "modelnet40"] = "synthetic"
+    name: Literal["synthetic", "modelnet40", "modelnet40hard", "scanobjectnn"] = "synthetic"
     """Which data set. `synthetic` needs no files."""
     root: Path | None = None
     """Folder of the data; not for `synthetic`."""
+    variant: Variant = "pb_t50_rs"
+    """Variant of `scanobjectnn`."""
     num_points: int = 1024
     """Points per cloud."""
     per_class: int | None = None
@@ -54,6 +58,29 @@ class DataConfig:
         if self.root is None:
             raise ValueError(
                 f"data {self.name!r} needs a root: the folder that holds it (--data.root FOLDER)"
+            )
+        if self.name == "scanobjectnn":
+            return ScanObjectNN(
+                self.root,
+                self.variant,
+                split,
+                self.num_points,
+                per_class=per_class,
+                seed=self.seed,
+                dense_points=self.dense_points,
+            )
+        if self.name == "modelnet40hard":
+            if self.dense_points is not None:
+                raise ValueError(
+                    "data 'modelnet40hard' has no dense_points: views are those of the cut scene"
+                )
+            return ModelNet40Hard(
+                self.root,
+                split,
+                self.num_points,
+                per_class=per_class,
+                seed=self.seed,
+                cache_dir=self.cache,
             )
         return ModelNet40(
             self.root,

@@ -122,7 +122,7 @@ class PointDataset(Dataset[tuple[Tensor, int, int]]):
 
 
 def subset(dataset: PointDataset, indices: Sequence[int] | np.ndarray | Tensor) -> PointDataset:
-    """The rows ``indices`` of ``dataset``, in that order, with every attribute kept.
+    """The rows ``indices`` of ``dataset``, in that order, with every attribute of :class:`PointDataset` kept.
 
     The new set counts its items from 0; ``source_index`` says which row of the set first loaded each
     one was.

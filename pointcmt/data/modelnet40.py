@@ -35,7 +35,8 @@ class ModelNet40(PointDataset):
     Args:
         root: folder of the data.
         split: ``"train"`` or ``"test"``, the official split.
-        num_points: N. Sampled clouds give their first N points, as the public training codes take them.
+        num_points: N. Clouds give their first N points, as the public training codes take them. None is as
+            many as there are, at most 2048.
         classes: ``"modelnet40"``, or ``"modelnet10"`` for its ten-class part.
         per_class: keep this many shapes of each class, drawn by ``seed``; None keeps all.
         seed: draws the shapes of ``per_class``, and the points on the surface of meshes.
@@ -58,7 +59,7 @@ class ModelNet40(PointDataset):
         self,
         root: str | Path,
         split: Split,
-        num_points: int = 1024,
+        num_points: int | None = 1024,
         *,
         classes: Literal["modelnet40", "modelnet10"] = "modelnet40",
         per_class: int | None = None,
@@ -71,10 +72,12 @@ class ModelNet40(PointDataset):
         check_split(split)
         if classes not in ("modelnet40", "modelnet10"):
             raise ValueError(f"classes is {classes!r}; expected 'modelnet40' or 'modelnet10'")
-        if num_points < 1:
+        if num_points is not None and num_points < 1:
             raise ValueError(f"num_points is {num_points}; expected at least 1")
         source, folder = _recognise(Path(root))
         listing = source.Listing(folder, split)
+        if num_points is None:
+            num_points = min(listing.available, 2048)
         rows = np.arange(len(listing.labels))
         names = list(listing.class_names)
         if classes == "modelnet10":

@@ -32,6 +32,7 @@ class Listing:
         if len(points) > 1:
             raise ValueError(f"the h5 files of {folder} differ in points per shape: {sorted(points)}")
         self._points = np.concatenate([cloud for cloud, _ in loaded])
+        self.available = self._points.shape[1]
         self.labels = np.concatenate([label for _, label in loaded])
         self.class_names = _class_names(folder, int(self.labels.max(initial=0)) + 1)
         self.shape_ids = [
@@ -49,7 +50,7 @@ class Listing:
                 f"{self.folder} is the HDF5 form of ModelNet40, which has no normals; "
                 "use modelnet40_normal_resampled or the meshes, or normals=False"
             )
-        check_num_points(num_points, self._points.shape[1], self.folder)
+        check_num_points(num_points, self.available, self.folder)
         return self._points[rows, :num_points]
 
 

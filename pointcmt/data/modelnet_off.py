@@ -22,6 +22,8 @@ def matches(folder: Path) -> bool:
 class Listing:
     """Names and labels of one split, sorted by name; :meth:`read` samples the surfaces."""
 
+    available = 1 << 31  # a surface never runs out of points
+
     def __init__(self, folder: Path, split: Split) -> None:
         self.folder = folder
         self.class_names = sorted(path.name for path in folder.iterdir() if (path / split).is_dir())

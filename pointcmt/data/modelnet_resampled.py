@@ -22,6 +22,8 @@ def matches(folder: Path) -> bool:
 class Listing:
     """Names and labels of one split, in the order of its list; :meth:`read` gives the points."""
 
+    available = 10_000
+
     def __init__(self, folder: Path, split: Split) -> None:
         self.folder = folder
         listed = folder / f"modelnet40_{split}.txt"
