@@ -1,5 +1,34 @@
 """Cross-modal training as a plugin: images teach the point-cloud network you already have."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from pointcmt._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from pointcmt.generator import PointGenerator
+    from pointcmt.teacher import ImageTeacher
+    from pointcmt.training import CrossModalTraining, PointCMT
+
+__all__ = ["CrossModalTraining", "ImageTeacher", "PointCMT", "PointGenerator", "__version__"]
+
+# imported when first asked for: an adapter package or `pointcmt --help` should not wait for timm
+_HOMES = {
+    "CrossModalTraining": "pointcmt.training",
+    "ImageTeacher": "pointcmt.teacher",
+    "PointCMT": "pointcmt.training",
+    "PointGenerator": "pointcmt.generator",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'pointcmt' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

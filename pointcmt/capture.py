@@ -1,0 +1,301 @@
+"""Watching a student's forward pass from outside: its shape feature and its logits, with their graph."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel
+from torch.utils._pytree import tree_map
+
+from pointcmt.adapters.registry import Adapter, first_tensor, unwrap
+from pointcmt.borrowed import device_of
+
+
+class Captured(NamedTuple):
+    """One training forward pass: feature [B, D] and logits [B, K], attached to the student's graph."""
+
+    feature: Tensor
+    logits: Tensor
+
+
+class StudentCapture:
+    """Hooks on a student that keep the feature and the logits of its latest training forward pass.
+
+    A pass counts when the student is in training mode and gradients are on; validation is not seen. What an
+    autograd backward pass runs again (activation checkpointing) is not seen either. Under ``nn.DataParallel``
+    the replicas' parts are put together in batch order.
+
+    The hooks are on the bare network, whatever wraps it. Copies and pickles of it, made while the hooks are
+    on, do not carry them.
+
+    Args:
+        student: the network as the caller has it, bare or wrapped.
+        adapter: says what to capture.
+        on_first_pass: called before the first training pass with the arguments of the network, where that is
+            possible (not from inside compiled code, nor from a replica); may call :meth:`use`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        adapter: Adapter,
+        on_first_pass: Callable[[tuple, dict[str, Any]], None],
+    ) -> None:
+        self.student = student
+        self.module = unwrap(student)
+        self.adapter = adapter
+        self.paused = False
+        # what compiled code may write; it must be a plain attribute of a plain object to be traceable
+        self.pending: Tensor | None = None
+        self.inputs: tuple[tuple, dict[str, Any]] | None = None
+        self._captured: Captured | None = None
+        self._on_first_pass = on_first_pass
+        self._met_first_pass = False
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._replicas: dict[int, Captured] = {}
+        self._replica_group: Any = None
+        self._handles: list[Any] = []
+        self._shielded: list[nn.Module] = []
+        self.tap_fired = False
+        self.was_evaluated = False
+
+    # ---- on and off
+
+    def open(self) -> None:
+        """Puts the hooks on."""
+        _forget_compiled(self.student)
+        self._met_first_pass = False
+        # outermost first: the only place that is outside of compiled code and of replicas
+        outermost = self.student.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._handles.append(outermost)
+        self._shield(self.student)
+        if self.module is not self.student:
+            self._handles.append(self.module.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._shield(self.module)
+        self._hook()
+
+    def _hook(self) -> None:
+        tapped = self.adapter.submodule(self.module)
+        if self.adapter.feature_from == "input":
+            self._handles.append(tapped.register_forward_pre_hook(self._tap_input, with_kwargs=True))
+        else:
+            self._handles.append(tapped.register_forward_hook(self._tap_output))
+        last = self.adapter.output_module(self.module)
+        self._handles.append(last.register_forward_hook(self._complete))
+        self._shield(tapped)
+        self._shield(last)
+
+    def use(self, adapter: Adapter) -> None:
+        """Goes over to another adapter."""
+        if adapter is self.adapter:
+            return
+        self.adapter = adapter
+        if self._handles:
+            first, second = self._handles[:-2], self._handles[-2:]
+            for handle in second:
+                handle.remove()
+            self._handles = first
+            self._hook()
+
+    def close(self) -> None:
+        """Takes the hooks off and forgets what was captured."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._shielded:
+            module.__dict__.pop("__getstate__", None)
+        self._handles, self._shielded = [], []
+        self.clear()
+        self.inputs = None
+        _forget_compiled(self.student)
+
+    def clear(self) -> None:
+        self.pending = self._captured = self._replica_group = None
+        self._local = threading.local()
+        self._replicas = {}
+
+    def _shield(self, module: nn.Module) -> None:
+        """Keeps the hooks out of copies (an EMA of the student, a pickle) made while they are on."""
+        if "__getstate__" in module.__dict__:
+            return
+        module.__dict__["__getstate__"] = _StateWithoutHooks(module)
+        self._shielded.append(module)
+
+    # ---- what was seen
+
+    @property
+    def captured(self) -> Captured | None:
+        """The latest training pass, whole."""
+        if not self._replicas:
+            return self._captured
+        parts = [self._replicas[order] for order in sorted(self._replicas)]
+        device = parts[0].feature.device
+        if isinstance(self.student, DataParallel) and self.student.device_ids:
+            device = torch.device(parts[0].feature.device.type, self.student.output_device)
+        return Captured(
+            torch.cat([part.feature.to(device) for part in parts]),
+            torch.cat([part.logits.to(device) for part in parts]),
+        )
+
+    # ---- hooks; those that run inside the network must be traceable by torch.compile
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.paused or not module.training or not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():
+            self.inputs = (args, kwargs)
+            return
+        if _in_backward():
+            return
+        self._local.pending = None
+        if self._met_first_pass:
+            return
+        if getattr(module, "_is_replica", False):
+            with self._lock:
+                if self.inputs is None:
+                    self.inputs = (args, kwargs)
+            return
+        self._met_first_pass = True
+        self._on_first_pass(*self._at_home(args, kwargs))
+
+    def _at_home(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The inputs where the bare network is, in its precision: the wrapper would have seen to that."""
+        device = device_of(self.module)
+        dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            value = value.detach().to(device, copy=True)
+            return value.to(dtype) if value.is_floating_point() and value.dtype.itemsize < 4 else value
+
+        return tree_map(move, (tuple(args), dict(kwargs)))
+
+    def take_inputs(self) -> tuple[tuple, dict[str, Any]] | None:
+        """The arguments of a pass that was met too deep inside to call ``on_first_pass``; once."""
+        inputs, self.inputs = self.inputs, None
+        if inputs is None or self._met_first_pass:
+            return None
+        self._met_first_pass = True
+        return self._at_home(*inputs)
+
+    def _tap_input(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() and not self.paused:
+            self._tap(first_tensor((*args, *kwargs.values())))
+
+    def _tap_output(self, _module: nn.Module, _args: tuple, output: Any) -> None:
+        if torch.is_grad_enabled() and not self.paused:
+            self._tap(first_tensor(output))
+
+    def _tap(self, tensor: Tensor) -> None:
+        # a copy, because the next module may work in place
+        if torch.compiler.is_compiling():
+            self.pending = tensor.clone()
+        elif not _in_backward():
+            self._local.pending = tensor.clone()
+            self.tap_fired = True
+
+    def _complete(self, module: nn.Module, _args: tuple, output: Any) -> None:
+        if self.paused or not torch.is_grad_enabled():
+            return
+        if not module.training:
+            self.was_evaluated = True
+            return
+        if torch.compiler.is_compiling():
+            if self.pending is not None:
+                self._captured = Captured(self.adapter.feature(self.pending), self.adapter.logits(output))
+                self.pending = None
+            return
+        if _in_backward():
+            return
+        pending = getattr(self._local, "pending", None)
+        if pending is None:
+            pending = self.pending
+        self._local.pending = self.pending = None
+        if pending is None:
+            return
+        captured = Captured(self.adapter.feature(pending), self.adapter.logits(output))
+        if not getattr(module, "_is_replica", False):
+            self._captured = captured
+            self._replicas = {}
+            return
+        group, order = _replica_place(module, captured)
+        with self._lock:
+            if group is not self._replica_group:
+                self._replica_group, self._replicas = group, {}
+            self._replicas[order] = captured
+
+
+class _StateWithoutHooks:
+    """Stands in for ``module.__getstate__``, which copy and pickle ask for what to take along."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self) -> Any:
+        module = self._module
+        state = type(module).__getstate__(module)
+        if not isinstance(state, dict):
+            return state
+        state = dict(state)
+        state.pop("__getstate__", None)
+        for key in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks = state.get(key)
+            if hooks:
+                ours = [number for number, hook in hooks.items() if _is_ours(hook)]
+                state[key] = type(hooks)((n, hook) for n, hook in hooks.items() if n not in ours)
+                for flags in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+                    if state.get(flags):
+                        kept = state[flags].items()
+                        state[flags] = type(state[flags])((n, flag) for n, flag in kept if n not in ours)
+        return state
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), StudentCapture)
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread: then a forward pass is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _replica_place(module: nn.Module, captured: Captured) -> tuple[Any, int]:
+    """Which DataParallel pass a replica belongs to, and its place in it.
+
+    All replicas' parameters are outputs of one broadcast, replica by replica.
+    """
+    for child in module.modules():
+        for parameter in getattr(child, "_former_parameters", {}).values():
+            if isinstance(parameter, Tensor) and parameter.grad_fn is not None:
+                return parameter.grad_fn, parameter.output_nr
+    # nothing to train in it, so no broadcast node: the device's number is the usual order
+    return None, captured.logits.device.index or 0
+
+
+def _forget_compiled(student: nn.Module) -> None:
+    """Makes compiled code of this student be compiled again.
+
+    ``torch.compile`` does not guard on hooks: code compiled without them would skip them, and code compiled
+    with them would go on capturing after they are gone.
+    """
+    if "torch._dynamo" in sys.modules and _is_compiled(student):
+        torch.compiler.reset()
+
+
+def _is_compiled(student: nn.Module) -> bool:
+    from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
+
+    codes = set()
+    for module in student.modules():
+        if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+            return True
+        code = getattr(type(module).forward, "__code__", None)
+        if code is not None:
+            codes.add(code)
+    return any(_debug_get_cache_entry_list(code) for code in codes)

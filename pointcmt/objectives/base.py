@@ -1,0 +1,95 @@
+"""What every objective is: one scalar from what the student did and what the teacher said."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from pointcmt.types import StudentState, TeacherOutput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Objective(nn.Module, ABC):
+    """One loss between student and teacher; a new method is a subclass in a file of its own.
+
+    Subclasses implement ``forward(student, teacher) -> scalar``, not yet multiplied by :attr:`weight`, and
+    set ``default_name``. They compute in float32 or wider (see :func:`full_precision`): training may run in
+    half precision. Parameters that an objective trains (a connector, say) belong into the user's optimizer;
+    ``CrossModalTraining.parameters()`` has them.
+
+    Attributes:
+        weight: factor of this loss in the sum; may be changed between steps.
+        name: key in ``CrossModalTraining.losses``.
+        needs_generator: whether :meth:`bind` must be given a point generator.
+    """
+
+    default_name: ClassVar[str]
+    needs_generator: ClassVar[bool] = False
+
+    def __init__(self, weight: float, name: str | None = None) -> None:
+        super().__init__()
+        self.weight = float(weight)
+        self.name = name or self.default_name
+
+    def bind(
+        self,
+        *,
+        generator: nn.Module | None = None,
+        classify: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Called on entering a training context, before the first step.
+
+        Args:
+            generator: the point generator given to the context, if any.
+            classify: the teacher's own classifier, feature [B, D] -> logits [B, K], frozen.
+        """
+
+    @abstractmethod
+    def forward(self, student: StudentState, teacher: TeacherOutput) -> Tensor:
+        """The unweighted loss, a scalar.
+
+        Raises:
+            ValueError: sizes that do not fit; the message says what to change.
+        """
+
+    def extra_repr(self) -> str:
+        return f"name={self.name!r}, weight={self.weight:g}"
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """float32, or float64 where the tensor is: losses are not computed in half precision."""
+    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
+
+
+def check_features(objective: Objective, student: StudentState, teacher: TeacherOutput) -> None:
+    """Both features are [B, D] with one D.
+
+    Raises:
+        ValueError: they are not.
+    """
+    ours, theirs = student.feature.shape, teacher.feature.shape
+    if ours[1] != theirs[1]:
+        raise ValueError(
+            f"{objective.name}: the student's feature has size {ours[1]}, the teacher's {theirs[1]}; they "
+            "must be equal. Train a teacher for this student (pointcmt train-teacher --feature-dim "
+            f"{ours[1]}, and a generator with it), give the student a feature of size {theirs[1]}, or tap it "
+            "elsewhere by an adapter"
+        )
+
+
+def check_logits(objective: Objective, student: StudentState, teacher: TeacherOutput) -> None:
+    """Both score the same K classes.
+
+    Raises:
+        ValueError: they do not.
+    """
+    ours, theirs = student.logits.shape, teacher.logits.shape
+    if ours != theirs:
+        raise ValueError(
+            f"{objective.name}: the student's logits are {list(ours)}, the teacher's {list(theirs)}; both "
+            "must score the same classes: train the teacher on the student's classes"
+        )
