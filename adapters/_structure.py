@@ -1,0 +1,34 @@
+"""What adapters ask of a network's structure, so that a copy under another name is still recognised."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+BATCH_NORM: type[nn.Module] = _BatchNorm  # also after nn.SyncBatchNorm.convert_sync_batchnorm
+
+
+def has(module: nn.Module, **kinds: type | tuple[type, ...]) -> bool:
+    """Whether ``module`` has attributes of these names and kinds."""
+    return all(isinstance(getattr(module, name, None), kind) for name, kind in kinds.items())
+
+
+def lacks(module: nn.Module, *names: str) -> bool:
+    """Whether ``module`` has none of these attributes."""
+    return not any(hasattr(module, name) for name in names)
+
+
+def layers(sequential: object, *kinds: type | tuple[type, ...]) -> bool:
+    """Whether ``sequential`` is an ``nn.Sequential`` of exactly these layers, in this order."""
+    return (
+        isinstance(sequential, nn.Sequential)
+        and len(sequential) == len(kinds)
+        and all(isinstance(layer, kind) for layer, kind in zip(sequential, kinds, strict=True))
+    )
+
+
+def run_from(sequential: nn.Sequential, start: int, x: Tensor) -> Tensor:
+    """Runs the layers from ``start`` on, one by one: a subclass of Sequential may not allow a slice."""
+    for layer in list(sequential)[start:]:
+        x = layer(x)
+    return x

@@ -1,0 +1,58 @@
+"""WangYueFt/dgcnn and antao97/dgcnn.pytorch: DGCNN and the PointNet beside it, classification.
+
+The second is a fork of the first; the classes have the same parts (``DGCNN`` is ``DGCNN_cls`` there).
+Clouds are [B, 3, N]; the feature is the 512-d input of ``dp1``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pointcmt.adapters._structure import BATCH_NORM, has, lacks, layers
+from pointcmt.adapters.registry import register_adapter
+
+NEGATIVE_SLOPE = 0.2  # of every leaky ReLU in these networks, the paper's and the code's
+
+
+def _is_dgcnn(module: nn.Module) -> bool:
+    # others (PCT, GDANet, …) took over the head; the edge convolutions tell
+    return has(
+        module,
+        linear1=nn.Linear,
+        bn6=BATCH_NORM,
+        dp1=nn.Dropout,
+        linear2=nn.Linear,
+        bn7=BATCH_NORM,
+        dp2=nn.Dropout,
+        linear3=nn.Linear,
+    ) and all(
+        layers(getattr(module, f"conv{i}"), (nn.Conv1d, nn.Conv2d), BATCH_NORM, nn.LeakyReLU)
+        for i in (1, 2, 3, 4, 5)
+    )
+
+
+def _is_pointnet(module: nn.Module) -> bool:
+    convolutions = {f"conv{i}": nn.Conv1d for i in range(1, 6)}
+    return has(
+        module, **convolutions, linear1=nn.Linear, bn6=BATCH_NORM, dp1=nn.Dropout, linear2=nn.Linear
+    ) and lacks(module, "linear3")
+
+
+@register_adapter(
+    name="dgcnn", matches=_is_dgcnn, feature_module="dp1", feature_from="input", input_layout="B3N"
+)
+def dgcnn(module: nn.Module, feature: Tensor) -> Tensor:
+    hidden = F.leaky_relu(module.bn7(module.linear2(module.dp1(feature))), negative_slope=NEGATIVE_SLOPE)
+    return module.linear3(module.dp2(hidden))
+
+
+@register_adapter(
+    name="dgcnn-pointnet",
+    matches=_is_pointnet,
+    feature_module="dp1",
+    feature_from="input",
+    input_layout="B3N",
+)
+def pointnet(module: nn.Module, feature: Tensor) -> Tensor:
+    return module.linear2(module.dp1(feature))

@@ -1,0 +1,46 @@
+"""ma-xu/pointMLP-pytorch: PointMLP and PointMLP-Elite, both classification folders.
+
+Clouds are [B, 3, N]. The feature is tapped as the input of ``classifier[3]``, not as the output of
+``classifier[2]``: one activation object serves the whole network, so a hook on it would see every layer.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pointcmt.adapters._structure import BATCH_NORM, has, lacks, layers, run_from
+from pointcmt.adapters.registry import register_adapter
+
+
+def is_pointmlp(module: nn.Module) -> bool:
+    return has(
+        module,
+        embedding=nn.Module,
+        local_grouper_list=nn.ModuleList,
+        pre_blocks_list=nn.ModuleList,
+        pos_blocks_list=nn.ModuleList,
+    ) and layers(
+        module.classifier,
+        nn.Linear,
+        BATCH_NORM,
+        nn.Module,
+        nn.Dropout,
+        nn.Linear,
+        BATCH_NORM,
+        nn.Module,
+        nn.Dropout,
+        nn.Linear,
+    )
+
+
+@register_adapter(
+    name="pointmlp",
+    matches=lambda module: (
+        is_pointmlp(module) and lacks(module, "forward_cls_feat")
+    ),  # OpenPoints has its own
+    feature_module="classifier.3",
+    feature_from="input",
+    input_layout="B3N",
+)
+def pointmlp(module: nn.Module, feature: Tensor) -> Tensor:
+    return run_from(module.classifier, 3, feature)
