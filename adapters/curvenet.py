@@ -1,6 +1,7 @@
 """tiangexiang/CurveNet, classification.
 
-Clouds are [B, 3, N]; the feature is the 512-d input of ``dp1``. Its ``conv1`` and ``conv2`` are linear layers.
+Clouds are [B, 3, N]; the feature is the 512-d input of ``dp1``.
+Its ``conv1`` and ``conv2`` are linear layers.
 """
 
 from __future__ import annotations

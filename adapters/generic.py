@@ -93,8 +93,8 @@ def _call(points: Any) -> tuple[tuple, dict[str, Any]]:
 def _no_linear_end(module: nn.Module, reason: str) -> str:
     name = type(module).__name__
     return (
-        f"no adapter is registered for {name}, and the generic one (the input of the last nn.Linear) does not "
-        f"fit: {reason}. Write one, it takes a few lines:\n\n"
+        f"no adapter is registered for {name}, and the generic one (the input of the last nn.Linear) does "
+        f"not fit: {reason}. Write one, it takes a few lines:\n\n"
         "    from pointcmt.adapters import Adapter, verify_adapter\n"
         "    adapter = Adapter(\n"
         f'        name="{name.lower()}",\n'

@@ -457,9 +457,9 @@ def verify_adapter(
         path = adapter.feature_path(module)
         where = f"the {adapter.feature_from} of {path!r}"
         help_ = (
-            f"\nWrite an adapter whose feature_module is the submodule where the [B, D] shape feature is, and "
-            f"whose classify runs the layers after it (docs/adapters.md). The modules of {type(module).__name__}:\n"
-            f"{module_tree(module)}"
+            "\nWrite an adapter whose feature_module is the submodule where the [B, D] shape feature is, "
+            "and whose classify runs the layers after it (docs/adapters.md). The modules of "
+            f"{type(module).__name__}:\n{module_tree(module)}"
         )
         if seen is None:
             raise AdapterError(
@@ -494,8 +494,8 @@ def verify_adapter(
         # `not <=` so that NaN fails too
         if not difference <= tolerance:
             raise AdapterError(
-                f"adapter {adapter.name!r} is wrong for {type(module).__name__}: classify(feature) differs from "
-                f"the network's output by up to {difference:.3g} (tolerance {tolerance:.3g}); feature "
+                f"adapter {adapter.name!r} is wrong for {type(module).__name__}: classify(feature) differs "
+                f"from the network's output by up to {difference:.3g} (tolerance {tolerance:.3g}); feature "
                 f"{list(feature.shape)} at {where}, logits {list(logits.shape)}." + help_
             )
         moved = adapter.classify(module, feature + feature.abs().mean() + 1)
