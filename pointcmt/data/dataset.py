@@ -102,7 +102,7 @@ class PointDataset(Dataset[tuple[Tensor, int, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         index = range(len(self))[index]  # negative indices; IndexError past the end
-        return torch.from_numpy(self.points[index]), int(self.labels[index]), index
+        return torch.from_numpy(self.points[index].copy()), int(self.labels[index]), index
 
     def fingerprint(self) -> str:
         """SHA-256 of the contents: points, view points, labels, class names and shape ids.

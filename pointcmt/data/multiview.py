@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -101,19 +102,17 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
 
     def _read(self, path: Path) -> Tensor:
         """One image: float32 [C, H, W] in 0 … 1."""
-        from torchvision.io import ImageReadMode, decode_image
-        from torchvision.transforms.v2.functional import resize
-
-        mode = ImageReadMode.GRAY if self.in_chans == 1 else ImageReadMode.RGB
         try:
-            image = decode_image(str(path), mode)
-        except RuntimeError as error:
+            with Image.open(path) as file:
+                image = file.convert("L" if self.in_chans == 1 else "RGB")
+        except (OSError, SyntaxError) as error:  # what Pillow raises of damaged files
             raise OSError(
                 f"{path} cannot be read as an image ({error}); render or download it again"
             ) from error
         if self.size is not None:
-            image = resize(image, [self.size, self.size], antialias=True)
-        return image.float() / 255
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, self.in_chans)
+        return pixels.permute(2, 0, 1).float() / 255
 
 
 def _find(root: Path, split: str, need_split: bool) -> dict[str, dict[int, Path]]:

@@ -69,6 +69,7 @@ class SyntheticShapes(PointDataset):
         shapes = [(name, number) for name in names for number in range(per_class)]
         clouds = np.empty((len(shapes), num_points, 3), dtype=np.float32)
         dense = np.empty((len(shapes), dense_points, 3), dtype=np.float32) if dense_points else None
+        frames = []
         for row, (name, number) in enumerate(shapes):
             generator = _generator(name, number, split, seed)
             surface = _build(name, generator, yaw)
@@ -77,6 +78,7 @@ class SyntheticShapes(PointDataset):
             # as of a scan, only the cloud itself is known: it is normalised by what it shows
             centre = cloud.mean(0)
             radius = np.linalg.norm(cloud - centre, axis=1).max()
+            frames.append((centre, radius))
             clouds[row] = (cloud - centre) / radius
             if dense is not None:
                 dense[row] = (sample(surface, dense.shape[1], generator) - centre) / radius
@@ -89,11 +91,14 @@ class SyntheticShapes(PointDataset):
         )
         self._yaw = yaw
         self._shapes = shapes
+        self._frames = frames
 
     def mesh(self, index: int) -> Mesh:
-        """The surface that item ``index`` was sampled on, in the unit sphere: vertices and triangles."""
+        """The whole surface that item ``index`` was sampled on, in the frame of its cloud."""
         name, number = self._shapes[index]
-        return _build(name, _generator(name, number, self.split, self.seed), self._yaw)
+        mesh = _build(name, _generator(name, number, self.split, self.seed), self._yaw)
+        centre, radius = self._frames[index]
+        return Mesh((mesh.vertices - centre) / radius, mesh.faces)
 
 
 def _generator(name: str, number: int, split: str, seed: int) -> Generator:
