@@ -39,9 +39,12 @@ def test_objects_are_off_centre_by_up_to_half_their_size(hard: ModelNet40Hard) -
     assert 0.1 < np.mean(offset) < 0.5
 
 
-def test_fixed_by_seed(hard: ModelNet40Hard, modelnet40_root: Path) -> None:
-    again = ModelNet40Hard(modelnet40_root, "test", 512, per_class=6, seed=7)
-    assert again.fingerprint() == hard.fingerprint()
+def test_fixed_by_seed(hard: ModelNet40Hard, modelnet40_root: Path, tmp_path: Path) -> None:
+    for _ in ("made", "read from the cache"):
+        again = ModelNet40Hard(modelnet40_root, "test", 512, per_class=6, seed=7, cache_dir=tmp_path)
+        assert again.fingerprint() == hard.fingerprint()
+        np.testing.assert_array_equal(again.foreground, hard.foreground)
+    assert len(list(tmp_path.iterdir())) == 1
     other = ModelNet40Hard(modelnet40_root, "test", 512, per_class=6, seed=8)
     assert other.fingerprint() != hard.fingerprint()
 
