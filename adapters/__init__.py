@@ -4,8 +4,8 @@ Every file in this folder is imported when an adapter is first looked for; addin
 codebase. Other packages add theirs through the entry-point group ``pointcmt.adapters``.
 """
 
-from .generic import generic_adapter
-from .registry import (
+from pointcmt.adapters.generic import generic_adapter
+from pointcmt.adapters.registry import (
     ENTRY_POINT_GROUP,
     INPUT_LAYOUTS,
     Adapter,

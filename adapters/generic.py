@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .registry import Adapter, AdapterError, first_tensor, module_tree, quiet_evaluation, unwrap
+from pointcmt.adapters.registry import (
+    Adapter,
+    AdapterError,
+    first_tensor,
+    module_tree,
+    quiet_evaluation,
+    unwrap,
+)
 
 NAME = "generic"
 

@@ -115,6 +115,13 @@ class Adapter:
                 f"{', '.join(INPUT_LAYOUTS)} (add another to pointcmt.adapters.INPUT_LAYOUTS)"
             )
 
+    def describes(self, module: nn.Module) -> bool:
+        """:attr:`matches`, false where it fails: a rule for one codebase looks for parts that others lack."""
+        try:
+            return bool(self.matches(module))
+        except (AttributeError, IndexError, KeyError, TypeError):
+            return False
+
     def feature_path(self, module: nn.Module) -> str:
         """Path of the submodule that is tapped, inside the unwrapped ``module``."""
         return self.feature_module if isinstance(self.feature_module, str) else self.feature_module(module)
@@ -370,19 +377,11 @@ def find_adapter(student: nn.Module, adapter: Adapter | str | None = None, *, po
         )
     module = unwrap(student)
     for candidate in list_adapters():
-        if _matches(candidate, module):
+        if candidate.describes(module):
             return candidate
-    from .generic import generic_adapter
+    from pointcmt.adapters.generic import generic_adapter
 
     return generic_adapter(module, points)
-
-
-def _matches(adapter: Adapter, module: nn.Module) -> bool:
-    # a rule written for one codebase looks into attributes that others lack
-    try:
-        return bool(adapter.matches(module))
-    except (AttributeError, IndexError, KeyError, TypeError):
-        return False
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ class StudentCapture:
         self._replica_group: Any = None
         self._handles: list[Any] = []
         self._shielded: list[nn.Module] = []
+        self.compiled_in = False
         self.tap_fired = False
         self.was_evaluated = False
 
@@ -112,7 +113,10 @@ class StudentCapture:
         self._handles, self._shielded = [], []
         self.clear()
         self.inputs = None
-        _forget_compiled(self.student)
+        if self.compiled_in:
+            torch.compiler.reset()
+        else:
+            _forget_compiled(self.student)
 
     def clear(self) -> None:
         self.pending = self._captured = self._replica_group = None
@@ -210,6 +214,7 @@ class StudentCapture:
             if self.pending is not None:
                 self._captured = Captured(self.adapter.feature(self.pending), self.adapter.logits(output))
                 self.pending = None
+                self.compiled_in = True
             return
         if _in_backward():
             return

@@ -222,6 +222,11 @@ class CrossModalTraining:
         return {name: value.item() for name, value in self._losses.items()}
 
     @property
+    def loss_tensors(self) -> dict[str, Tensor]:
+        """As :attr:`losses`, but detached tensors on the device: for a logger, without waiting."""
+        return dict(self._losses)
+
+    @property
     def feature(self) -> Tensor:
         """[B, D] the student's feature in the latest training pass; detached once :meth:`loss` was called.
 

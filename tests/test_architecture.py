@@ -26,8 +26,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "teacher": {"views", "checkpoint"},
     "generator": {"ops", "checkpoint"},
     "compat": {"ops"},
-    "training": {"objectives", "adapters", "generator"},
-    "integrations": {"training"},
+    "borrowed": set(),
+    "capture": {"adapters", "borrowed"},
+    "training": {"objectives", "adapters", "borrowed", "capture", "generator"},
+    "integrations": {"training", "objectives", "adapters"},
     "report": {"checkpoint", "data", "views"},
     "recipes": {
         "training", "teacher", "generator", "students", "views", "data", "report", "objectives", "adapters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,9 +31,11 @@ class NeuronSelectivityTransfer(Objective):
         super().__init__(weight, name)
 
     def forward(self, student: StudentState, teacher: TeacherOutput) -> Tensor:
-        ours = F.normalize(full_precision(student.feature).T, dim=1)
-        theirs = F.normalize(full_precision(teacher.feature).T, dim=1)
-        return _kernel(theirs, theirs) + _kernel(ours, ours) - 2 * _kernel(ours, theirs)
+        # differences of nearly equal sums: not for half precision
+        with torch.autocast(student.feature.device.type, enabled=False):
+            ours = F.normalize(full_precision(student.feature).T, dim=1)
+            theirs = F.normalize(full_precision(teacher.feature).T, dim=1)
+            return _kernel(theirs, theirs) + _kernel(ours, ours) - 2 * _kernel(ours, theirs)
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:

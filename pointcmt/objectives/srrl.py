@@ -50,7 +50,8 @@ class SoftmaxRegression(Objective):
             self.connector = nn.Sequential(
                 nn.Linear(student_dim, teacher_dim, bias=False), nn.BatchNorm1d(teacher_dim), nn.ReLU()
             )
-        self._classify: Callable[[Tensor], Tensor] | None = None
+        # in a tuple, so that a classifier that is a module does not become a part of this one
+        self._classify: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def bind(
         self,
@@ -58,10 +59,10 @@ class SoftmaxRegression(Objective):
         generator: nn.Module | None = None,
         classify: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._classify = classify
+        self._classify = () if classify is None else (classify,)
 
     def forward(self, student: StudentState, teacher: TeacherOutput) -> Tensor:
-        if self._classify is None:
+        if not self._classify:
             raise RuntimeError(
                 f"{self.name} needs the teacher's classifier: use it in CrossModalTraining, or call "
                 "bind(classify=teacher.classify)"
@@ -74,5 +75,5 @@ class SoftmaxRegression(Objective):
                 f"teacher_dim={teacher.feature.shape[1]} to build a connector"
             )
         feature_loss = F.mse_loss(full_precision(ours), full_precision(teacher.feature))
-        logits = self._classify(ours)
+        logits = self._classify[0](ours)
         return feature_loss + F.mse_loss(full_precision(logits), full_precision(teacher.logits))

@@ -1,0 +1,1 @@
+"""PointCMT inside other training frameworks; each file needs its framework installed."""

@@ -1,0 +1,334 @@
+"""Each objective against a formula written out independently, in float64 on fresh random tensors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+from pointcmt.objectives import (
+    ClassifierEnhancement,
+    FeatureEnhancement,
+    FeatureL2,
+    NeuronSelectivityTransfer,
+    Objective,
+    SoftLabels,
+    SoftmaxRegression,
+)
+from pointcmt.objectives.cloud_distances import DISTANCES, chamfer, sinkhorn, sliced_wasserstein
+from pointcmt.types import StudentState, TeacherOutput
+from tests.toys import CLASSES, FEATURE, Generator
+
+
+def states(seed: int, batch: int = 4, dtype: torch.dtype = torch.float64):
+    """A student state with gradients, a teacher output, and the student's classifier."""
+    torch.manual_seed(seed)
+    classifier = nn.Linear(FEATURE, CLASSES).to(dtype)
+    feature = torch.randn(batch, FEATURE, dtype=dtype).requires_grad_()
+    student = StudentState(feature, classifier(feature), classifier)
+    teacher = TeacherOutput(
+        torch.randn(batch, FEATURE, dtype=dtype), torch.randn(batch, CLASSES, dtype=dtype)
+    )
+    return student, teacher, classifier
+
+
+def softmax(row: list[float]) -> list[float]:
+    top = max(row)
+    weights = [math.exp(value - top) for value in row]
+    return [weight / sum(weights) for weight in weights]
+
+
+def kl(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def unit(cloud: np.ndarray) -> np.ndarray:
+    low, high = cloud.min(0), cloud.max(0)
+    return (cloud - (low + high) / 2) / (high - low).max()
+
+
+def test_default_weights_are_the_papers():
+    weights = {
+        FeatureEnhancement: 30.0,
+        ClassifierEnhancement: 0.3,
+        SoftLabels: 1.0,
+        NeuronSelectivityTransfer: 25.0,
+        SoftmaxRegression: 1.0,
+        FeatureL2: 100.0,
+    }
+    for kind, weight in weights.items():
+        objective = kind()
+        assert isinstance(objective, Objective)
+        assert objective.weight == weight
+        assert kind(weight=0.5).weight == 0.5
+    assert len({kind().name for kind in weights}) == len(weights)
+    assert FeatureL2(name="mine").name == "mine"
+
+
+def test_classifier_enhancement_is_the_kl_from_the_student_to_the_image_branch_summed():
+    student, teacher, classifier = states(1)
+    image = classifier(teacher.feature)
+    rows = zip(student.logits.tolist(), image.tolist(), strict=True)
+    expected = sum(kl(softmax(ours), softmax(theirs)) for ours, theirs in rows)
+    assert ClassifierEnhancement()(student, teacher).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_classifier_enhancement_teaches_through_both_arguments():
+    student, teacher, classifier = states(2)
+    feature_only, *_ = torch.autograd.grad(
+        ClassifierEnhancement()(student, teacher), student.feature, retain_graph=True
+    )
+    assert feature_only.abs().sum() > 0
+    both, *_ = torch.autograd.grad(
+        ClassifierEnhancement()(student, teacher), classifier.weight, retain_graph=True
+    )
+    # through the student's branch alone, the image branch held fixed
+    fixed = student._replace(classify=lambda feature: classifier(feature).detach())
+    one, *_ = torch.autograd.grad(
+        ClassifierEnhancement()(fixed, teacher), classifier.weight, retain_graph=True
+    )
+    detached = student._replace(logits=student.logits.detach())
+    other, *_ = torch.autograd.grad(ClassifierEnhancement()(detached, teacher), classifier.weight)
+    assert one.abs().sum() > 0
+    assert other.abs().sum() > 0
+    torch.testing.assert_close(both, one + other)
+
+
+@pytest.mark.parametrize("objective", [ClassifierEnhancement(), SoftLabels()])
+def test_log_probabilities_serve_as_well_as_logits(objective):
+    student, teacher, classifier = states(3)
+    logs = student._replace(
+        logits=student.logits.log_softmax(1), classify=lambda feature: classifier(feature).log_softmax(1)
+    )
+    torch.testing.assert_close(objective(logs, teacher), objective(student, teacher))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_soft_labels(temperature):
+    student, teacher, _ = states(4)
+    rows = list(zip(student.logits.tolist(), teacher.logits.tolist(), strict=True))
+    expected = 0.0
+    for ours, theirs in rows:
+        p, q = softmax([v / temperature for v in theirs]), softmax([v / temperature for v in ours])
+        expected += temperature**2 * kl(p, q) / len(rows)
+    assert SoftLabels(temperature=temperature)(student, teacher).item() == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="temperature"):
+        SoftLabels(temperature=0)
+
+
+def test_feature_l2():
+    student, teacher, _ = states(5)
+    pairs = zip(student.feature.flatten().tolist(), teacher.feature.flatten().tolist(), strict=True)
+    expected = sum((a - b) ** 2 for a, b in pairs) / student.feature.numel()
+    assert FeatureL2()(student, teacher).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [(FEATURE, FEATURE), (FEATURE, 11)])
+def test_nst_is_the_squared_mmd_over_pairs_of_neurons(sizes):
+    student, teacher, _ = states(6)
+    teacher = teacher._replace(feature=teacher.feature[:, : sizes[1]])
+
+    def patterns(feature):
+        rows = feature.detach().numpy().T
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    def mean_kernel(a, b):
+        return sum((x @ y) ** 2 for x, y in itertools.product(a, b)) / (len(a) * len(b))
+
+    ours, theirs = patterns(student.feature), patterns(teacher.feature)
+    expected = mean_kernel(theirs, theirs) + mean_kernel(ours, ours) - 2 * mean_kernel(ours, theirs)
+    assert NeuronSelectivityTransfer()(student, teacher).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_srrl_adds_the_feature_and_the_softmax_regression_loss(connected):
+    student, teacher, _ = states(7)
+    theirs = nn.Linear(9 if connected else FEATURE, CLASSES).double()
+    objective = SoftmaxRegression(student_dim=FEATURE, teacher_dim=9) if connected else SoftmaxRegression()
+    if connected:
+        teacher = teacher._replace(feature=teacher.feature[:, :9])
+    objective.double().bind(classify=theirs)
+    ours = student.feature.detach().numpy()
+    if connected:
+        linear = objective.connector[0].weight.detach().numpy()
+        hidden = ours @ linear.T
+        hidden = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)  # a fresh batch norm
+        ours = np.maximum(hidden, 0)
+    logits = ours @ theirs.weight.detach().numpy().T + theirs.bias.detach().numpy()
+    expected = np.mean((ours - teacher.feature.numpy()) ** 2) + np.mean(
+        (logits - teacher.logits.numpy()) ** 2
+    )
+    assert objective(student, teacher).item() == pytest.approx(expected, rel=1e-9)
+    assert len(list(objective.parameters())) == (3 if connected else 0)
+
+
+def test_srrl_says_what_it_lacks():
+    student, teacher, _ = states(8)
+    with pytest.raises(RuntimeError, match="classifier"):
+        SoftmaxRegression()(student, teacher)
+    with pytest.raises(ValueError, match="both, or neither"):
+        SoftmaxRegression(student_dim=3)
+    objective = SoftmaxRegression()
+    objective.bind(classify=nn.Identity())
+    with pytest.raises(ValueError, match="teacher_dim=9"):
+        objective(student, teacher._replace(feature=teacher.feature[:, :9]))
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_feature_enhancement_is_the_optimal_matching_of_the_generated_clouds(warm_start):
+    student, teacher, _ = states(9)
+    generator = Generator().double()
+    weight = generator.linear.weight.detach().numpy()
+    expected = []
+    for ours, theirs in zip(student.feature.detach().numpy(), teacher.feature.numpy(), strict=True):
+        x, y = unit((weight @ ours).reshape(-1, 3)), unit((weight @ theirs).reshape(-1, 3))
+        distances = np.linalg.norm(x[:, None] - y[None], axis=-1)
+        expected.append(distances[linear_sum_assignment(distances)].mean())
+    objective = FeatureEnhancement(generator=generator, warm_start=warm_start)
+    assert objective(student, teacher).item() == pytest.approx(np.mean(expected), rel=2e-3)
+
+
+def test_feature_enhancement_teaches_the_students_feature_only():
+    student, teacher, classifier = states(10)
+    generator = Generator().double().train()
+    objective = FeatureEnhancement(generator=generator)
+    image = teacher.feature.clone().requires_grad_()
+    objective(student, teacher._replace(feature=image)).backward()
+    assert student.feature.grad.abs().sum() > 0
+    assert image.grad is None
+    assert all(p.grad is None for p in [*generator.parameters(), *classifier.parameters()])
+    assert generator.training
+    assert generator.linear.weight.requires_grad
+    # dropout is off: the same again
+    assert objective(student, teacher) == objective.train()(student, teacher)
+
+
+def test_the_gradient_of_feature_enhancement_is_that_of_its_value():
+    student, teacher, _ = states(11, batch=2)
+    objective = FeatureEnhancement(generator=Generator(num_points=8).double())
+    objective(student, teacher).backward()
+    feature, step = student.feature.detach(), 1e-6
+    for row, column in ((0, 0), (1, 5), (0, 9)):
+        moved = []
+        for sign in (1, -1):
+            other = feature.clone()
+            other[row, column] += sign * step
+            moved.append(objective(student._replace(feature=other), teacher).item())
+        numeric = (moved[0] - moved[1]) / (2 * step)
+        assert student.feature.grad[row, column].item() == pytest.approx(numeric, rel=1e-3, abs=1e-7)
+
+
+def test_feature_enhancement_takes_any_distance():
+    student, teacher, _ = states(12)
+    generator = Generator().double()
+    values = {}
+    for distance in ["emd", *DISTANCES, lambda x, y: (x - y).norm(dim=-1).mean(1)]:
+        objective = FeatureEnhancement(generator=generator, distance=distance)
+        loss = objective(student, teacher)
+        (gradient,) = torch.autograd.grad(loss, student.feature, retain_graph=True)
+        assert torch.isfinite(gradient).all()
+        assert gradient.abs().sum() > 0
+        values[str(distance)] = loss.item()
+    # the identity is one matching of many, so the optimal one is no farther; and nothing is nearer than the
+    # nearest point
+    emd, identity = values["emd"], list(values.values())[-1]
+    assert values["chamfer"] <= emd * 1.001
+    assert values["sliced_wasserstein"] <= emd * 1.001
+    assert emd <= identity * 1.002
+    with pytest.raises(ValueError, match="expected one of emd, chamfer"):
+        FeatureEnhancement(distance="emmd")
+
+
+def test_feature_enhancement_says_what_does_not_fit():
+    student, teacher, _ = states(13)
+    with pytest.raises(ValueError, match="pointcmt train-generator"):
+        FeatureEnhancement().bind(generator=None)
+    with pytest.raises(RuntimeError, match="no generator"):
+        FeatureEnhancement()(student, teacher)
+    with pytest.raises(ValueError, match="generator takes features of size 9"):
+        FeatureEnhancement(generator=Generator(9))(student, teacher)
+
+
+@pytest.mark.parametrize("kind", [FeatureEnhancement, ClassifierEnhancement, FeatureL2])
+def test_feature_sizes_that_differ_are_explained(kind):
+    student, teacher, _ = states(14)
+    objective = kind(generator=Generator()) if kind is FeatureEnhancement else kind()
+    with pytest.raises(ValueError, match="--feature-dim 16"):
+        objective(student, teacher._replace(feature=teacher.feature[:, :9]))
+
+
+def test_class_counts_that_differ_are_explained():
+    student, teacher, _ = states(15)
+    with pytest.raises(ValueError, match="same classes"):
+        SoftLabels()(student, teacher._replace(logits=teacher.logits[:, :3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_states_give_full_precision_losses(dtype):
+    student, teacher, _ = states(16, dtype=torch.float32)
+    half = StudentState(
+        student.feature.to(dtype), student.logits.to(dtype), lambda f: student.classify(f.float()).to(dtype)
+    )
+    half_teacher = TeacherOutput(teacher.feature.to(dtype), teacher.logits.to(dtype))
+    srrl = SoftmaxRegression()
+    srrl.bind(classify=lambda feature: feature[:, :CLASSES])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for objective in (
+            FeatureEnhancement(generator=Generator()),
+            ClassifierEnhancement(),
+            SoftLabels(),
+            FeatureL2(),
+            NeuronSelectivityTransfer(),
+            srrl,
+        ):
+            loss = objective(half, half_teacher)
+            assert loss.dtype == torch.float32, objective
+            assert loss.item() == pytest.approx(objective(student, teacher).item(), rel=0.05, abs=1e-3), (
+                objective
+            )
+
+
+# ---- distances between clouds
+
+
+def clouds(seed: int, n: int = 20):
+    torch.manual_seed(seed)
+    return torch.rand(3, n, 3, dtype=torch.float64), torch.rand(3, n, 3, dtype=torch.float64)
+
+
+def test_chamfer():
+    x, y = clouds(1)
+    expected = []
+    for a, b in zip(x.numpy(), y.numpy(), strict=True):
+        distances = np.linalg.norm(a[:, None] - b[None], axis=-1)
+        expected.append((distances.min(0).mean() + distances.min(1).mean()) / 2)
+    np.testing.assert_allclose(chamfer(x, y), expected, rtol=1e-9)
+    assert chamfer(x, x).max() < 1e-5
+    x.requires_grad_()
+    chamfer(x, x.detach()).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_sinkhorn_is_near_the_optimal_transport():
+    x, y = clouds(2)
+    for a, b, ours in zip(
+        x.numpy(), y.numpy(), sinkhorn(x, y, blur=0.001, scaling=0.95).tolist(), strict=True
+    ):
+        distances = np.linalg.norm(a[:, None] - b[None], axis=-1)
+        assert ours == pytest.approx(distances[linear_sum_assignment(distances)].mean(), rel=0.02)
+
+
+def test_sliced_wasserstein_of_a_shifted_cloud_is_the_mean_shadow_of_the_shift():
+    x, _ = clouds(3)
+    # along a direction u the shift s moves everything by |s.u|, whose mean over the sphere is |s| / 2
+    shift = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
+    ours = sliced_wasserstein(x, x + shift, projections=2000)
+    torch.testing.assert_close(ours, (shift.norm() / 2).expand(3), rtol=2e-3, atol=0)
+    state = torch.get_rng_state()
+    sliced_wasserstein(x, x)
+    assert torch.equal(state, torch.get_rng_state())
