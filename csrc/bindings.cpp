@@ -15,6 +15,17 @@ TORCH_LIBRARY(pointcmt, m) {
       "emd(Tensor x, Tensor y, float eps, int max_rounds, Tensor? initial=None) -> "
       "(Tensor distance, Tensor assignment, Tensor statistics)");
   // sampling
+  m.def("furthest_point_sample(Tensor xyz, SymInt npoint) -> Tensor");
   // neighbors
+  m.def("ball_query(float radius, SymInt nsample, Tensor xyz, Tensor new_xyz) -> Tensor");
+  m.def("knn(Tensor queries, Tensor points, SymInt k) -> (Tensor, Tensor)");
+  m.def("three_nn(Tensor unknown, Tensor known) -> (Tensor, Tensor)");
   // grouping
+  m.def("gather_points(Tensor features, Tensor idx) -> Tensor");
+  m.def("gather_points_backward(Tensor grad, Tensor idx, SymInt n) -> Tensor");
+  m.def("group_points(Tensor features, Tensor idx) -> Tensor");
+  m.def("group_points_backward(Tensor grad, Tensor idx, SymInt n) -> Tensor");
+  m.def("three_interpolate(Tensor features, Tensor idx, Tensor weight) -> Tensor");
+  m.def("three_interpolate_backward(Tensor grad, Tensor idx, Tensor weight, SymInt m) -> Tensor");
+  m.def("three_interpolate_weight_backward(Tensor grad, Tensor features, Tensor idx) -> Tensor");
 }

@@ -17,6 +17,8 @@ def check_coordinates(op: str, **tensors: Tensor) -> None:
                 f"{op}: {name} must be a floating-point tensor [B, N, D], "
                 f"got {tensor.dtype} of shape {list(tensor.shape)}"
             )
+        if tensor.shape[2] == 0:
+            raise ValueError(f"{op}: {name} has points without coordinates: shape {list(tensor.shape)}")
         if tensor.shape[0] != first.shape[0] or tensor.shape[2] != first.shape[2]:
             raise ValueError(
                 f"{op}: {first_name} and {name} must agree in batch size and in the last dimension, "
@@ -26,6 +28,15 @@ def check_coordinates(op: str, **tensors: Tensor) -> None:
             raise ValueError(
                 f"{op}: {first_name} is on {first.device} and {name} on {tensor.device}; move them together"
             )
+
+
+def check_range(op: str, idx: Tensor, n: int) -> None:
+    """IndexError where an index leaves [0, n): for the twins on a CPU, where looking costs no wait."""
+    if idx.device.type != "cpu" or torch.compiler.is_compiling() or idx.numel() == 0:
+        return
+    low, high = (int(bound) for bound in idx.aminmax())
+    if low < 0 or high >= n:
+        raise IndexError(f"{op}: index {low if low < 0 else high} is out of range for {n} points")
 
 
 def check_xyz(op: str, **tensors: Tensor) -> None:
@@ -48,7 +59,8 @@ def check_features(op: str, features: Tensor, idx: Tensor, idx_shape: str) -> No
     rank = idx_shape.count(",") + 1
     if idx.dim() != rank or idx.dtype not in _INDEX_DTYPES:
         raise ValueError(
-            f"{op}: idx must be an int32 or int64 tensor {idx_shape}, got {idx.dtype} of shape {list(idx.shape)}"
+            f"{op}: idx must be an int32 or int64 tensor {idx_shape}, "
+            f"got {idx.dtype} of shape {list(idx.shape)}"
         )
     if idx.shape[0] != features.shape[0]:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +49,10 @@ def ball_query(radius: float, nsample: int, xyz: Tensor, new_xyz: Tensor) -> Ten
 def knn(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` nearest points of each query, nearest first, ties to the lower index.
 
-    Distances are sums of squared differences, taken dimension by dimension, so they do not suffer
-    the cancellation of ``|q|² + |p|² − 2 q·p`` and a point is at distance 0 of itself. The compiled
-    kernels never hold the M × N matrix of distances.
+    Distances are sums of squared differences, so they do not suffer the cancellation of
+    ``|q|² + |p|² − 2 q·p`` and a point is at distance 0 of itself. The order of the sum is fixed
+    (see :func:`squared_distances`): every kernel gives the same bits, hence the same neighbours.
+    The compiled kernels never hold the M × N matrix of distances.
 
     Args:
         queries: [B, M, D] in any number of dimensions; half precision is compared in float32.
@@ -104,20 +106,38 @@ def three_nn(unknown: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     return reference_three_nn(unknown, known)
 
 
-def _squared_distances(queries: Tensor, points: Tensor) -> Tensor:
-    """[B, M, N], summed dimension by dimension: the order of operations that every kernel keeps."""
-    total = queries.new_zeros(queries.shape[0], queries.shape[1], points.shape[1])
-    for d in range(queries.shape[2]):
-        difference = queries[:, :, None, d] - points[:, None, :, d]
-        total = total + difference * difference
-    return total
+def squared_distances(queries: Tensor, points: Tensor) -> Tensor:
+    """All squared distances [B, M, N], in the order of operations that every kernel keeps.
+
+    Eight partial sums, of dimensions 0, 8, 16, …, of 1, 9, 17, … and so on, then a tree: the order
+    that vector registers give. In three dimensions it is (x² + y²) + z². Without fused
+    multiply-add, so that every device rounds alike.
+    """
+    dims = queries.shape[2]
+
+    def partial(lane: int) -> Tensor:
+        total = queries.new_zeros(queries.shape[0], queries.shape[1], points.shape[1])
+        for d in range(lane, dims, 8):
+            difference = queries[:, :, None, d] - points[:, None, :, d]
+            total = total + difference * difference
+        return total
+
+    def pair(lane: int) -> Tensor:
+        return partial(lane) + partial(lane + 4) if lane + 4 < dims else partial(lane)
+
+    low, high = pair(0), None
+    if dims > 1:
+        low = low + pair(1)
+    if dims > 2:
+        high = pair(2) + pair(3) if dims > 3 else pair(2)
+    return low if high is None else low + high
 
 
 def reference_ball_query(radius: float, nsample: int, xyz: Tensor, new_xyz: Tensor) -> Tensor:
     """The readable twin of :func:`ball_query`, in PyTorch."""
     n = xyz.shape[1]
     limit = torch.tensor(radius, dtype=xyz.dtype, device=xyz.device) ** 2  # squared in their precision
-    inside = _squared_distances(new_xyz, xyz) < limit
+    inside = squared_distances(new_xyz, xyz) < limit
     index = torch.where(inside, torch.arange(n, device=xyz.device), n)
     hits = index.sort(-1).values[..., :nsample]
     hits = torch.nn.functional.pad(hits, (0, nsample - hits.shape[-1]), value=n)
@@ -128,7 +148,7 @@ def reference_ball_query(radius: float, nsample: int, xyz: Tensor, new_xyz: Tens
 def reference_knn(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The readable twin of :func:`knn`, in PyTorch."""
     with torch.no_grad():
-        exact = torch.nan_to_num(_squared_distances(queries, points), nan=math.inf, posinf=math.inf)
+        exact = torch.nan_to_num(squared_distances(queries, points), nan=math.inf, posinf=math.inf)
         distance, idx = (t[..., :k] for t in exact.sort(dim=-1, stable=True))
     if not torch.is_grad_enabled() or not (queries.requires_grad or points.requires_grad):
         return distance.contiguous(), idx.contiguous()
@@ -140,7 +160,7 @@ def reference_knn(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tens
 def reference_three_nn(unknown: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """The readable twin of :func:`three_nn`, in PyTorch."""
     m = known.shape[1]
-    exact = torch.nan_to_num(_squared_distances(unknown, known), nan=math.inf, posinf=math.inf)
+    exact = torch.nan_to_num(squared_distances(unknown, known), nan=math.inf, posinf=math.inf)
     distance, idx = (t[..., :3] for t in exact.sort(dim=-1, stable=True))
     idx = torch.where(distance < math.inf, idx, 0)
     if m < 3:
@@ -149,49 +169,44 @@ def reference_three_nn(unknown: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     return distance.sqrt(), idx.contiguous()
 
 
-if "ball_query" in compiled_ops("cpu"):
-
-    @torch.library.register_fake("pointcmt::ball_query")
-    def _(radius: float, nsample: int, xyz: Tensor, new_xyz: Tensor) -> Tensor:
-        return xyz.new_empty((xyz.shape[0], new_xyz.shape[1], nsample), dtype=torch.int64)
+def _fake_ball_query(radius: float, nsample: int, xyz: Tensor, new_xyz: Tensor) -> Tensor:
+    return xyz.new_empty((xyz.shape[0], new_xyz.shape[1], nsample), dtype=torch.int64)
 
 
-if "three_nn" in compiled_ops("cpu"):
+def _fake_three_nn(unknown: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (unknown.shape[0], unknown.shape[1], 3)
+    return unknown.new_empty(shape), unknown.new_empty(shape, dtype=torch.int64)
 
-    @torch.library.register_fake("pointcmt::three_nn")
-    def _(unknown: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (unknown.shape[0], unknown.shape[1], 3)
-        return unknown.new_empty(shape), unknown.new_empty(shape, dtype=torch.int64)
+
+def _fake_knn(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (queries.shape[0], queries.shape[1], k)
+    return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
+
+
+def _knn_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    queries, points, _ = inputs
+    ctx.save_for_backward(queries, points, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _knn_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None
+    queries, points, idx = ctx.saved_tensors
+    # d|q − p|² = 2 (q − p) dq − 2 (q − p) dp, in the layout of group_points: [B, D, M, k]
+    neighbours = torch.ops.pointcmt.group_points(points.transpose(1, 2), idx)
+    slope = 2 * grad[:, None] * (queries.transpose(1, 2)[..., None] - neighbours)
+    grad_queries = slope.sum(-1).transpose(1, 2) if ctx.needs_input_grad[0] else None
+    grad_points = None
+    if ctx.needs_input_grad[1]:
+        scattered = torch.ops.pointcmt.group_points_backward(slope, idx, points.shape[1])
+        grad_points = -scattered.transpose(1, 2)
+    return grad_queries, grad_points, None
 
 
 if "knn" in compiled_ops("cpu"):
-
-    @torch.library.register_fake("pointcmt::knn")
-    def _(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        shape = (queries.shape[0], queries.shape[1], k)
-        return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
-
-    def _knn_context(ctx, inputs, output) -> None:
-        queries, points, _ = inputs
-        ctx.save_for_backward(queries, points, output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    def _knn_backward(ctx, grad: Tensor | None, _: Tensor | None):
-        if grad is None:
-            return None, None, None
-        queries, points, idx = ctx.saved_tensors
-        # d|q − p|² = 2 (q − p) dq − 2 (q − p) dp; grouped as [B, D, M, k], the layout of group_points
-        flat_points = points.transpose(1, 2).contiguous()
-        neighbours = torch.ops.pointcmt.group_points(flat_points, idx)
-        slope = 2 * grad[:, None] * (queries.transpose(1, 2)[..., None] - neighbours)
-        grad_queries = slope.sum(-1).transpose(1, 2) if ctx.needs_input_grad[0] else None
-        grad_points = None
-        if ctx.needs_input_grad[1]:
-            scattered = torch.ops.pointcmt.group_points_backward(
-                slope.neg().contiguous(), idx, points.shape[1]
-            )
-            grad_points = scattered.transpose(1, 2)
-        return grad_queries, grad_points, None
-
+    torch.library.register_fake("pointcmt::ball_query", _fake_ball_query)
+    torch.library.register_fake("pointcmt::three_nn", _fake_three_nn)
+    torch.library.register_fake("pointcmt::knn", _fake_knn)
     torch.library.register_autograd("pointcmt::knn", _knn_backward, setup_context=_knn_context)

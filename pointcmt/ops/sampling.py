@@ -92,8 +92,9 @@ def reference_furthest_point_sample(xyz: Tensor, npoint: int) -> Tensor:
     return chosen
 
 
-if "furthest_point_sample" in compiled_ops("cpu"):
+def _fake_furthest_point_sample(xyz: Tensor, npoint: int) -> Tensor:
+    return xyz.new_empty((xyz.shape[0], npoint), dtype=torch.int64)
 
-    @torch.library.register_fake("pointcmt::furthest_point_sample")
-    def _(xyz: Tensor, npoint: int) -> Tensor:
-        return xyz.new_empty((xyz.shape[0], npoint), dtype=torch.int64)
+
+if "furthest_point_sample" in compiled_ops("cpu"):
+    torch.library.register_fake("pointcmt::furthest_point_sample", _fake_furthest_point_sample)

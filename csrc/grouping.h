@@ -1,0 +1,58 @@
+// Gather, group and interpolate: the checks that their CPU and CUDA kernels share.
+#pragma once
+
+#include <ATen/ATen.h>
+
+namespace pointcmt {
+
+inline void check_index(const char* op, const at::Tensor& values, const at::Tensor& idx, int64_t rank) {
+  TORCH_CHECK_VALUE(values.is_floating_point(), op, ": a floating-point tensor was expected, got ",
+                    values.scalar_type());
+  TORCH_CHECK_VALUE(idx.scalar_type() == at::kLong || idx.scalar_type() == at::kInt, op,
+                    ": idx must be int32 or int64, got ", idx.scalar_type());
+  TORCH_CHECK_VALUE(idx.dim() == rank && idx.size(0) == values.size(0), op, ": idx must have ", rank,
+                    " dimensions and batch size ", values.size(0), ", got ", idx.sizes());
+  TORCH_CHECK_VALUE(values.device() == idx.device(), op, ": both tensors must be on one device");
+}
+
+inline void check_gather(const char* op, const at::Tensor& features, const at::Tensor& idx, int64_t rank) {
+  TORCH_CHECK_VALUE(features.dim() == 3, op, ": features must be [B, C, N], got ", features.sizes());
+  TORCH_CHECK_VALUE(features.size(2) < (int64_t{1} << 31), op, ": too many points");
+  check_index(op, features, idx, rank);
+}
+
+// grad is [B, C, *idx.shape[1:]]
+inline void check_gather_backward(const char* op, const at::Tensor& grad, const at::Tensor& idx, int64_t n,
+                                  int64_t rank) {
+  TORCH_CHECK_VALUE(grad.dim() == rank + 1, op, ": grad must have ", rank + 1, " dimensions, got ", grad.sizes());
+  check_index(op, grad, idx, rank);
+  TORCH_CHECK_VALUE(grad.sizes().slice(2) == idx.sizes().slice(1), op, ": grad ", grad.sizes(),
+                    " does not fit idx ", idx.sizes());
+  TORCH_CHECK_VALUE(n >= 0 && n < (int64_t{1} << 31), op, ": n is out of range: ", n);
+}
+
+// The dtype that sums are taken in: float32 for half precision.
+inline at::ScalarType sum_dtype(const at::Tensor& values) {
+  return values.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_three(const char* op, const at::Tensor& values, const at::Tensor& idx, const at::Tensor& weight) {
+  check_index(op, values, idx, 3);
+  TORCH_CHECK_VALUE(values.dim() == 3 && idx.size(2) == 3 && weight.sizes() == idx.sizes(), op,
+                    ": [B, C, m], idx [B, n, 3] and weight [B, n, 3] were expected, got ", values.sizes(), ", ",
+                    idx.sizes(), " and ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.scalar_type() == sum_dtype(values), op, ": weight must be ", sum_dtype(values), ", got ",
+                    weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.device() == idx.device(), op, ": all tensors must be on one device");
+}
+
+inline void check_three_weight(const at::Tensor& grad, const at::Tensor& features, const at::Tensor& idx) {
+  check_index("three_interpolate_weight_backward", features, idx, 3);
+  TORCH_CHECK_VALUE(grad.dim() == 3 && features.dim() == 3 && grad.size(0) == features.size(0) &&
+                        grad.size(1) == features.size(1) && grad.size(2) == idx.size(1) && idx.size(2) == 3 &&
+                        grad.scalar_type() == features.scalar_type() && grad.device() == features.device(),
+                    "three_interpolate_weight_backward: grad ", grad.sizes(), ", features ", features.sizes(),
+                    " and idx ", idx.sizes(), " do not fit");
+}
+
+}  // namespace pointcmt

@@ -1,0 +1,128 @@
+// Vectors of 32 bytes in GCC's and clang's vector extension: portable to every target (the compiler
+// splits them where registers are smaller), with intrinsics only where the extension has no word.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace pointcmt::simd {
+
+template <typename T>
+struct Types;
+template <>
+struct Types<float> {
+  typedef float V __attribute__((vector_size(32)));
+  typedef int32_t M __attribute__((vector_size(32)));
+  using Int = int32_t;
+};
+template <>
+struct Types<double> {
+  typedef double V __attribute__((vector_size(32)));
+  typedef int64_t M __attribute__((vector_size(32)));
+  using Int = int64_t;
+};
+
+template <typename T>
+using Vec = typename Types<T>::V;
+template <typename T>
+using Mask = typename Types<T>::M;  // also the vector of integers that is as wide as T
+template <typename T>
+constexpr int64_t width = 32 / sizeof(T);
+
+template <typename T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename T>
+inline void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+template <typename T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+
+// a < b ? a : b, so that a NaN in a gives b: one instruction on x86.
+inline Vec<float> min(Vec<float> a, Vec<float> b) {
+#if defined(__AVX__)
+  return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+inline Vec<double> min(Vec<double> a, Vec<double> b) {
+#if defined(__AVX__)
+  return (Vec<double>)_mm256_min_pd((__m256d)a, (__m256d)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+inline Vec<float> max(Vec<float> a, Vec<float> b) {
+#if defined(__AVX__)
+  return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Vec<double> max(Vec<double> a, Vec<double> b) {
+#if defined(__AVX__)
+  return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// a·b + c in one rounding where the machine has it; only for results that are bounds, never for
+// those that must equal the twin's, because elsewhere it is two roundings.
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__FMA__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__FMA__)
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// One bit per lane of a comparison's result.
+inline unsigned bits(Mask<float> m) {
+#if defined(__AVX__)
+  return static_cast<unsigned>(_mm256_movemask_ps((__m256)m));
+#else
+  unsigned out = 0;
+  for (int i = 0; i < 8; ++i) out |= static_cast<unsigned>(m[i] < 0) << i;
+  return out;
+#endif
+}
+inline unsigned bits(Mask<double> m) {
+#if defined(__AVX__)
+  return static_cast<unsigned>(_mm256_movemask_pd((__m256d)m));
+#else
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<unsigned>(m[i] < 0) << i;
+  return out;
+#endif
+}
+
+template <typename T>
+inline T horizontal_max(Vec<T> v) {
+  T best = v[0];
+  for (int64_t i = 1; i < width<T>; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+}  // namespace pointcmt::simd

@@ -1,0 +1,90 @@
+"""Without compiled kernels everything still works, and one warning says how to build them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SCRIPT = """
+import sys, warnings
+sys.modules["pointcmt._C"] = None  # importing it is an ImportError from here on
+import torch
+from pointcmt import ops
+from pointcmt.ops import _extension
+
+assert not _extension.has_cpu_kernels() and not _extension.has_cuda_kernels()
+torch.manual_seed(0)
+xyz, features = torch.randn(2, 60, 3), torch.randn(2, 5, 60, requires_grad=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    first = ops.furthest_point_sample(xyz, 12)
+    centres = ops.gather_points(xyz.transpose(1, 2), first).transpose(1, 2)
+    hits = ops.ball_query(0.8, 6, xyz, centres)
+    grouped = ops.group_points(features, hits.int())
+    distance, idx = ops.knn(xyz, xyz, 4)
+    near, three = ops.three_nn(xyz, centres)
+    spread = ops.three_interpolate(features[..., :12], three, near)
+    (grouped.sum() + spread.sum()).backward()
+found = [w for w in caught if "compiled kernels" in str(w.message)]
+assert len(found) == 1, [str(w.message) for w in caught]
+assert found[0].category is RuntimeWarning
+assert "pip install" in str(found[0].message)
+assert found[0].filename == "<string>", found[0].filename  # it points at the caller
+whole = torch.compile(lambda x: ops.knn(x, x, 4)[1], fullgraph=True, backend="eager")
+assert torch.equal(whole(xyz), idx)
+results = [first, hits, grouped.detach(), distance, idx, near, three, spread.detach(), features.grad]
+torch.save(results, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_twins_serve_with_one_warning(tmp_path: Path) -> None:
+    import torch
+
+    from pointcmt import ops
+
+    saved = tmp_path / "results.pt"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(saved)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    torch.manual_seed(0)
+    xyz, features = torch.randn(2, 60, 3), torch.randn(2, 5, 60, requires_grad=True)
+    first = ops.furthest_point_sample(xyz, 12)
+    centres = ops.gather_points(xyz.transpose(1, 2), first).transpose(1, 2)
+    hits = ops.ball_query(0.8, 6, xyz, centres)
+    grouped = ops.group_points(features, hits.int())
+    distance, idx = ops.knn(xyz, xyz, 4)
+    near, three = ops.three_nn(xyz, centres)
+    spread = ops.three_interpolate(features[..., :12], three, near)
+    (grouped.sum() + spread.sum()).backward()
+    here = [first, hits, grouped, distance, idx, near, three, spread, features.grad]
+    for one, two in zip(here, torch.load(saved, weights_only=True), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.slow
+def test_a_missing_compiler_is_a_warning_and_not_a_failed_install(tmp_path: Path) -> None:
+    """setup.py with a compiler that does not exist: it ends well, says so, and builds nothing."""
+    environment = {**os.environ, "CC": "/nowhere/cc", "CXX": "/nowhere/c++", "FORCE_CUDA": "0"}
+    environment.pop("POINTCMT_REQUIRE_EXT", None)
+    command = [sys.executable, "setup.py", "build_ext"]
+    command += ["--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "pure-PyTorch twins" in run.stderr
+    assert not list((tmp_path).rglob("*.so"))
+    strict = {**environment, "POINTCMT_REQUIRE_EXT": "1"}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=strict, check=False)
+    assert run.returncode != 0
