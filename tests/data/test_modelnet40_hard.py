@@ -37,6 +37,8 @@ def test_objects_are_off_centre_by_up_to_half_their_size(hard: ModelNet40Hard) -
         low, high = cloud[own].min(0), cloud[own].max(0)
         offset.append(np.abs((low + high) / 2) / np.maximum(np.ptp(cloud, axis=0) / 2, 1e-6))
     assert 0.1 < np.mean(offset) < 0.5
+    # nor is the cloud centred again on what was kept
+    assert np.abs(hard.points.mean(1)).mean() > 0.05
 
 
 def test_fixed_by_seed(hard: ModelNet40Hard, modelnet40_root: Path, tmp_path: Path) -> None:
