@@ -182,6 +182,14 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
+def in_precision_of(module: nn.Module, feature: Tensor) -> Tensor:
+    """The feature in the precision of the module that it goes into, unless autocast sees to that."""
+    if torch.is_autocast_enabled(feature.device.type):
+        return feature
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return feature if parameter is None else feature.to(parameter.dtype)
+
+
 def module_tree(module: nn.Module, limit: int = 60) -> str:
     """``path: Class(sizes)`` per submodule in the order of definition, as error messages show it."""
     lines = [f"{type(module).__name__}:"]
@@ -451,8 +459,26 @@ def verify_adapter(
     module = unwrap(student)
     args = points if isinstance(points, tuple) else (points,)
     adapter = find_adapter(module, adapter, points=args if not kwargs else (args, kwargs))
+    return _prove(module, adapter, lambda: module(*args, **kwargs))
+
+
+def verify_tail(
+    module: nn.Module, args: tuple, kwargs: Mapping[str, Any], adapter: Adapter
+) -> AdapterReport | None:
+    """As :func:`verify_adapter`, on the inputs of ``adapter.logits_module`` in place of the network's.
+
+    For scripts that never call the network itself. None where the feature is not inside that submodule.
+    """
+    last = adapter.output_module(module)
+    tapped_module = adapter.submodule(module)
+    if all(child is not tapped_module for child in last.modules()):
+        return None
+    return _prove(module, adapter, lambda: last(*args, **kwargs))
+
+
+def _prove(module: nn.Module, adapter: Adapter, run: Callable[[], Any]) -> AdapterReport:
     with quiet_evaluation(module):
-        seen, output = run_tapped(module, adapter, args, kwargs)
+        seen, output = run_tapped(module, adapter, run)
         path = adapter.feature_path(module)
         where = f"the {adapter.feature_from} of {path!r}"
         help_ = (
@@ -478,7 +504,7 @@ def verify_adapter(
                 "feature=<function from that tensor to [B, D]>." + help_
             )
         try:
-            again = adapter.classify(module, feature)
+            again = adapter.classify(module, in_precision_of(module, feature))
         except Exception as error:
             raise AdapterError(
                 f"adapter {adapter.name!r}: classify failed on the feature {list(feature.shape)} at {where}: "
@@ -497,24 +523,22 @@ def verify_adapter(
                 f"from the network's output by up to {difference:.3g} (tolerance {tolerance:.3g}); feature "
                 f"{list(feature.shape)} at {where}, logits {list(logits.shape)}." + help_
             )
-        moved = adapter.classify(module, feature + feature.abs().mean() + 1)
+        moved = adapter.classify(module, in_precision_of(module, feature + feature.abs().mean() + 1))
         conclusive = _difference(moved, logits) > tolerance
     return AdapterReport(
         adapter, path, tuple(feature.shape), tuple(logits.shape), difference, tolerance, conclusive
     )
 
 
-def run_tapped(
-    module: nn.Module, adapter: Adapter, args: tuple, kwargs: Mapping[str, Any]
-) -> tuple[Tensor | None, Any]:
-    """One forward pass: (copy of the tapped tensor, output of ``logits_module``); None for what never ran."""
+def run_tapped(module: nn.Module, adapter: Adapter, run: Callable[[], Any]) -> tuple[Tensor | None, Any]:
+    """Calls ``run``: (copy of the tapped tensor, output of ``logits_module``); None for what never ran."""
     seen: list[Tensor] = []
     outputs: list[Any] = []
     with tapped(adapter.submodule(module), adapter.feature_from, lambda tensor: seen.append(tensor.clone())):
         target = adapter.output_module(module)
         handle = target.register_forward_hook(lambda _m, _a, output: outputs.append(output))
         try:
-            module(*args, **kwargs)
+            run()
         finally:
             handle.remove()
     return (seen[-1] if seen else None), (outputs[-1] if outputs else None)

@@ -38,6 +38,8 @@ class StudentCapture:
         adapter: says what to capture.
         on_first_pass: called before the first training pass with the arguments of the network, where that is
             possible (not from inside compiled code, nor from a replica); may call :meth:`use`.
+        on_first_tail: called in its place, with the arguments of the adapter's ``logits_module``, where the
+            network itself is not called.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class StudentCapture:
         student: nn.Module,
         adapter: Adapter,
         on_first_pass: Callable[[tuple, dict[str, Any]], None],
+        on_first_tail: Callable[[tuple, dict[str, Any]], None],
     ) -> None:
         self.student = student
         self.module = unwrap(student)
@@ -55,12 +58,14 @@ class StudentCapture:
         self.inputs: tuple[tuple, dict[str, Any]] | None = None
         self._captured: Captured | None = None
         self._on_first_pass = on_first_pass
+        self._on_first_tail = on_first_tail
         self._met_first_pass = False
         self._local = threading.local()
         self._lock = threading.Lock()
         self._replicas: dict[int, Captured] = {}
         self._replica_group: Any = None
         self._handles: list[Any] = []
+        self._outer = 0
         self._shielded: list[nn.Module] = []
         self.compiled_in = False
         self.tap_fired = False
@@ -79,6 +84,7 @@ class StudentCapture:
         if self.module is not self.student:
             self._handles.append(self.module.register_forward_pre_hook(self._before, with_kwargs=True))
             self._shield(self.module)
+        self._outer = len(self._handles)
         self._hook()
 
     def _hook(self) -> None:
@@ -88,6 +94,8 @@ class StudentCapture:
         else:
             self._handles.append(tapped.register_forward_hook(self._tap_output))
         last = self.adapter.output_module(self.module)
+        if last is not self.module:
+            self._handles.append(last.register_forward_pre_hook(self._before_last, with_kwargs=True))
         self._handles.append(last.register_forward_hook(self._complete))
         self._shield(tapped)
         self._shield(last)
@@ -98,10 +106,9 @@ class StudentCapture:
             return
         self.adapter = adapter
         if self._handles:
-            first, second = self._handles[:-2], self._handles[-2:]
-            for handle in second:
+            for handle in self._handles[self._outer :]:
                 handle.remove()
-            self._handles = first
+            del self._handles[self._outer :]
             self._hook()
 
     def close(self) -> None:
@@ -166,6 +173,13 @@ class StudentCapture:
             return
         self._met_first_pass = True
         self._on_first_pass(*self._at_home(args, kwargs))
+
+    def _before_last(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._met_first_pass or self.paused or not module.training or torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled() and not _in_backward() and not getattr(module, "_is_replica", False):
+            self._met_first_pass = True
+            self._on_first_tail(*self._at_home(args, kwargs))
 
     def _at_home(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The inputs where the bare network is, in its precision: the wrapper would have seen to that."""

@@ -11,7 +11,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from pointcmt.adapters.registry import Adapter, AdapterReport, find_adapter, verify_adapter
+from pointcmt.adapters.registry import (
+    Adapter,
+    AdapterReport,
+    find_adapter,
+    in_precision_of,
+    verify_adapter,
+    verify_tail,
+)
 from pointcmt.borrowed import Lent, UntouchedStatistics, device_of
 from pointcmt.capture import Captured, StudentCapture
 from pointcmt.objectives import ClassifierEnhancement, FeatureEnhancement, Objective
@@ -108,7 +115,7 @@ class CrossModalTraining:
                 f"this {type(self).__name__} is entered already; leave it before entering it again"
             )
         adapter = find_adapter(self.student, self._adapter)
-        capture = StudentCapture(self.student, adapter, self._prove)
+        capture = StudentCapture(self.student, adapter, self._prove, self._prove_tail)
         if capture.module in _active:
             raise RuntimeError(
                 f"this {type(capture.module).__name__} is being trained in another {type(self).__name__} "
@@ -150,6 +157,14 @@ class CrossModalTraining:
         finally:
             capture.paused = False
         capture.use(adapter)
+
+    def _prove_tail(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        capture = self._entered("the adapter's proof")
+        capture.paused = True
+        try:
+            self.report = verify_tail(capture.module, args, kwargs, capture.adapter)
+        finally:
+            capture.paused = False
 
     # ---- training
 
@@ -276,10 +291,7 @@ class CrossModalTraining:
         capture = self._entered("classify")
         assert self._statistics is not None
         module = capture.module
-        if not torch.is_autocast_enabled(feature.device.type):
-            parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-            if parameter is not None and parameter.dtype != feature.dtype:
-                feature = feature.to(parameter.dtype)
+        feature = in_precision_of(module, feature)
         # the classifier may begin with the tapped module
         before, capture.paused = capture.paused, True
         try:
@@ -290,7 +302,8 @@ class CrossModalTraining:
 
     def _teacher_logits(self, feature: Tensor) -> Tensor:
         assert self._lent is not None, "objectives ask the teacher only inside loss()"
-        return self._lent.at(feature.device).classify(feature)  # type: ignore[operator]
+        teacher = self._lent.at(feature.device)
+        return teacher.classify(in_precision_of(teacher, feature))  # type: ignore[operator]
 
     def _teach(
         self, captured: Captured, views: Tensor | None, image_features: Tensor | TeacherOutput | None
@@ -331,16 +344,16 @@ class CrossModalTraining:
                 f"loss() was already called for this forward pass of {student}; call it once per training "
                 "pass, after student(points)"
             )
+        if capture.was_evaluated:
+            return (
+                f"only passes of {student} in eval mode were seen, which count as validation; call "
+                "student.train() before the training pass"
+            )
         if capture.tap_fired:
             return (
                 f"the feature of {student} was seen, but its forward pass never ended: call student(points), "
                 "not student.forward(points). Where a script calls another method of the student, use an "
                 "adapter with logits_module"
-            )
-        if capture.was_evaluated:
-            return (
-                f"only passes of {student} in eval mode were seen, which count as validation; call "
-                "student.train() before the training pass"
             )
         return (
             f"loss() before a training pass of {student}: call student(points) inside the `with` first, in "

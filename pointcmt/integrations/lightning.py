@@ -18,7 +18,7 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError:
     try:
-        from pytorch_lightning import Callback, LightningModule, Trainer
+        from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
     except ImportError as error:
         raise ImportError("pointcmt.integrations.lightning needs Lightning: pip install lightning") from error
 

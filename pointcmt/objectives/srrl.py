@@ -67,7 +67,7 @@ class SoftmaxRegression(Objective):
                 f"{self.name} needs the teacher's classifier: use it in CrossModalTraining, or call "
                 "bind(classify=teacher.classify)"
             )
-        ours = self.connector(student.feature)
+        ours = self.connector(full_precision(student.feature))
         if ours.shape != teacher.feature.shape:
             raise ValueError(
                 f"{self.name}: the student's feature has size {ours.shape[1]}, the teacher's "
