@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ._version import __version__
+from pointcmt._version import __version__
 
 PathLike = str | os.PathLike[str]
 Module = TypeVar("Module", bound=nn.Module)

@@ -1,4 +1,4 @@
-"""Views of shapes: projected from points (``project_points``) or rendered from meshes (``pointcmt.views.mesh``)."""
+"""Views of shapes: projected from points (``project_points``), or of meshes (``pointcmt.views.mesh``)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .cameras import Rig, list_rigs, register_rig, rig
-from .projection import count_channels, estimate_normals, project_points, unit_sphere
+from pointcmt.views.cameras import Rig, list_rigs, register_rig, rig
+from pointcmt.views.projection import count_channels, estimate_normals, project_points, unit_sphere
 
 __all__ = [
     "Rig",
@@ -25,10 +25,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """How clouds become a teacher's images: the arguments of ``project_points``, as one value to keep and compare.
+    """How clouds become a teacher's images: the arguments of ``project_points``, to keep and to compare.
 
-    Wherever views are made for one teacher (training it, caching its features, evaluating it) they must be made
-    alike: keep the teacher's ``ViewSpec`` beside it, and ``describe()`` in the feature cache.
+    Wherever views are made for one teacher (training it, caching its features, evaluating it) they must be
+    made alike: keep the teacher's ``ViewSpec`` beside it, and ``describe()`` in the feature cache.
 
     Attributes:
         rig: name of a registered rig.
@@ -66,7 +66,7 @@ class ViewSpec:
         return project_points(points, **asdict(self))
 
     def describe(self) -> dict[str, Any]:
-        """JSON-serialisable record: equal exactly where views are made alike; ``ViewSpec(**record)`` restores it."""
+        """JSON-serialisable record, equal where views are made alike; ``ViewSpec(**record)`` restores it."""
         record = asdict(self)
         record["channels"] = list(self.channels)
         return record

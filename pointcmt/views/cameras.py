@@ -1,4 +1,4 @@
-"""Camera rigs: where the cameras stand around a shape in the unit sphere, and how to add a rig of one's own."""
+"""Camera rigs: where the cameras stand around a shape in the unit sphere; how to add one's own."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Rig:
     def __post_init__(self) -> None:
         if not self.eyes or len(self.eyes) != len(self.ups):
             raise ValueError(
-                f"rig {self.name!r} has {len(self.eyes)} eyes and {len(self.ups)} ups; expected one up per eye, "
-                "at least one"
+                f"rig {self.name!r} has {len(self.eyes)} eyes and {len(self.ups)} ups; expected one up per "
+                "eye, at least one"
             )
         if not 0 < self.field_of_view < 180:
             raise ValueError(
@@ -54,10 +54,10 @@ class Rig:
         return len(self.eyes)
 
     def frames(self, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """Rotations [V, 3, 3] whose rows are right, down and forward (world → camera), and eyes [V, 3]; float32.
+        """Rotations [V, 3, 3], whose rows are right, down and forward, and eyes [V, 3]; float32.
 
-        Camera coordinates of p are ``rotation @ (p - eye)``: x to the right, y down, z is the depth. The frame
-        is right-handed, so images are not mirrored.
+        Camera coordinates of p are ``rotation @ (p - eye)``: x to the right, y down, z is the depth. The
+        frame is right-handed, so images are not mirrored.
         """
         # in double on the CPU, then rounded: axis-aligned cameras get exact zeros and ones on every device
         eyes = torch.tensor(self.eyes, dtype=torch.float64)
@@ -118,14 +118,12 @@ def rig(name: str | Rig, up: str = "z") -> Rig:
     def turn(vector: Vector) -> Vector:
         return vector[shift % 3], vector[(1 + shift) % 3], vector[(2 + shift) % 3]
 
-    return Rig(
-        found.name, tuple(map(turn, found.eyes)), tuple(map(turn, found.ups)), found.field_of_view
-    )
+    return Rig(found.name, tuple(map(turn, found.eyes)), tuple(map(turn, found.ups)), found.field_of_view)
 
 
 @register_rig
 def _simpleview() -> Rig:
-    """Six views along the axes from 1.4 away, 90° wide (SimpleView, Goyal et al. 2021; princeton-vl/SimpleView).
+    """Six views along the axes from 1.4 away, 90° wide (SimpleView, Goyal et al. 2021, and its public code).
 
     Four around the up axis, then from above, then from below.
     """
@@ -146,7 +144,7 @@ _RENDER_FIELD_OF_VIEW = 60.0
 
 @register_rig
 def _ring12() -> Rig:
-    """Twelve cameras on a ring, 30° apart, looking down from 30° of elevation (MVCNN, Su et al. 2015, §3.1)."""
+    """Twelve cameras on a ring, 30° apart, looking down from 30° of elevation (MVCNN, Su et al. 2015)."""
     flat, high = math.cos(math.radians(30)), math.sin(math.radians(30))
     eyes = tuple(
         (
@@ -161,7 +159,7 @@ def _ring12() -> Rig:
 
 @register_rig
 def _dodecahedron20() -> Rig:
-    """Twenty cameras on the vertices of a dodecahedron (MVCNN, Su et al. 2015, §3.1, second setup).
+    """Twenty cameras on the vertices of a dodecahedron (MVCNN, Su et al. 2015, second setup).
 
     No vertex lies on an axis, so "up" is up in every image.
     """

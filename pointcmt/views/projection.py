@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cameras import Rig
-from .cameras import rig as find_rig
+from pointcmt.ops import knn
+from pointcmt.views.cameras import Rig
+from pointcmt.views.cameras import rig as find_rig
 
 # channels that project_points knows, and how many image channels each takes
 CHANNELS = {"depth": 1, "density": 1, "normal": 3}
 
-# Sums over the points of a pixel are kept in 64-bit integers: the order of addition, which a GPU does not fix,
-# then cannot change the result. The count lies in the high bits, the sum of 1/depth in the low ones.
+# Sums over the points of a pixel are kept in 64-bit integers: the order of addition, which a GPU does not
+# fix, then cannot change the result. The count lies in the high bits, the sum of 1/depth in the low ones.
 _FRACTION = 20
 _COUNT_SHIFT = 44
 _MAX_POINTS = 1 << 19
@@ -31,7 +32,9 @@ def count_channels(channels: Sequence[str] = ("depth",)) -> int:
     """
     unknown = [name for name in channels if name not in CHANNELS]
     if isinstance(channels, str) or unknown or not channels or len(set(channels)) != len(channels):
-        raise ValueError(f"channels={channels!r}: expected a sequence of distinct names out of {tuple(CHANNELS)}")
+        raise ValueError(
+            f"channels={channels!r}: expected a sequence of distinct names out of {tuple(CHANNELS)}"
+        )
     return sum(CHANNELS[name] for name in channels)
 
 
@@ -55,8 +58,8 @@ def project_points(
     half-open squares that tile the image symmetrically (the public code shifts them by half a pixel), images
     are not mirrored, and the up axis is a parameter (theirs is y).
 
-    No gradient flows to the points. The result does not depend on the order of the points and is the same,
-    bit by bit, from call to call, on a GPU too.
+    No gradient flows to the points. Depth and density do not depend on the order of the points, and every
+    image is the same, bit by bit, from call to call, on a GPU too.
 
     Args:
         points: [B, N, 3] clouds in the unit sphere; any floating dtype. Points outside a camera's image,
@@ -92,8 +95,9 @@ def project_points(
     cameras = find_rig(rig, up)
     batch, number, views = points.shape[0], points.shape[1], len(cameras)
     if number > _MAX_POINTS:
-        raise ValueError(f"points has {number} points per cloud; expected at most {_MAX_POINTS}: sample fewer")
-    # autocast would round coordinates to half precision inside the matrix product
+        raise ValueError(
+            f"points has {number} points per cloud; expected at most {_MAX_POINTS}: sample fewer"
+        )
     with torch.autocast(points.device.type, enabled=False):
         points = points.float()
         if normalize:
@@ -101,10 +105,11 @@ def project_points(
         if batch == 0 or number == 0:
             return points.new_zeros(batch, views, total, size, size)
         rotation, eyes = cameras.frames(points.device)
-        shift = (rotation @ eyes[:, :, None]).view(-1)
-        # [B, N, 3V] → [3, B, V, N], coordinates first so that each is contiguous
-        camera = (points @ rotation.view(-1, 3).t() - shift).view(batch, number, views, 3).permute(3, 0, 2, 1)
-        across, down, depth = camera.contiguous()
+        seen_from = (rotation * eyes[:, None, :]).sum(-1)  # [V, 3] the eyes in their own cameras' axes
+        camera = [
+            turned - eye[:, None] for turned, eye in zip(_turn(points, rotation), seen_from.t(), strict=True)
+        ]
+        across, down, depth = camera
 
         # each image is padded by the radius of a point, so that a disc never wraps around a border
         margin = math.floor(splat)
@@ -115,8 +120,15 @@ def project_points(
         row = torch.floor(down * scale + size / 2)
         # compared as floats: false for NaN and infinity, which have no integer
         drawn = (column >= 0) & (column < size) & (row >= 0) & (row < size) & (depth >= _NEAR)
+        home = margin * (width + 1)  # where points that are not drawn add nothing, any offset away
         image = torch.arange(batch * views, device=points.device).view(batch, views, 1) * (width * width)
-        pixel = ((row + margin) * width + (column + margin)).masked_fill_(~drawn, 0).long().add_(image).view(-1)
+        pixel = (
+            ((row + margin) * width + (column + margin))
+            .masked_fill_(~drawn, home)
+            .long()
+            .add_(image)
+            .view(-1)
+        )
         offsets = _disc(splat, width)
 
         inverse = torch.where(drawn, (1 << _FRACTION) / depth, 0.0)
@@ -135,10 +147,10 @@ def project_points(
                 images.append(count.log1p())
             else:
                 normals = estimate_normals(points, neighbors)  # [B, N, 3]
-                seen = (normals @ rotation.view(-1, 3).t()).view(batch, number, views, 3).transpose(1, 2)
+                seen = torch.stack(_turn(normals, rotation), dim=-1)  # [B, V, N, 3]
                 # towards the camera: against the ray from the eye to the point
-                facing = (seen * camera.permute(1, 2, 3, 0)).sum(-1, keepdim=True)
-                seen = torch.where(drawn[..., None], torch.where(facing > 0, -seen, seen), 0.0)
+                away = (seen * torch.stack(camera, dim=-1)).sum(-1, keepdim=True) > 0
+                seen = torch.where(drawn[..., None], torch.where(away, -seen, seen), 0.0)
                 fixed = (seen * (1 << _FRACTION)).round_().long().reshape(-1, 3)
                 sums = _accumulate(fixed, pixel, offsets, batch * views * width * width)
                 mean = _crop(sums, batch, views, width, margin).float() / (1 << _FRACTION)
@@ -162,23 +174,21 @@ def unit_sphere(points: Tensor) -> Tensor:
 def estimate_normals(points: Tensor, neighbors: int = 16) -> Tensor:
     """Unit normals [B, N, 3] of clouds [B, N, 3], of arbitrary sign: PCA of each point's nearest points.
 
-    The normal is the direction of least variance (Hoppe et al. 1992, §3.2), from the closed-form eigenvalues of
-    a symmetric 3×3 matrix (Smith 1961), because batched ``eigh`` of small matrices is slow on every device.
-    Where the least variance has no single direction (points on a line, or all in one place) some unit vector
-    across the points is returned.
+    The normal is the direction of least variance (Hoppe et al. 1992), from the closed-form eigenvalues of a
+    symmetric 3×3 matrix (Smith 1961), because batched ``eigh`` of small matrices is slow on every device.
+    Where the least variance has no single direction (points on a line, or all in one place) some unit
+    vector across the points is returned.
 
     Raises:
         ValueError: fewer than 3 neighbours.
     """
     if neighbors < 3:
         raise ValueError(f"neighbors={neighbors}; a plane needs at least 3 points")
-    from ..ops import knn
-
     index = knn(points, points, min(neighbors, points.shape[1]))[1]
     batch, number, count = index.shape
     near = points.gather(1, index.view(batch, -1, 1).expand(-1, -1, 3)).view(batch, number, count, 3)
     near = near - near.mean(2, keepdim=True)
-    covariance = torch.einsum("bnki,bnkj->bnij", near, near)
+    covariance = (near[..., :, None] * near[..., None, :]).sum(2)
     return _least_eigenvector(covariance)
 
 
@@ -193,14 +203,11 @@ def _least_eigenvector(matrix: Tensor) -> Tensor:
     spread = (deviation.square().sum((-2, -1)) / 6).sqrt().clamp(min=1e-12)
     angle = (torch.linalg.det(deviation) / (2 * spread**3)).clamp(-1, 1).acos() / 3
     least = mean + (2 * spread * torch.cos(angle + 2 * math.pi / 3))[..., None, None]
-    # the rows of (matrix − least·I) span the plane across the eigenvector: the longest of their cross products
-    # is the best conditioned
+    # the rows of (matrix − least·I) span the plane across the eigenvector: the longest of their cross
+    # products is the best conditioned
     rows = matrix - least * identity
     products = torch.stack(
-        [
-            torch.linalg.cross(rows[..., i, :], rows[..., j, :])
-            for i, j in ((0, 1), (0, 2), (1, 2))
-        ],
+        [torch.linalg.cross(rows[..., i, :], rows[..., j, :]) for i, j in ((0, 1), (0, 2), (1, 2))],
         dim=-2,
     )
     best = products.square().sum(-1).argmax(-1)
@@ -217,6 +224,16 @@ def _least_eigenvector(matrix: Tensor) -> Tensor:
     return torch.where(length > 1e-7, vector / length.clamp(min=1e-30), fallback)
 
 
+def _turn(vectors: Tensor, rotation: Tensor) -> list[Tensor]:
+    """[B, N, 3] in the axes of V cameras: three coordinates [B, V, N].
+
+    Written out, because a matrix product may run in TF32 or half precision where the user allows that for
+    his network, and because here every point is computed alike, whatever its place in the batch.
+    """
+    x, y, z = vectors[:, None].unbind(-1)  # [B, 1, N] each
+    return [x * axis[:, :1] + y * axis[:, 1:2] + z * axis[:, 2:] for axis in rotation.unbind(1)]
+
+
 def _disc(radius: float, width: int) -> list[int]:
     """Offsets, in a flattened image of that width, of the pixels within ``radius`` of one."""
     reach = math.floor(radius)
@@ -227,9 +244,8 @@ def _disc(radius: float, width: int) -> list[int]:
 def _accumulate(values: Tensor, pixel: Tensor, offsets: list[int], pixels: int) -> Tensor:
     """Sum int64 values [P, C] into pixels [pixels, C], each at every offset from its own pixel."""
     sums = torch.zeros(pixels, values.shape[1], dtype=torch.int64, device=values.device)
-    # points that are not drawn add 0 to the first pixel of their image; an offset before it would leave the buffer
     for offset in offsets:
-        index = pixel if offset == 0 else (pixel + offset).clamp_(0, pixels - 1)
+        index = pixel if offset == 0 else pixel + offset
         if values.shape[1] == 1:
             sums.view(-1).index_add_(0, index, values.view(-1))
         else:

@@ -1,0 +1,241 @@
+"""Stage I of PointCMT: a multi-view image teacher over any timm backbone."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+import pointcmt.backbones  # noqa: F401  registers simpleview_resnet with timm
+from pointcmt.checkpoint import PathLike, fingerprint, load_module, save_module
+from pointcmt.types import TeacherOutput
+
+_VIEW_POOLS = ("max", "mean")
+
+
+class ImageTeacher(nn.Module):
+    """One 2D network shared by the V views of a shape, pooling over the views, a linear classifier (MVCNN).
+
+    The teacher of PointCMT (Yan et al. 2022, §3.1 and the authors' code), after Su et al. 2015: every view
+    goes through the backbone and its global pooling; where the backbone's width is not ``feature_dim``, a
+    projection (linear, BatchNorm, ReLU, so that the feature stays as non-negative as a ResNet's own); then
+    the maximum, or mean, over views is the shape feature, and dropout and one linear layer classify it.
+
+    Args:
+        num_classes: number of classes K.
+        backbone: any timm model name, ``"simpleview_resnet"`` included: small, from scratch, made for views
+            projected from points (see ``pointcmt.backbones``).
+        in_chans: image channels C; 3 for photographs and renderings, 1 for depth.
+        feature_dim: size D of the shape feature; the student's feature must have the same.
+        view_pool: ``"max"`` or ``"mean"`` over views.
+        pretrained: start from timm's pretrained weights (downloaded on first use).
+        dropout: probability, before the classifier.
+        backbone_options: further keyword arguments of ``timm.create_model``, JSON-serialisable; for example
+            ``{"img_size": 128}`` for a vision transformer.
+        mean: C channel means that are subtracted from views in [0, 1]; ``"auto"``: those the backbone was
+            trained with (ImageNet's if it says nothing) for 3 channels, none otherwise. None: none.
+        std: C standard deviations, likewise.
+
+    Attributes:
+        config: the arguments from which ``load`` builds it again.
+        images_per_pass: outside training, the backbone sees at most this many images at a time, which bounds
+            memory.
+
+    Raises:
+        ValueError: arguments other than these, or a backbone that timm does not know.
+    """
+
+    images_per_pass = 256
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet18",
+        in_chans: int = 3,
+        feature_dim: int = 512,
+        view_pool: str = "max",
+        pretrained: bool = False,
+        dropout: float = 0.0,
+        backbone_options: dict[str, Any] | None = None,
+        mean: Sequence[float] | str | None = "auto",
+        std: Sequence[float] | str | None = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("num_classes", num_classes),
+            ("in_chans", in_chans),
+            ("feature_dim", feature_dim),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}={value}; expected at least 1")
+        if view_pool not in _VIEW_POOLS:
+            raise ValueError(f"view_pool={view_pool!r}; expected 'max' or 'mean'")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.feature_dim = feature_dim
+        self.view_pool = view_pool
+        options = dict(backbone_options or {})
+        self.backbone = _create_backbone(backbone, pretrained, in_chans, options)
+        width = _feature_width(self.backbone)
+        self.projection: nn.Module = nn.Identity()
+        if width != feature_dim:
+            self.projection = nn.Sequential(
+                nn.Linear(width, feature_dim, bias=False), nn.BatchNorm1d(feature_dim), nn.ReLU()
+            )
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(feature_dim, num_classes)
+
+        trained_with = getattr(self.backbone, "pretrained_cfg", None) or {}
+        means = _statistic("mean", mean, in_chans, trained_with.get("mean") or IMAGENET_DEFAULT_MEAN)
+        deviations = _statistic("std", std, in_chans, trained_with.get("std") or IMAGENET_DEFAULT_STD)
+        if deviations is not None and min(deviations) <= 0:
+            raise ValueError(f"std={deviations}; expected positive numbers")
+        # they stand in the configuration, hence not in the state_dict
+        for name, values, neutral in (("mean", means, 0.0), ("std", deviations, 1.0)):
+            per_channel = torch.tensor([neutral] * in_chans if values is None else values).view(-1, 1, 1)
+            self.register_buffer(name, per_channel, persistent=False)
+        self.normalizes = means is not None or deviations is not None
+        self.config: dict[str, Any] = {
+            "num_classes": num_classes,
+            "backbone": backbone,
+            "in_chans": in_chans,
+            "feature_dim": feature_dim,
+            "view_pool": view_pool,
+            # the weights come from the checkpoint: nothing is to be downloaded when it is loaded
+            "pretrained": False,
+            "dropout": dropout,
+            "backbone_options": options,
+            "mean": means,
+            "std": deviations,
+        }
+        # convolutions on CPUs and on tensor cores are fastest with channels last in memory
+        self.backbone.to(memory_format=torch.channels_last)
+
+    def encode(self, views: Tensor) -> Tensor:
+        """Views [B, V, C, H, W], any V ≥ 1, values in [0, 1] for images → shape feature [B, D].
+
+        Raises:
+            ValueError: another shape, number of channels or dtype.
+        """
+        self._check(views)
+        batch, count = views.shape[:2]
+        images = views.flatten(0, 1)
+        if self.normalizes:
+            images = (images - self.mean) / self.std
+        images = images.contiguous(memory_format=torch.channels_last)
+        # in training BatchNorm needs the whole batch at once
+        step = len(images) if self.training else self.images_per_pass
+        if len(images) <= step:
+            features = self._per_view(images)
+        else:
+            features = torch.cat([self._per_view(part) for part in images.split(step)])
+        features = features.view(batch, count, self.feature_dim)
+        return features.amax(1) if self.view_pool == "max" else features.mean(1)
+
+    def classify(self, feature: Tensor) -> Tensor:
+        """Shape feature [B, D] → logits [B, K]."""
+        if feature.ndim != 2 or feature.shape[1] != self.feature_dim:
+            raise ValueError(
+                f"feature has shape {list(feature.shape)}; this teacher classifies [B, {self.feature_dim}]"
+            )
+        return self.classifier(self.dropout(feature))
+
+    def forward(self, views: Tensor) -> TeacherOutput:
+        """Views [B, V, C, H, W] → ``TeacherOutput(feature [B, D], logits [B, K])``; errors as ``encode``."""
+        feature = self.encode(views)
+        return TeacherOutput(feature, self.classify(feature))
+
+    def fingerprint(self) -> str:
+        """sha256 of configuration and weights; cached features are bound to it."""
+        return fingerprint(self, self.config)
+
+    def save(self, path: PathLike) -> None:
+        """Write weights and configuration to one safetensors file, atomically."""
+        save_module(path, self, "teacher", self.config)
+
+    @classmethod
+    def load(cls, path: PathLike) -> ImageTeacher:
+        """The teacher that ``save`` wrote: in eval mode, on the CPU.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is not a whole teacher checkpoint.
+        """
+        return load_module(path, "teacher", cls)
+
+    def _per_view(self, images: Tensor) -> Tensor:
+        features = self.backbone(images)
+        if features.ndim == 4:  # a backbone that does not pool: [M, width, h, w]
+            features = features.mean((2, 3))
+        elif features.ndim == 3:  # tokens: [M, tokens, width]
+            features = features.mean(1)
+        return self.projection(features)
+
+    def _check(self, views: Tensor) -> None:
+        if views.ndim != 5:
+            hint = "; for one view per shape add the axis with views[:, None]" if views.ndim == 4 else ""
+            raise ValueError(
+                f"views has shape {list(views.shape)}; expected [B, V, {self.in_chans}, H, W]{hint}"
+            )
+        if views.shape[1] < 1:
+            raise ValueError(f"views has shape {list(views.shape)}: no view; expected V ≥ 1")
+        if views.shape[2] != self.in_chans:
+            raise ValueError(
+                f"views has {views.shape[2]} channels (shape {list(views.shape)}); this teacher was made for "
+                f"in_chans={self.in_chans}. Give it views with the channels it was trained on, or make "
+                f"ImageTeacher(…, in_chans={views.shape[2]})"
+            )
+        if not views.is_floating_point():
+            raise ValueError(
+                f"views has dtype {views.dtype}; expected floating point in [0, 1]: for 8-bit images use "
+                "views.float() / 255"
+            )
+
+
+def _create_backbone(name: str, pretrained: bool, in_chans: int, options: dict[str, Any]) -> nn.Module:
+    architecture = name.split(".")[0].removeprefix("hf-hub:")
+    if "/" not in architecture and not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), 5)
+        raise ValueError(
+            f"timm has no model {name!r}"
+            + (f"; near it: {', '.join(near)}" if near else "")
+            + ". timm.list_models('*resnet*') lists names"
+        )
+    try:
+        return timm.create_model(name, pretrained=pretrained, in_chans=in_chans, num_classes=0, **options)
+    except TypeError as error:
+        raise ValueError(f"timm's {name} does not take backbone_options={options}: {error}") from error
+    except OSError as error:
+        if not pretrained:
+            raise
+        raise RuntimeError(
+            f"the pretrained weights of {name} could not be downloaded ({error}). Use pretrained=False, or "
+            "put them into the Hugging Face cache on a machine with a network (HF_HOME)"
+        ) from error
+
+
+def _feature_width(backbone: nn.Module) -> int:
+    # some families (MobileNetV3, EfficientViT) widen the feature once more after pooling
+    return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]
+
+
+def _statistic(
+    name: str, given: Sequence[float] | str | None, in_chans: int, default: Sequence[float]
+) -> list[float] | None:
+    if given is None or (isinstance(given, str) and given == "auto" and in_chans != 3):
+        return None
+    if isinstance(given, str):
+        if given != "auto":
+            raise ValueError(f"{name}={given!r}; expected {in_chans} numbers, None or 'auto'")
+        given = default
+    values = [float(value) for value in given]
+    if len(values) != in_chans:
+        raise ValueError(f"{name}={values} has {len(values)} numbers; expected one per channel: {in_chans}")
+    return values
