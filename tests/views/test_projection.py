@@ -193,14 +193,14 @@ def test_normals_against_eigh():
 def test_normal_channels_face_the_camera():
     """A sphere from outside: the normal at the middle of the image points at the eye, −forward."""
     points = torch.nn.functional.normalize(
-        torch.randn(1, 2000, 3, generator=torch.Generator().manual_seed(13)), dim=-1
+        torch.randn(1, 8000, 3, generator=torch.Generator().manual_seed(13)), dim=-1
     )
     points = points[:, points[0, :, 0] > 0.75]  # the cap that the camera at +x sees from its place at 1.4
     images = project_points(points, "simpleview", 16, channels=("depth", "normal"))
     seen = rig("simpleview").eyes.index((1.4, 0.0, 0.0))
     depth, normal = images[0, seen, 0], images[0, seen, 1:]
     assert (normal[2][depth > 0] < 0).all()
-    assert normal[2, 7:9, 7:9].mean() < -0.95
+    assert normal[2, 6:10, 6:10][depth[6:10, 6:10] > 0].mean() < -0.9
     # to the right of the middle it leans right, above the middle it leans up (negative down)
     assert normal[0, :, 11][depth[:, 11] > 0].mean() > 0.1
     assert normal[1, 4][depth[4] > 0].mean() < -0.1

@@ -1,0 +1,250 @@
+"""Images from meshes: a rig's shaded views through pyvista (VTK), off-screen. Needs ``pointcmt[mesh]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pointcmt.checkpoint import PathLike, atomic_write
+from pointcmt.views.cameras import Rig
+from pointcmt.views.cameras import rig as find_rig
+
+MESH_SUFFIXES = (".off", ".obj", ".ply")
+
+# one light at the camera and some from all around: every visible face has a shade that tells its slant
+_COLOR = (0.8, 0.8, 0.8)
+_AMBIENT, _DIFFUSE, _SPECULAR = 0.25, 0.75, 0.1
+
+
+def read_mesh(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices [n, 3] float64 and triangles [m, 3] int64 of an OFF, OBJ or PLY file.
+
+    OFF files whose first line holds ``OFF`` and the counts together, as many of ModelNet's do
+    (``OFF490 518 0``), are read too.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another format, a file that cannot be read, or one without a face.
+    """
+    import trimesh
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no mesh at {path}; expected an {', '.join(MESH_SUFFIXES)} file")
+    if path.suffix.lower() not in MESH_SUFFIXES:
+        raise ValueError(
+            f"{path} is of no known format {path.suffix!r}; expected one of {', '.join(MESH_SUFFIXES)}"
+        )
+    try:
+        if path.suffix.lower() == ".off":
+            vertices, faces = _read_off(path)
+        else:
+            mesh: Any = trimesh.load(path, force="mesh", process=False)
+            vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
+    except Exception as error:  # trimesh raises whatever its parsers trip over
+        raise ValueError(f"{path} is not a readable mesh: {error!r}") from error
+    if len(faces) == 0 or faces.shape[-1] != 3:
+        raise ValueError(f"{path} has {len(vertices)} vertices and no face; a mesh with triangles is needed")
+    vertices = np.asarray(vertices, dtype=np.float64)
+    if not np.isfinite(vertices).all() or faces.min() < 0 or faces.max() >= len(vertices):
+        raise ValueError(f"{path} has coordinates that are not finite, or faces that name missing vertices")
+    return vertices, faces.astype(np.int64)
+
+
+def render_mesh(
+    path: PathLike, rig: str | Rig = "dodecahedron20", size: int = 224, *, up: str = "z"
+) -> Tensor:
+    """Shaded views of a mesh, scaled to the unit sphere, in front of white.
+
+    Args:
+        path: an OFF, OBJ or PLY file.
+        rig: a registered name or a ``Rig``; the same cameras as ``project_points``'.
+        size: height and width S in pixels.
+        up: the axis of the mesh that points up (ModelNet: z).
+
+    Returns:
+        [V, 3, S, S] float32 in [0, 1].
+
+    Raises:
+        ModuleNotFoundError: pyvista is not installed.
+        RuntimeError: VTK cannot render on this machine.
+        FileNotFoundError, ValueError: as ``read_mesh``.
+    """
+    cameras = find_rig(rig, up)
+    if size < 1:
+        raise ValueError(f"size={size}; expected at least 1 pixel")
+    vertices, faces = read_mesh(path)
+    with _plotter(size) as plotter:
+        return _render(plotter, vertices, faces, cameras, up)
+
+
+def render_folder(
+    meshes_root: PathLike,
+    out: PathLike,
+    rig: str | Rig = "dodecahedron20",
+    size: int = 224,
+    *,
+    up: str = "z",
+    splits: Sequence[str] = ("train", "test"),
+    progress: bool = True,
+) -> int:
+    """Render a tree of meshes, ``<class>/<split>/<name>.off`` as ModelNet's, to the multi-view convention.
+
+    Writes ``<out>/<split>/<class>/<name>_001.png`` and so on, view 1 first: what
+    ``pointcmt.data.MultiViewImages`` reads. Every image is written whole or not at all, and a shape whose
+    last image exists is done: run it again to resume.
+
+    Args:
+        meshes_root: the tree of meshes (OFF, OBJ or PLY).
+        out: root of the images.
+        rig, size, up: as ``render_mesh``.
+        splits: names of the split folders.
+        progress: show a progress bar.
+
+    Returns:
+        How many shapes were rendered in this run.
+
+    Raises:
+        FileNotFoundError: no mesh in that layout.
+        ModuleNotFoundError, RuntimeError, ValueError: as ``render_mesh``; the message names the mesh.
+    """
+    from rich.progress import track
+
+    root, out = Path(meshes_root), Path(out)
+    cameras = find_rig(rig, up)
+    found = sorted(
+        path for split in splits for path in root.glob(f"*/{split}/*") if path.suffix.lower() in MESH_SUFFIXES
+    )
+    if not found:
+        raise FileNotFoundError(
+            f"no mesh under {root}; tried {', '.join(f'<class>/{split}/*.off' for split in splits)} "
+            f"(and {', '.join(MESH_SUFFIXES[1:])}), the layout of ModelNet40.zip"
+        )
+
+    def image(path: Path, view: int) -> Path:
+        split, label = path.parent.name, path.parent.parent.name
+        return out / split / label / f"{path.stem}_{view:03d}.png"
+
+    todo = [path for path in found if not image(path, len(cameras)).exists()]
+    if not todo:
+        return 0
+    with _plotter(size) as plotter:
+        for path in track(todo, description="rendering meshes", disable=not progress):
+            vertices, faces = read_mesh(path)
+            views = _render(plotter, vertices, faces, cameras, up)
+            pixels = (views * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            # the last view last: it says that the shape is done
+            for view, picture in enumerate(pixels, start=1):
+                with atomic_write(image(path, view)) as temporary:
+                    Image.fromarray(picture).save(temporary)
+    return len(todo)
+
+
+def _read_off(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices and triangles (polygons as fans); an own reader, as ModelNet's files break the first line."""
+    lines = (line.split("#")[0].strip() for line in path.read_text(errors="replace").splitlines())
+    tokens = [line for line in lines if line]
+    if not tokens or not tokens[0].upper().startswith("OFF"):
+        raise ValueError("does not begin with OFF")
+    rest = tokens[0][3:].strip()
+    body = [rest, *tokens[1:]] if rest else tokens[1:]
+    vertex_count, face_count = (int(number) for number in body[0].split()[:2])
+    if len(body) < 1 + vertex_count + face_count:
+        raise ValueError(
+            f"promises {vertex_count} vertices and {face_count} faces, has {len(body) - 1} lines: truncated?"
+        )
+    vertices = np.array([line.split()[:3] for line in body[1 : 1 + vertex_count]], dtype=np.float64)
+    triangles: list[tuple[int, int, int]] = []
+    for line in body[1 + vertex_count : 1 + vertex_count + face_count]:
+        numbers = line.split()
+        corners = [int(number) for number in numbers[1 : 1 + int(numbers[0])]]
+        triangles += [(corners[0], b, c) for b, c in pairwise(corners[1:])]
+    return vertices.reshape(-1, 3), np.array(triangles, dtype=np.int64).reshape(-1, 3)
+
+
+def _normalize(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Centre of the used vertices' bounding box to the origin, farthest of them to radius 1."""
+    used = vertices[np.unique(faces)]
+    centre = (used.min(0) + used.max(0)) / 2
+    radius = np.linalg.norm(used - centre, axis=1).max()
+    return (vertices - centre) / (radius if radius > 0 else 1.0)
+
+
+def _import_pyvista() -> Any:
+    try:
+        import pyvista
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "rendering meshes needs pyvista: pip install 'pointcmt[mesh]' "
+            "(views projected from points need nothing: pointcmt.views.project_points)"
+        ) from error
+    except ImportError as error:  # VTK's wheels link to the system's libraries
+        raise RuntimeError(_no_rendering(str(error))) from error
+    return pyvista
+
+
+def _no_rendering(reason: str) -> str:
+    return (
+        f"VTK cannot render off-screen here: {reason}. It needs OpenGL libraries, no display. On Debian or "
+        "Ubuntu: apt-get install libgl1 libegl1 libosmesa6 libxrender1; on Fedora: dnf install mesa-libGL "
+        "mesa-libEGL mesa-libOSMesa libXrender. Views projected from points need none of this"
+    )
+
+
+@contextmanager
+def _plotter(size: int) -> Iterator[Any]:
+    """An off-screen plotter of size × size pixels, known to draw."""
+    pyvista = _import_pyvista()
+    # without a display VTK looks for an X server first and complains; EGL is what it then uses
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("VTK_DEFAULT_OPENGL_WINDOW", "vtkEGLRenderWindow")
+    try:
+        plotter = pyvista.Plotter(off_screen=True, window_size=[size, size], lighting="none")
+        plotter.set_background("white")
+        plotter.add_light(pyvista.Light(light_type="headlight"))
+        blank = plotter.screenshot(return_img=True)
+    except Exception as error:
+        raise RuntimeError(_no_rendering(repr(error))) from error
+    try:
+        if blank is None or blank.shape[:2] != (size, size):
+            raise RuntimeError(_no_rendering(f"asked for {size}×{size} pixels, got {np.shape(blank)}"))
+        yield plotter
+    finally:
+        plotter.close()
+
+
+def _render(plotter: Any, vertices: np.ndarray, faces: np.ndarray, cameras: Rig, up: str) -> Tensor:
+    pyvista = _import_pyvista()
+    surface = pyvista.PolyData.from_regular_faces(_normalize(vertices, faces), faces)
+    plotter.add_mesh(
+        surface,
+        name="shape",  # replaces the shape before
+        color=_COLOR,
+        ambient=_AMBIENT,
+        diffuse=_DIFFUSE,
+        specular=_SPECULAR,
+        smooth_shading=False,
+        show_scalar_bar=False,
+        reset_camera=False,
+        render=False,
+    )
+    images = []
+    for eye, top in zip(cameras.eyes, cameras.ups, strict=True):
+        camera = plotter.camera
+        camera.position, camera.focal_point, camera.up = eye, (0.0, 0.0, 0.0), top
+        camera.view_angle = cameras.field_of_view
+        distance = float(np.linalg.norm(eye))
+        camera.clipping_range = (max(distance - 1.01, 0.01), distance + 1.01)
+        plotter.render()
+        images.append(np.array(plotter.screenshot(return_img=True)[..., :3]))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255

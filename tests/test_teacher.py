@@ -1,0 +1,228 @@
+import copy
+
+import pytest
+import timm
+import torch
+
+from pointcmt.backbones import SimpleViewResNet
+from pointcmt.generator import PointGenerator
+from pointcmt.teacher import ImageTeacher
+from pointcmt.views import ViewSpec
+
+SMALL = {"width": 0.0625, "layers": [1, 1], "stem_kernel": 2, "stem_stride": 2}
+
+
+def small(**options):
+    torch.manual_seed(0)
+    settings = {"backbone": "simpleview_resnet", "in_chans": 1, "feature_dim": 12, "backbone_options": SMALL}
+    return ImageTeacher(5, **{**settings, **options})
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        ("resnet18", {"block_args": {}}),
+        ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1}),
+        ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 64]}),
+        ("mobilenetv3_small_050", {}),  # its feature is wider than timm's num_features
+        ("regnetx_002", {}),
+        ("simpleview_resnet", {"width": 0.125}),
+    ],
+)
+def test_any_timm_backbone(backbone, options):
+    teacher = ImageTeacher(4, backbone, in_chans=2, feature_dim=24, backbone_options=options)
+    output = teacher(rand(2, 3, 2, 32, 32))
+    assert output.feature.shape == (2, 24)
+    assert output.logits.shape == (2, 4)
+    assert (output.feature >= 0).all(), "the projection ends in a ReLU"
+    output.logits.sum().backward()
+    assert all(p.grad is not None for p in teacher.backbone.parameters())
+
+
+def test_resnet18_has_512_features_and_needs_no_projection():
+    teacher = ImageTeacher(40)
+    assert isinstance(teacher.projection, torch.nn.Identity)
+    reference = timm.create_model("resnet18", num_classes=0)
+    assert teacher.backbone.state_dict().keys() == reference.state_dict().keys()
+
+
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_forward_is_mvcnn(pool):
+    """Each view alone through the backbone, then the pool, then the classifier."""
+    teacher = small(view_pool=pool).eval()
+    views = rand(3, 4, 1, 16, 16)
+    per_view = [teacher.projection(teacher.backbone(views[:, v])) for v in range(4)]
+    stacked = torch.stack(per_view)
+    feature = stacked.max(0).values if pool == "max" else sum(per_view) / 4
+    output = teacher(views)
+    torch.testing.assert_close(output.feature, feature)
+    logits = feature @ teacher.classifier.weight.t() + teacher.classifier.bias
+    torch.testing.assert_close(output.logits, logits)
+    # shape features do not depend on the order of the views
+    torch.testing.assert_close(teacher.encode(views.flip(1)), output.feature)
+
+
+def test_passes_in_pieces_are_the_same(monkeypatch):
+    teacher = small().eval()
+    views = rand(5, 3, 1, 16, 16)
+    whole = teacher.encode(views)
+    sizes = []
+    teacher.backbone.register_forward_hook(lambda module, images, output: sizes.append(len(output)))
+    monkeypatch.setattr(ImageTeacher, "images_per_pass", 4)
+    torch.testing.assert_close(teacher.encode(views), whole)
+    assert sizes == [4, 4, 4, 3]
+    teacher.train().encode(views)
+    assert sizes[4:] == [15], "in training BatchNorm must see the whole batch"
+
+
+def test_normalisation_of_images_and_none_of_depth():
+    teacher = small(in_chans=3, mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 2.0]).eval()
+    plain = small(in_chans=3, mean=None, std=None).eval()
+    plain.load_state_dict(teacher.state_dict())
+    views = rand(2, 2, 3, 16, 16)
+    by_hand = (views - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([0.5, 0.25, 2.0])[
+        :, None, None
+    ]
+    torch.testing.assert_close(teacher.encode(views), plain.encode(by_hand))
+    assert small(in_chans=3).config["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    assert small(in_chans=3).config["std"] == pytest.approx([0.229, 0.224, 0.225])
+    assert small(in_chans=1).config["mean"] is None
+    assert small(in_chans=4).config["std"] is None
+    # the normalisation that a backbone was trained with is its own
+    vit = ImageTeacher(2, "vit_tiny_patch16_224", backbone_options={"img_size": 32, "depth": 1})
+    assert vit.config["mean"] == [0.5, 0.5, 0.5]
+
+
+def test_dropout_belongs_to_the_classifier():
+    teacher = small(dropout=0.5, backbone_options={**SMALL}).train()
+    feature = rand(4, 12)
+    torch.manual_seed(1)
+    first = teacher.classify(feature)
+    assert not torch.equal(first, teacher.classify(feature))
+    assert torch.equal(teacher.eval().classify(feature), teacher.classify(feature))
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_save_and_load(tmp_path, in_chans):
+    teacher = small(in_chans=in_chans, view_pool="mean", dropout=0.25)
+    teacher(rand(4, 2, in_chans, 16, 16))  # BatchNorm statistics that are not the initial ones
+    teacher.save(tmp_path / "t.safetensors")
+    loaded = ImageTeacher.load(tmp_path / "t.safetensors")
+    assert not loaded.training
+    assert loaded.config == teacher.config
+    assert loaded.fingerprint() == teacher.fingerprint()
+    views = rand(3, 2, in_chans, 16, 16, seed=1)
+    for one, other in zip(teacher.eval()(views), loaded(views), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_fingerprint_tells_teachers_apart():
+    teacher = small()
+    assert len(teacher.fingerprint()) == 64
+    assert copy.deepcopy(teacher).fingerprint() == teacher.fingerprint()
+    assert small(view_pool="mean").fingerprint() != teacher.fingerprint()
+    other = copy.deepcopy(teacher)
+    with torch.no_grad():
+        other.classifier.bias[0] += 1e-3
+    assert other.fingerprint() != teacher.fingerprint()
+
+
+def test_half_precision_and_autocast():
+    teacher = small().eval()
+    views = rand(2, 3, 1, 16, 16)
+    expected = teacher(views).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = teacher(views).logits
+    torch.testing.assert_close(logits.float(), expected, atol=0.05, rtol=0.05)
+
+
+def test_it_learns_from_projected_points():
+    """Spheres against flat discs and sticks, new ones at the end."""
+    generator = torch.Generator().manual_seed(3)
+
+    def batch(count):
+        labels = torch.randint(0, 3, (count,), generator=generator)
+        points = torch.nn.functional.normalize(torch.randn(count, 128, 3, generator=generator), dim=-1)
+        squeeze = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.1], [0.1, 0.1, 1.0]])
+        return points * squeeze[labels][:, None], labels
+
+    spec = ViewSpec(size=16)
+    teacher = small()
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-2)
+    for _ in range(80):
+        points, labels = batch(16)
+        loss = torch.nn.functional.cross_entropy(teacher(spec.project(points)).logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    points, labels = batch(100)
+    with torch.no_grad():
+        predicted = teacher.eval()(spec.project(points)).logits.argmax(1)
+    assert (predicted == labels).float().mean() > 0.9
+
+
+def test_simpleview_resnet_is_a_quarter_of_resnet18():
+    model = timm.create_model("simpleview_resnet", in_chans=1, num_classes=0)
+    assert isinstance(model, SimpleViewResNet)
+    assert model.num_features == 128
+    reference = timm.create_model(
+        "resnet18", in_chans=1, num_classes=0, channels=(16, 32, 64, 128)
+    ).state_dict()
+    own = model.state_dict()
+    # all but the stem, and the first block's shortcut that timm's fixed stem of 64 channels needs
+    blocks = {k: v.shape for k, v in reference.items() if k.startswith(("layer2", "layer3", "layer4"))}
+    shapes = [
+        value.shape for key, value in own.items() if key.startswith("stages.") and int(key.split(".")[1]) > 1
+    ]
+    assert sorted(blocks.values()) == sorted(shapes)
+    assert model.stem(torch.zeros(1, 1, 32, 32)).shape == (1, 16, 32, 32)
+    assert model.stages(torch.zeros(1, 16, 32, 32)).shape == (1, 128, 4, 4)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(11.2e6 / 16, rel=0.02)
+
+
+def test_errors(tmp_path):
+    teacher = small()
+    with pytest.raises(ValueError, match=r"expected \[B, V, 1, H, W\]; .*views\[:, None\]"):
+        teacher(rand(2, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"views has 3 channels .* made for in_chans=1"):
+        teacher(rand(2, 2, 3, 16, 16))
+    with pytest.raises(ValueError, match="no view"):
+        teacher(rand(2, 0, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"uint8; expected floating point .*/ 255"):
+        teacher(torch.zeros(2, 2, 1, 16, 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"shape \[2, 11\]; this teacher classifies \[B, 12\]"):
+        teacher.classify(rand(2, 11))
+    with pytest.raises(ValueError, match=r"timm has no model 'resnet81'; near it: .*resnet"):
+        ImageTeacher(5, "resnet81")
+    with pytest.raises(ValueError, match="view_pool='sum'"):
+        small(view_pool="sum")
+    with pytest.raises(ValueError, match="num_classes=0"):
+        ImageTeacher(0)
+    with pytest.raises(ValueError, match="expected one per channel: 1"):
+        small(mean=[0.5, 0.5])
+    with pytest.raises(ValueError, match="expected positive"):
+        small(std=[0.0])
+    with pytest.raises(ValueError, match="does not take backbone_options"):
+        small(backbone_options={"colour": 3})
+    with pytest.raises(ValueError, match="no pretrained weights"):
+        small(pretrained=True)
+    with pytest.raises(ValueError, match=r"width=0\.001"):
+        small(backbone_options={"width": 0.001})
+    with pytest.raises(ValueError, match="stride ≤ kernel"):
+        small(backbone_options={"stem_kernel": 2, "stem_stride": 3})
+    PointGenerator(6, 4).save(tmp_path / "g.safetensors")
+    with pytest.raises(ValueError, match="holds a generator, expected a teacher"):
+        ImageTeacher.load(tmp_path / "g.safetensors")
+
+
+def test_weights_that_cannot_be_downloaded_are_explained(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(RuntimeError, match=r"resnet18 could not be downloaded .*pretrained=False"):
+        ImageTeacher(5, pretrained=True)
