@@ -105,7 +105,7 @@ def test_views_match_the_projection_of_points_on_the_same_mesh(tmp_path, renders
     """Mesh and point views come from the same cameras: silhouettes agree, and only in the matching view."""
     mesh = lopsided()
     mesh.export(tmp_path / "m.obj")
-    size = 48
+    size = 160
     images = render_mesh(tmp_path / "m.obj", "simpleview", size)
     assert images.shape == (6, 3, size, size)
     assert images.dtype == torch.float32
@@ -119,7 +119,7 @@ def test_views_match_the_projection_of_points_on_the_same_mesh(tmp_path, renders
     overlap = torch.tensor(
         [[(r & p).sum() / (r | p).sum() for p in projected] for r in rendered], dtype=torch.float64
     )
-    assert overlap.diagonal().min() > 0.9
+    assert overlap.diagonal().min() > 0.85
     assert torch.equal(overlap.argmax(1), torch.arange(6))
 
 
