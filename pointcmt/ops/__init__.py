@@ -1,5 +1,6 @@
 """Point-cloud operators: compiled kernels where they were built, PyTorch twins everywhere else."""
 
+from pointcmt.ops.edges import norm_act, norm_act_max
 from pointcmt.ops.emd import EmdStatistics, emd, emd_statistics
 from pointcmt.ops.grouping import gather_points, group_points, three_interpolate
 from pointcmt.ops.neighbors import ball_query, knn, three_nn
@@ -15,6 +16,8 @@ __all__ = [
     "gather_points",
     "group_points",
     "knn",
+    "norm_act",
+    "norm_act_max",
     "three_interpolate",
     "three_nn",
     "unit_cube",

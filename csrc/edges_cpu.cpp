@@ -1,0 +1,577 @@
+// Batch normalisation, activation and maximum over edges on the CPU, forward and backward.
+//
+// A network over neighbours spends its time moving edges through memory: gather, normalise, activate,
+// reduce, each a pass over N·S rows. Here a pass that can be saved is: gathered rows are never
+// written, the maximum is taken before the normalisation (which is monotone in every channel), and
+// the backward pass of the normalisation, an affine function of each row, is folded into the scatter.
+#include "edges.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "grouping.h"
+#include "simd.h"
+
+namespace pointcmt {
+namespace {
+
+using namespace simd;
+
+constexpr int64_t kBlocks = 64;  // of partial sums: fixed, so that results do not depend on the threads
+
+// The rows of one call: groups of `samples` rows with `channels` numbers each.
+template <typename T>
+struct Rows {
+  const T* x;
+  const T* centres = nullptr;    // null: dense, row r of x is row r
+  const int32_t* idx = nullptr;  // else row r is x[idx[r]] of its cloud plus its group's centre
+  int64_t groups, samples, channels;
+  int64_t n = 0, groups_per_cloud = 1;
+
+  int64_t count() const { return groups * samples; }
+  const T* cloud(int64_t group) const { return x + group / groups_per_cloud * n * channels; }
+};
+
+// Calls f(group, first channel, row) with row(s) → the NV vectors of sample s of the group.
+template <typename T, bool GATHERED, int NV>
+struct Reader {
+  const T* base;
+  const int32_t* idx;
+  int64_t channels;
+  Vec<T> centre[NV];
+
+  Reader(const Rows<T>& rows, int64_t group, int64_t c) : channels(rows.channels) {
+    if constexpr (GATHERED) {
+      base = rows.cloud(group) + c;
+      idx = rows.idx + group * rows.samples;
+      for (int v = 0; v < NV; ++v) centre[v] = load(rows.centres + group * channels + c + v * width<T>);
+    } else {
+      base = rows.x + group * rows.samples * channels + c;
+      idx = nullptr;
+    }
+  }
+  inline void read(int64_t s, Vec<T> (&y)[NV]) const {
+    if constexpr (GATHERED) {
+      const T* from = base + idx[s] * channels;
+      for (int v = 0; v < NV; ++v) y[v] = load(from + v * width<T>) + centre[v];
+    } else {
+      const T* from = base + s * channels;
+      for (int v = 0; v < NV; ++v) y[v] = load(from + v * width<T>);
+    }
+  }
+};
+
+// f.template operator()<GATHERED, NV>() for the rows at hand: pairs of vectors where channels allow.
+template <typename T, typename F>
+void specialise(const Rows<T>& rows, const F& f) {
+  const bool pairs = rows.channels % (2 * width<T>) == 0;
+  if (rows.idx) {
+    pairs ? f.template operator()<true, 2>() : f.template operator()<true, 1>();
+  } else {
+    pairs ? f.template operator()<false, 2>() : f.template operator()<false, 1>();
+  }
+}
+
+// Partial sums per block of groups, in double, added up in order. kind: how many vectors of channels.
+template <typename T, typename F>
+std::vector<double> block_sums(const Rows<T>& rows, int64_t kinds, const F& f) {
+  const int64_t size = kinds * rows.channels, per_block = (rows.groups + kBlocks - 1) / kBlocks;
+  std::vector<double> partial(kBlocks * size, 0.0);
+  at::parallel_for(0, kBlocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = std::min(block * per_block, rows.groups), last = std::min(first + per_block, rows.groups);
+      f(first, last, partial.data() + block * size);
+    }
+  });
+  std::vector<double> total(size, 0.0);
+  for (int64_t block = 0; block < kBlocks; ++block)
+    for (int64_t i = 0; i < size; ++i) total[i] += partial[block * size + i];
+  return total;
+}
+
+template <typename T, int NV>
+inline void add_to(double* sum, const Vec<T> (&v)[NV]) {
+  for (int k = 0; k < NV; ++k)
+    for (int64_t l = 0; l < width<T>; ++l) sum[k * width<T> + l] += static_cast<double>(v[k][l]);
+}
+
+// Sums are taken of differences from the first row, so that a mean far from zero costs no digits.
+template <typename T>
+std::vector<T> first_row(const Rows<T>& rows) {
+  std::vector<T> out(rows.channels);
+  for (int64_t c = 0; c < rows.channels; ++c) {
+    out[c] = rows.idx ? rows.x[rows.idx[0] * rows.channels + c] + rows.centres[c] : rows.x[c];
+  }
+  return out;
+}
+
+template <typename T>
+void finish_statistics(const std::vector<double>& sums, const std::vector<T>& origin, int64_t count, T* mean, T* var) {
+  const int64_t channels = static_cast<int64_t>(origin.size());
+  for (int64_t c = 0; c < channels; ++c) {
+    const double shift = sums[c] / static_cast<double>(count);
+    mean[c] = static_cast<T>(static_cast<double>(origin[c]) + shift);
+    const double v = sums[channels + c] / static_cast<double>(count) - shift * shift;
+    var[c] = static_cast<T>(v < 0 ? 0 : v);
+  }
+}
+
+// Rows in runs that are short enough for sums in T, long enough to amortise going to double.
+constexpr int64_t kRun = 256;
+
+template <typename T>
+void statistics(const Rows<T>& rows, T* mean, T* var) {
+  const std::vector<T> origin = first_row(rows);
+  std::vector<double> sums;
+  specialise(rows, [&]<bool GATHERED, int NV>() {
+    sums = block_sums(rows, 2, [&](int64_t first, int64_t last, double* out) {
+      const int64_t step = std::max<int64_t>(1, kRun / rows.samples);
+      for (int64_t begin = first; begin < last; begin += step) {
+        for (int64_t c = 0; c < rows.channels; c += NV * width<T>) {
+          Vec<T> sum[NV] = {}, square[NV] = {}, y[NV], shift[NV];
+          for (int v = 0; v < NV; ++v) shift[v] = load(origin.data() + c + v * width<T>);
+          for (int64_t g = begin; g < std::min(begin + step, last); ++g) {
+            const Reader<T, GATHERED, NV> reader(rows, g, c);
+            for (int64_t s = 0; s < rows.samples; ++s) {
+              reader.read(s, y);
+              for (int v = 0; v < NV; ++v) {
+                const Vec<T> d = y[v] - shift[v];
+                sum[v] += d;
+                square[v] = fma(d, d, square[v]);
+              }
+            }
+          }
+          add_to<T, NV>(out + c, sum);
+          add_to<T, NV>(out + rows.channels + c, square);
+        }
+      }
+    });
+  });
+  finish_statistics(sums, origin, rows.count(), mean, var);
+}
+
+// The largest (smallest where sign is negative) row of each group, by channel; the first among equals.
+template <typename T>
+void select_rows(const Rows<T>& rows, const T* sign, bool with_statistics, T* chosen, int32_t* which, T* total, T* mean,
+                 T* var) {
+  const std::vector<T> origin = first_row(rows);
+  std::vector<double> sums;
+  specialise(rows, [&]<bool GATHERED, int NV>() {
+    sums = block_sums(rows, 2, [&](int64_t first, int64_t last, double* out) {
+      for (int64_t g = first; g < last; ++g) {
+        for (int64_t c = 0; c < rows.channels; c += NV * width<T>) {
+          const Reader<T, GATHERED, NV> reader(rows, g, c);
+          Vec<T> sum[NV] = {}, square[NV] = {}, y[NV], best[NV], shift[NV], direction[NV];
+          Mask<T> slot[NV] = {};
+          reader.read(0, y);
+          for (int v = 0; v < NV; ++v) {
+            shift[v] = load(origin.data() + c + v * width<T>);
+            direction[v] = load(sign + c + v * width<T>);
+            best[v] = y[v] * direction[v];
+            const Vec<T> d = y[v] - shift[v];
+            sum[v] = d;
+            square[v] = d * d;
+          }
+          for (int64_t s = 1; s < rows.samples; ++s) {
+            reader.read(s, y);
+            const Mask<T> here = Mask<T>{} + static_cast<typename Types<T>::Int>(s);
+            for (int v = 0; v < NV; ++v) {
+              const Vec<T> key = y[v] * direction[v], d = y[v] - shift[v];
+              const Mask<T> better = key > best[v];
+              best[v] = better ? key : best[v];
+              slot[v] = better ? here : slot[v];
+              sum[v] += d;
+              square[v] = fma(d, d, square[v]);
+            }
+          }
+          for (int v = 0; v < NV; ++v) {
+            const int64_t at = g * rows.channels + c + v * width<T>;
+            store(chosen + at, best[v] * direction[v]);
+            for (int64_t l = 0; l < width<T>; ++l) which[at + l] = static_cast<int32_t>(slot[v][l]);
+            if (total) store(total + at, sum[v] + static_cast<T>(rows.samples) * shift[v]);
+          }
+          if (with_statistics) {
+            add_to<T, NV>(out + c, sum);
+            add_to<T, NV>(out + rows.channels + c, square);
+          }
+        }
+      }
+    });
+  });
+  if (with_statistics) finish_statistics(sums, origin, rows.count(), mean, var);
+}
+
+template <typename T>
+inline Vec<T> activated(Vec<T> z, Vec<T> slope) {
+  return z > Vec<T>{} ? z : z * slope;
+}
+
+// out = act(y · scale + shift)
+template <typename T>
+void normalise(const Rows<T>& rows, const T* scale, const T* shift, T slope, T* out) {
+  specialise(rows, [&]<bool GATHERED, int NV>() {
+    at::parallel_for(0, rows.groups, std::max<int64_t>(1, 4096 / rows.samples), [&](int64_t first, int64_t last) {
+      for (int64_t g = first; g < last; ++g) {
+        for (int64_t c = 0; c < rows.channels; c += NV * width<T>) {
+          const Reader<T, GATHERED, NV> reader(rows, g, c);
+          Vec<T> y[NV], a[NV], b[NV];
+          for (int v = 0; v < NV; ++v) a[v] = load(scale + c + v * width<T>), b[v] = load(shift + c + v * width<T>);
+          T* target = out + g * rows.samples * rows.channels + c;
+          for (int64_t s = 0; s < rows.samples; ++s, target += rows.channels) {
+            reader.read(s, y);
+            for (int v = 0; v < NV; ++v) {
+              store(target + v * width<T>, activated<T>(y[v] * a[v] + b[v], splat(slope)));
+            }
+          }
+        }
+      }
+    });
+  });
+}
+
+// Σ g' and Σ g' (y − mean), where g' is grad behind the activation.
+template <typename T>
+std::vector<double> slope_sums(const Rows<T>& rows, const T* grad, const T* scale, const T* shift, const T* mean,
+                               T slope) {
+  std::vector<double> sums;
+  specialise(rows, [&]<bool GATHERED, int NV>() {
+    sums = block_sums(rows, 2, [&](int64_t first, int64_t last, double* out) {
+      const int64_t step = std::max<int64_t>(1, kRun / rows.samples);
+      for (int64_t begin = first; begin < last; begin += step) {
+        for (int64_t c = 0; c < rows.channels; c += NV * width<T>) {
+          Vec<T> sum[NV] = {}, moment[NV] = {}, y[NV], a[NV], b[NV], m[NV];
+          for (int v = 0; v < NV; ++v) {
+            const int64_t at = c + v * width<T>;
+            a[v] = load(scale + at), b[v] = load(shift + at), m[v] = load(mean + at);
+          }
+          for (int64_t g = begin; g < std::min(begin + step, last); ++g) {
+            const Reader<T, GATHERED, NV> reader(rows, g, c);
+            const T* from = grad + g * rows.samples * rows.channels + c;
+            for (int64_t s = 0; s < rows.samples; ++s, from += rows.channels) {
+              reader.read(s, y);
+              for (int v = 0; v < NV; ++v) {
+                const Vec<T> in = load(from + v * width<T>);
+                const Vec<T> behind = y[v] * a[v] + b[v] > Vec<T>{} ? in : in * splat(slope);
+                sum[v] += behind;
+                moment[v] = fma(behind, y[v] - m[v], moment[v]);
+              }
+            }
+          }
+          add_to<T, NV>(out + c, sum);
+          add_to<T, NV>(out + rows.channels + c, moment);
+        }
+      }
+    });
+  });
+  return sums;
+}
+
+// Every row's gradient is scale · g' + k0 + k1 · y. Dense rows: written to grad_x.
+template <typename T>
+void dense_backward(const Rows<T>& rows, const T* grad, const T* scale, const T* shift, const T* k0, const T* k1,
+                    T slope, T* grad_x) {
+  constexpr int64_t W = width<T>;
+  at::parallel_for(0, rows.count(), 256, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const T *y = rows.x + r * rows.channels, *in = grad + r * rows.channels;
+      T* out = grad_x + r * rows.channels;
+      for (int64_t c = 0; c < rows.channels; c += W) {
+        const Vec<T> value = load(y + c), a = load(scale + c), g = load(in + c);
+        const Vec<T> behind = value * a + load(shift + c) > Vec<T>{} ? g : g * splat(slope);
+        store(out + c, fma(load(k1 + c), value, fma(a, behind, load(k0 + c))));
+      }
+    }
+  });
+}
+
+// Gathered rows: f(group, first, size, sum, row) adds the group's gradients to sum [n, size], the
+// part of one cloud's points that belongs to channels first … first + size. A task is such a part.
+constexpr int64_t kScatterBytes = 192 << 10;  // what sum may take of the L2 cache
+
+template <typename T, typename F>
+void scatter(const Rows<T>& rows, T* grad_points, const F& f) {
+  constexpr int64_t W = width<T>;
+  const int64_t fitting = kScatterBytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(1, rows.n) / W * W;
+  const int64_t size = std::clamp(fitting, 2 * W, round_up(rows.channels, W));
+  const int64_t parts = (rows.channels + size - 1) / size, clouds = rows.groups / rows.groups_per_cloud;
+  at::parallel_for(0, clouds * parts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> sum;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / parts, first = task % parts * size, part = std::min(size, rows.channels - first);
+      sum.assign(rows.n * part, T(0));
+      for (int64_t g = b * rows.groups_per_cloud; g < (b + 1) * rows.groups_per_cloud; ++g) f(g, first, part, sum.data());
+      for (int64_t j = 0; j < rows.n; ++j) {
+        std::copy_n(sum.data() + j * part, part, grad_points + (b * rows.n + j) * rows.channels + first);
+      }
+    }
+  });
+}
+
+template <typename T>
+void gathered_backward(const Rows<T>& rows, const T* grad, const T* scale, const T* shift, const T* k0, const T* k1,
+                       T slope, T* grad_points, T* grad_centres) {
+  constexpr int64_t W = width<T>;
+  scatter(rows, grad_points, [&](int64_t g, int64_t first, int64_t part, T* sum) {
+    const int32_t* idx = rows.idx + g * rows.samples;
+    for (int64_t c = 0; c < part; c += W) {
+      const int64_t at = first + c;
+      const Reader<T, true, 1> reader(rows, g, at);
+      const Vec<T> a = load(scale + at), b = load(shift + at), base = load(k0 + at), factor = load(k1 + at);
+      Vec<T> total{}, y[1];
+      const T* from = grad + g * rows.samples * rows.channels + at;
+      for (int64_t s = 0; s < rows.samples; ++s, from += rows.channels) {
+        reader.read(s, y);
+        const Vec<T> in = load(from);
+        const Vec<T> behind = y[0] * a + b > Vec<T>{} ? in : in * splat(slope);
+        const Vec<T> slope_of_row = fma(factor, y[0], fma(a, behind, base));
+        T* target = sum + idx[s] * part + c;
+        store(target, load(target) + slope_of_row);
+        total += slope_of_row;
+      }
+      store(grad_centres + g * rows.channels + at, total);
+    }
+  });
+}
+
+// After a maximum only the chosen rows carry a slope of their own, `slopes`; all rows carry k0 + k1 · y.
+template <typename T>
+void dense_select_backward(const Rows<T>& rows, const T* slopes, const int32_t* which, const T* k0, const T* k1,
+                           T* grad_x) {
+  constexpr int64_t W = width<T>;
+  at::parallel_for(0, rows.groups, std::max<int64_t>(1, 256 / rows.samples), [&](int64_t first, int64_t last) {
+    for (int64_t g = first; g < last; ++g) {
+      T* out = grad_x + g * rows.samples * rows.channels;
+      const T* in = rows.x + g * rows.samples * rows.channels;
+      for (int64_t s = 0; s < rows.samples; ++s) {
+        for (int64_t c = 0; c < rows.channels; c += W) {
+          store(out + s * rows.channels + c, fma(load(k1 + c), load(in + s * rows.channels + c), load(k0 + c)));
+        }
+      }
+      for (int64_t c = 0; c < rows.channels; ++c) {
+        const int64_t at = g * rows.channels + c;
+        out[which[at] * rows.channels + c] += slopes[at];
+      }
+    }
+  });
+}
+
+template <typename T>
+void gathered_select_backward(const Rows<T>& rows, const T* slopes, const int32_t* which, const T* total, bool training,
+                              const T* k0, const T* k1, T* grad_points, T* grad_centres) {
+  constexpr int64_t W = width<T>;
+  const T samples = static_cast<T>(rows.samples);
+  scatter(rows, grad_points, [&](int64_t g, int64_t first, int64_t part, T* sum) {
+    const int32_t* idx = rows.idx + g * rows.samples;
+    const T* cloud = rows.cloud(g) + first;
+    for (int64_t c = 0; c < part; c += W) {
+      const int64_t at = first + c, row = g * rows.channels + at;
+      Vec<T> of_centre = load(slopes + row);
+      if (training) {
+        const Vec<T> base = load(k0 + at), factor = load(k1 + at), centre = load(rows.centres + row);
+        of_centre += samples * base + factor * load(total + row);
+        for (int64_t s = 0; s < rows.samples; ++s) {
+          T* target = sum + idx[s] * part + c;
+          const Vec<T> y = load(cloud + idx[s] * rows.channels + c) + centre;
+          store(target, load(target) + fma(factor, y, base));
+        }
+      }
+      store(grad_centres + row, of_centre);
+    }
+    for (int64_t c = 0; c < part; ++c) {
+      const int64_t row = g * rows.channels + first + c;
+      sum[idx[which[row]] * part + c] += slopes[row];
+    }
+  });
+}
+
+// ------------------------------------------------------------------------------------ the operators
+
+struct Inputs {
+  at::Tensor x, centres, idx;
+  std::vector<int64_t> groups;  // the shape before S and C
+
+  Inputs(const char* op, const at::Tensor& x_, const OptionalTensor& centres_, const OptionalTensor& idx_,
+         const at::Tensor& weight, const at::Tensor& bias, bool grouped) {
+    check_edges(op, x_, centres_, idx_, weight, bias);
+    TORCH_CHECK_VALUE(x_.size(-1) % 8 == 0, op, ": the number of channels must be a multiple of 8, got ", x_.size(-1));
+    x = x_.contiguous();
+    if (idx_) {
+      centres = centres_->contiguous();
+      const at::Tensor wide = idx_->contiguous();
+      const bool inside = wide.numel() == 0 || (wide.min().item<int64_t>() >= 0 && wide.max().item<int64_t>() < x.size(1));
+      TORCH_CHECK_INDEX(inside, op, ": an index is out of range for ", x.size(1), " points");
+      idx = wide.to(at::kInt);
+      groups = {idx.size(0), idx.size(1)};
+    } else {
+      TORCH_CHECK_VALUE(!grouped || x.dim() >= 3, op, ": x must be [..., S, C], got ", x.sizes());
+      groups = x.sizes().slice(0, x.dim() - (grouped ? 2 : 1)).vec();
+    }
+    TORCH_CHECK_VALUE(x.numel() > 0 && (!idx_ || idx.numel() > 0), op, ": there must be at least one row");
+  }
+
+  template <typename T>
+  Rows<T> rows(bool grouped) const {
+    const int64_t channels = x.size(-1);
+    Rows<T> out{x.const_data_ptr<T>()};
+    out.channels = channels;
+    if (idx.defined()) {
+      out.centres = centres.const_data_ptr<T>();
+      out.idx = idx.const_data_ptr<int32_t>();
+      out.n = x.size(1), out.groups_per_cloud = idx.size(1);
+      out.groups = idx.size(0) * idx.size(1), out.samples = idx.size(2);
+    } else {
+      out.samples = grouped ? x.size(-2) : 1;
+      out.groups = x.numel() / channels / out.samples;
+    }
+    return out;
+  }
+
+  std::vector<int64_t> shape(bool rows_too) const {
+    std::vector<int64_t> out = groups;
+    if (rows_too && idx.defined()) out.push_back(idx.size(2));
+    out.push_back(x.size(-1));
+    return out;
+  }
+};
+
+// y · scale + shift is the normalisation, from statistics [C].
+std::tuple<at::Tensor, at::Tensor> affine(const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean,
+                                          const at::Tensor& var, double eps) {
+  const at::Tensor scale = weight * at::rsqrt(var + eps);
+  return {scale.contiguous(), (bias - mean * scale).contiguous()};
+}
+
+// The normalisation's share in every row's slope, k0 + k1 · y, from Σ g' and Σ g' (y − mean).
+std::tuple<at::Tensor, at::Tensor> shares(const at::Tensor& sum, const at::Tensor& moment, const at::Tensor& scale,
+                                          const at::Tensor& mean, const at::Tensor& var, double eps, int64_t count) {
+  const at::Tensor k1 = -scale * moment / (var + eps) / count;
+  return {(-scale * sum / count - k1 * mean).contiguous(), k1.contiguous()};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_act(const at::Tensor& x, const OptionalTensor& centres,
+                                                        const OptionalTensor& idx, const at::Tensor& weight,
+                                                        const at::Tensor& bias, const OptionalTensor& running_mean,
+                                                        const OptionalTensor& running_var, double eps, double slope) {
+  const Inputs in("norm_act", x, centres, idx, weight, bias, false);
+  at::Tensor out = at::empty(in.shape(true), x.options());
+  at::Tensor mean = running_mean ? running_mean->clone() : at::empty({x.size(-1)}, x.options());
+  at::Tensor var = running_var ? running_var->clone() : at::empty({x.size(-1)}, x.options());
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act", [&] {
+    const auto rows = in.rows<scalar_t>(false);
+    if (!running_mean) statistics(rows, mean.mutable_data_ptr<scalar_t>(), var.mutable_data_ptr<scalar_t>());
+    const auto [scale, shift] = affine(weight, bias, mean, var, eps);
+    normalise(rows, scale.const_data_ptr<scalar_t>(), shift.const_data_ptr<scalar_t>(), static_cast<scalar_t>(slope),
+              out.mutable_data_ptr<scalar_t>());
+  });
+  return {out, mean, var};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_backward(
+    const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx,
+    const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean, const at::Tensor& var, double eps,
+    double slope, bool training) {
+  const Inputs in("norm_act_backward", x, centres, idx, weight, bias, false);
+  const at::Tensor slopes = grad.contiguous();
+  TORCH_CHECK_VALUE(slopes.sizes() == in.shape(true), "norm_act_backward: grad does not fit, got ", grad.sizes());
+  at::Tensor grad_x = at::empty(in.x.sizes(), x.options()), grad_centres = at::empty({0}, x.options());
+  if (in.idx.defined()) grad_centres = at::empty(in.centres.sizes(), x.options());
+  const at::Tensor sum = at::empty({x.size(-1)}, x.options()), moment = at::empty_like(sum);
+  const auto [scale, shift] = affine(weight, bias, mean, var, eps);
+  const at::Tensor &scale_ = scale, &shift_ = shift;  // a structured binding cannot be captured everywhere
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act_backward", [&] {
+    const auto rows = in.rows<scalar_t>(false);
+    const scalar_t *a = scale_.const_data_ptr<scalar_t>(), *b = shift_.const_data_ptr<scalar_t>();
+    const scalar_t* g = slopes.const_data_ptr<scalar_t>();
+    const scalar_t leak = static_cast<scalar_t>(slope);
+    const std::vector<double> sums = slope_sums(rows, g, a, b, mean.const_data_ptr<scalar_t>(), leak);
+    for (int64_t c = 0; c < rows.channels; ++c) {
+      sum.mutable_data_ptr<scalar_t>()[c] = static_cast<scalar_t>(sums[c]);
+      moment.mutable_data_ptr<scalar_t>()[c] = static_cast<scalar_t>(sums[rows.channels + c]);
+    }
+    auto [k0, k1] = shares(sum, moment, scale_, mean, var, eps, rows.count());
+    if (!training) k0.zero_(), k1.zero_();
+    if (in.idx.defined()) {
+      gathered_backward(rows, g, a, b, k0.template const_data_ptr<scalar_t>(), k1.template const_data_ptr<scalar_t>(),
+                        leak, grad_x.mutable_data_ptr<scalar_t>(), grad_centres.mutable_data_ptr<scalar_t>());
+    } else {
+      dense_backward(rows, g, a, b, k0.template const_data_ptr<scalar_t>(), k1.template const_data_ptr<scalar_t>(),
+                     leak, grad_x.mutable_data_ptr<scalar_t>());
+    }
+  });
+  return {grad_x, grad_centres, moment * at::rsqrt(var + eps), sum};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max(
+    const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx, const at::Tensor& weight,
+    const at::Tensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
+    double slope) {
+  const Inputs in("norm_act_max", x, centres, idx, weight, bias, true);
+  const bool training = !running_mean;
+  at::Tensor chosen = at::empty(in.shape(false), x.options());
+  at::Tensor which = at::empty(in.shape(false), x.options().dtype(at::kInt));
+  at::Tensor total = training && in.idx.defined() ? at::empty_like(chosen) : at::empty({0}, x.options());
+  at::Tensor mean = running_mean ? running_mean->clone() : at::empty({x.size(-1)}, x.options());
+  at::Tensor var = running_var ? running_var->clone() : at::empty({x.size(-1)}, x.options());
+  // a normalisation with a negative weight turns the order round: its maximum is of the smallest
+  const at::Tensor sign = at::where(weight < 0, -at::ones_like(weight), at::ones_like(weight));
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act_max", [&] {
+    select_rows(in.rows<scalar_t>(true), sign.const_data_ptr<scalar_t>(), training, chosen.mutable_data_ptr<scalar_t>(),
+                which.mutable_data_ptr<int32_t>(), total.numel() ? total.mutable_data_ptr<scalar_t>() : nullptr,
+                mean.mutable_data_ptr<scalar_t>(), var.mutable_data_ptr<scalar_t>());
+  });
+  const auto [scale, shift] = affine(weight, bias, mean, var, eps);
+  return {at::leaky_relu(at::addcmul(shift, chosen, scale), slope), chosen, which, total, mean, var};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max_backward(
+    const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx,
+    const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& chosen, const at::Tensor& which,
+    const at::Tensor& total, const at::Tensor& mean, const at::Tensor& var, double eps, double slope, bool training) {
+  const Inputs in("norm_act_max_backward", x, centres, idx, weight, bias, true);
+  TORCH_CHECK_VALUE(grad.sizes() == in.shape(false) && chosen.sizes() == grad.sizes() && which.sizes() == grad.sizes() &&
+                        which.scalar_type() == at::kInt && which.is_contiguous() &&
+                        (!training || !in.idx.defined() || (total.sizes() == grad.sizes() && total.is_contiguous())),
+                    "norm_act_max_backward: grad does not fit, got ", grad.sizes());
+  at::Tensor grad_x = at::empty(in.x.sizes(), x.options()), grad_centres = at::empty({0}, x.options());
+  if (in.idx.defined()) grad_centres = at::empty(in.centres.sizes(), x.options());
+  const auto [scale, shift] = affine(weight, bias, mean, var, eps);
+  const at::Tensor behind = at::where(at::addcmul(shift, chosen, scale) > 0, grad, grad * slope);
+  const int64_t channels = x.size(-1);
+  const at::Tensor sum = behind.reshape({-1, channels}).sum(0);
+  const at::Tensor moment = (behind * (chosen - mean)).reshape({-1, channels}).sum(0);
+  const at::Tensor slopes = (behind * scale).contiguous();
+  const at::Tensor& scale_ = scale;
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act_max_backward", [&] {
+    const auto rows = in.rows<scalar_t>(true);
+    auto [k0, k1] = shares(sum, moment, scale_, mean, var, eps, rows.count());
+    if (!training) k0.zero_(), k1.zero_();
+    const scalar_t *base = k0.template const_data_ptr<scalar_t>(), *factor = k1.template const_data_ptr<scalar_t>();
+    const scalar_t* own = slopes.const_data_ptr<scalar_t>();
+    if (in.idx.defined()) {
+      gathered_select_backward(rows, own, which.const_data_ptr<int32_t>(),
+                               training ? total.const_data_ptr<scalar_t>() : nullptr, training, base, factor,
+                               grad_x.mutable_data_ptr<scalar_t>(), grad_centres.mutable_data_ptr<scalar_t>());
+    } else {
+      dense_select_backward(rows, own, which.const_data_ptr<int32_t>(), base, factor,
+                            grad_x.mutable_data_ptr<scalar_t>());
+    }
+  });
+  return {grad_x, grad_centres, moment * at::rsqrt(var + eps), sum};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(pointcmt, CPU, m) {
+  m.impl("norm_act", &norm_act);
+  m.impl("norm_act_backward", &norm_act_backward);
+  m.impl("norm_act_max", &norm_act_max);
+  m.impl("norm_act_max_backward", &norm_act_max_backward);
+}
+
+}  // namespace pointcmt
