@@ -24,7 +24,7 @@ def _is_original(module: nn.Module) -> bool:
 
 
 def _logits(output: Any) -> Tensor:
-    return first_tensor(output[0])
+    return first_tensor(output[0] if isinstance(output, tuple) else output)
 
 
 @register_adapter(

@@ -17,22 +17,13 @@ from pointcmt.adapters.registry import Adapter, first_tensor, list_adapters, reg
 
 
 def _inner(module: nn.Module) -> Adapter:
-    for adapter in list_adapters():
-        if adapter.name != "simpleview-wrapper" and _matches(adapter, module.model):
-            return adapter
-    raise AttributeError(f"no adapter for the network in {type(module).__name__}")
-
-
-def _matches(adapter: Adapter, module: nn.Module) -> bool:
-    try:
-        return bool(adapter.matches(module))
-    except (AttributeError, IndexError, KeyError, TypeError):
-        return False
+    """The adapter of the network in a wrapper."""
+    return next(adapter for adapter in list_adapters() if adapter.describes(module.model))
 
 
 def _is_wrapper(module: nn.Module) -> bool:
     only_child = [name for name, _ in module.named_children()] == ["model"]
-    return only_child and hasattr(module, "task") and _inner(module) is not None
+    return only_child and hasattr(module, "task") and any(a.describes(module.model) for a in list_adapters())
 
 
 def _is_simpleview(module: nn.Module) -> bool:
