@@ -1,0 +1,217 @@
+"""PointMLP and PointMLP-Elite (Ma et al., ICLR 2022).
+
+Architecture, parameter names and shapes of ma-xu/pointMLP-pytorch (``pointMLP`` and ``pointMLPElite``, the
+same in its ModelNet40 and ScanObjectNN folders), whose trained classifiers are public.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pointcmt.ops import knn
+from pointcmt.students import _blocks as blocks
+
+
+class _Stages(NamedTuple):
+    """What differs between the variants: embedding channels, bottleneck ratio, and per stage the
+    channels' growth and the number of residual blocks before and after pooling."""
+
+    embedding: int
+    bottleneck: float
+    growth: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+
+VARIANTS = {
+    "full": _Stages(64, 1.0, (2, 2, 2, 2), (2, 2, 2, 2)),
+    "elite": _Stages(32, 0.25, (2, 2, 2, 1), (1, 1, 2, 1)),
+}
+_EPSILON = 1e-5  # the public code's guard of the geometric affine's standard deviation
+
+
+class ConvNorm(nn.Module):
+    """1x1 convolution, BatchNorm, ReLU on channel-last rows; parameters under ``net`` as in the public code."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv1d(in_channels, out_channels, 1, bias=False), nn.BatchNorm1d(out_channels), nn.ReLU()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_channels] -> [..., out_channels]."""
+        return blocks.linear_norm_act(x, self.net[0], self.net[1])
+
+
+class Residual(nn.Module):
+    """Bottleneck of two 1x1 convolutions with a skip connection: [..., C] -> [..., C]."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.net1 = nn.Sequential(
+            nn.Conv1d(channels, hidden, 1, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()
+        )
+        self.net2 = nn.Sequential(nn.Conv1d(hidden, channels, 1, bias=False), nn.BatchNorm1d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        y = blocks.linear_norm_act(x, self.net1[0], self.net1[1])
+        return blocks.linear_norm_add_act(y, self.net2[0], self.net2[1], x)
+
+
+class LocalGrouper(nn.Module):
+    """Holds the geometric affine module's two parameters (section 3.2 of the paper)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.affine_alpha = nn.Parameter(torch.ones(1, 1, 1, channels))
+        self.affine_beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
+
+    def spread(self, features: Tensor, anchors: Tensor, idx: Tensor) -> Tensor:
+        """Standard deviation of f_j - f_i over a cloud's groups and channels: [B, 1, 1].
+
+        Computed from sums over the points instead of over the groups' members.
+
+        Args:
+            features: [B, N, C]; anchors: [B, M, C]; idx: [B, M, k].
+        """
+        difference = blocks.rows(features, idx) - anchors[:, :, None]
+        return difference.flatten(1).std(1)[:, None, None]
+
+
+class PreExtraction(nn.Module):
+    """Residual MLP over each group, then the maximum over it."""
+
+    def __init__(self, in_channels: int, channels: int, hidden: int, count: int) -> None:
+        super().__init__()
+        self.transfer = ConvNorm(2 * in_channels, channels)
+        self.operation = nn.Sequential(*[Residual(channels, hidden) for _ in range(count)])
+
+    def forward(self, features: Tensor, anchors: Tensor, idx: Tensor, grouper: LocalGrouper) -> Tensor:
+        """features [B, N, C], anchors [B, M, C], groups idx [B, M, k] -> [B, M, C'].
+
+        ``transfer`` sees [alpha (f_j - f_i) / (spread + eps) + beta, f_i] and is linear: its two parts are
+        applied per point and per anchor, and only then gathered.
+        """
+        conv, bn = self.transfer.net[0], self.transfer.net[1]
+        of_difference, of_anchor = blocks.weight_of(conv).chunk(2, 1)
+        scale = 1 / (grouper.spread(features, anchors, idx) + _EPSILON)
+        shaped = (of_difference * grouper.affine_alpha.flatten()).T
+        offset = of_difference @ grouper.affine_beta.flatten()
+        of_points = (features @ shaped) * scale
+        of_centres = anchors @ of_anchor.T - (anchors @ shaped) * scale + offset
+        x = blocks.gather_norm_act(of_points, of_centres, idx, bn)
+        return self.operation(x).amax(-2)
+
+
+class PosExtraction(nn.Module):
+    """Residual MLP over the anchors: [B, M, C] -> [B, M, C]."""
+
+    def __init__(self, channels: int, hidden: int, count: int) -> None:
+        super().__init__()
+        self.operation = nn.Sequential(*[Residual(channels, hidden) for _ in range(count)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, M, C] -> [B, M, C]."""
+        return self.operation(x)
+
+
+class PointMLP(nn.Module):
+    """PointMLP classifier; see :func:`pointmlp`. The shape feature is the output of ``classifier[2]``."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        variant: str = "full",
+        width: float = 1.0,
+        feature_dim: int = 512,
+        dropout: float = 0.5,
+        points: int = 1024,
+        k: int = 24,
+        random_start: bool = False,
+    ) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"pointmlp: variant must be 'full' or 'elite', got {variant!r}")
+        blocks.check_options("pointmlp", num_classes, feature_dim, width, dropout)
+        if k < 1:
+            raise ValueError(f"pointmlp: k must be at least 1, got {k}")
+        stages = VARIANTS[variant]
+        self.points, self.k, self.random_start = points, k, random_start
+        self.smallest = 2 ** len(stages.growth)
+        if points < self.smallest:
+            raise ValueError(f"pointmlp: points must be at least {self.smallest}, got {points}")
+        channels = blocks.scaled(stages.embedding, width)
+        self.embedding = ConvNorm(3, channels)
+        self.local_grouper_list = nn.ModuleList()
+        self.pre_blocks_list = nn.ModuleList()
+        self.pos_blocks_list = nn.ModuleList()
+        for growth, count in zip(stages.growth, stages.blocks, strict=True):
+            out_channels = channels * growth
+            hidden = int(out_channels * stages.bottleneck)
+            self.local_grouper_list.append(LocalGrouper(channels))
+            self.pre_blocks_list.append(PreExtraction(channels, out_channels, hidden, count))
+            self.pos_blocks_list.append(PosExtraction(out_channels, hidden, count))
+            channels = out_channels
+        last = blocks.scaled(256, width)
+        self.classifier = nn.Sequential(
+            nn.Linear(channels, feature_dim),
+            nn.BatchNorm1d(feature_dim),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(feature_dim, last),
+            nn.BatchNorm1d(last),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(last, num_classes),
+        )
+
+    def forward(self, points: Tensor) -> Tensor:
+        """points [B, N, 3] -> logits [B, num_classes]."""
+        blocks.check_points(
+            "pointmlp", points, 3, at_least=self.smallest, why=" (each of its stages halves the cloud)"
+        )
+        random_start = self.random_start and self.training
+        xyz, x = points, self.embedding(points)
+        groups = min(self.points, points.shape[1])
+        for grouper, pre, pos in zip(
+            self.local_grouper_list, self.pre_blocks_list, self.pos_blocks_list, strict=True
+        ):
+            groups //= 2
+            chosen = blocks.sample(xyz, groups, random_start)
+            centres, anchors = blocks.rows(xyz, chosen), blocks.rows(x, chosen)
+            idx = knn(centres.detach(), xyz.detach(), min(self.k, xyz.shape[1]))[1]
+            x = pos(pre(x, anchors, idx, grouper))
+            xyz = centres
+        return self.classifier(x.amax(1))
+
+
+def pointmlp(
+    num_classes: int,
+    variant: str = "full",
+    width: float = 1.0,
+    feature_dim: int = 512,
+    dropout: float = 0.5,
+    **options,
+) -> PointMLP:
+    """PointMLP classifier: points [B, N, 3] -> logits [B, num_classes].
+
+    Args:
+        num_classes: K.
+        variant: "full" (PointMLP) or "elite" (PointMLP-Elite).
+        width: scales every layer except the shape feature; 1 is the published network.
+        feature_dim: size of the shape feature before the classifier.
+        dropout: of both dropout layers.
+        options: ``points`` (1024): the four stages keep a half, a quarter, … of this many points, or of N
+            where the cloud has fewer; ``k`` (24) neighbours per group, all there are where a stage has
+            fewer; ``random_start``: in training mode furthest point sampling starts at a random point.
+
+    Raises:
+        ValueError: options out of range; in forward, points that are not [B, N, 3] or N < 16.
+
+    Source: Ma et al. 2022, section 3; ma-xu/pointMLP-pytorch.
+    """
+    return PointMLP(num_classes, variant, width, feature_dim, dropout, **options)
