@@ -15,7 +15,8 @@ from pointcmt.adapters.registry import register_adapter
 
 
 def _is_pointnet2(module: nn.Module) -> bool:
-    return has(
+    # pointcmt's own student has the same parts, but takes [B, N, 3] and has no such switch
+    return hasattr(module, "normal_channel") and has(
         module,
         sa1=nn.Module,
         sa2=nn.Module,

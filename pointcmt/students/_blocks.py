@@ -86,6 +86,16 @@ def weight_of(conv: Conv) -> Tensor:
     return conv.weight.flatten(1)
 
 
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., C] @ weight.T in the weight's precision, also under autocast.
+
+    For the linear layers that are applied per point before gathering: what follows subtracts two such
+    products, and of the small difference half precision would leave little.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return x.to(weight.dtype) @ weight.T
+
+
 def linear(x: Tensor, conv: Conv) -> Tensor:
     """A 1x1 convolution on channel-last rows: [..., C_in] -> [..., C_out]."""
     return F.linear(x, weight_of(conv), conv.bias)

@@ -89,7 +89,8 @@ def edge_conv(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, k: int) -> Tensor:
     """
     idx = knn(x.detach(), x.detach(), k)[1]
     difference, own = blocks.weight_of(conv).chunk(2, 1)
-    return blocks.gather_norm_act_max(x @ difference.T, x @ (own - difference).T, idx, bn, _SLOPE)
+    of_points, of_centres = blocks.project(x, difference), blocks.project(x, own - difference)
+    return blocks.gather_norm_act_max(of_points, of_centres, idx, bn, _SLOPE)
 
 
 def dgcnn(

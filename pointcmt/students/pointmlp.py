@@ -99,10 +99,10 @@ class PreExtraction(nn.Module):
         conv, bn = self.transfer.net[0], self.transfer.net[1]
         of_difference, of_anchor = blocks.weight_of(conv).chunk(2, 1)
         scale = 1 / (grouper.spread(features, anchors, idx) + _EPSILON)
-        shaped = (of_difference * grouper.affine_alpha.flatten()).T
-        offset = of_difference @ grouper.affine_beta.flatten()
-        of_points = (features @ shaped) * scale
-        of_centres = anchors @ of_anchor.T - (anchors @ shaped) * scale + offset
+        shaped = of_difference * grouper.affine_alpha.flatten()
+        offset = blocks.project(grouper.affine_beta.flatten(), of_difference)
+        of_points = blocks.project(features, shaped) * scale
+        of_centres = blocks.project(anchors, of_anchor) - blocks.project(anchors, shaped) * scale + offset
         x = blocks.gather_norm_act(of_points, of_centres, idx, bn)
         return self.operation(x).amax(-2)
 

@@ -98,10 +98,10 @@ def _group_mlp_max(xyz, features, centres, idx, weight_xyz, weight_features, con
     The first layer sees [x_j - x_i, f_j], and is linear: it is applied to the N points and the M centres
     and only then gathered, instead of to the M·S pairs.
     """
-    of_points = xyz @ weight_xyz.T
+    of_points = blocks.project(xyz, weight_xyz)
     if features is not None:
-        of_points = of_points + features @ weight_features.T
-    of_centres = convs[0].bias - centres @ weight_xyz.T
+        of_points = of_points + blocks.project(features, weight_features)
+    of_centres = convs[0].bias - blocks.project(centres, weight_xyz)
     x = blocks.gather_norm_act(of_points, of_centres, idx, bns[0])
     return _mlp_max(x, convs[1:], bns[1:])
 
