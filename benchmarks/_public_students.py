@@ -203,7 +203,7 @@ PUBLIC_STUDENTS = [
         _rscnn,
         students.rscnn,
         "BN3",
-        "the CUDA extension: furthest_point_sample by pointcmt's, gathering, grouping and ball query by torch",
+        "the CUDA extension: furthest_point_sample by pointcmt's, grouping and ball query by torch",
     ),
     PublicStudent(
         "pointmlp",

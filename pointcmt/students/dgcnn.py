@@ -7,6 +7,8 @@ registered twice (``bn1`` and ``conv1.1`` are one module), so both names are in 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,12 +78,10 @@ class DGCNN(nn.Module):
 
 
 def _edge_layer(in_channels: int, out_channels: int, bn: nn.BatchNorm2d) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(2 * in_channels, out_channels, 1, bias=False), bn, nn.LeakyReLU(_SLOPE)
-    )
+    return nn.Sequential(nn.Conv2d(2 * in_channels, out_channels, 1, bias=False), bn, nn.LeakyReLU(_SLOPE))
 
 
-def edge_conv(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, k: int) -> Tensor:
+def edge_conv(x: Tensor, conv: blocks.Conv, bn: nn.Module, k: int) -> Tensor:
     """EdgeConv over the k nearest neighbours in feature space: [B, N, C] -> [B, N, C'].
 
     The convolution sees [x_j - x_i, x_i] and is linear: W1 (x_j - x_i) + W2 x_i = W1 x_j + (W2 - W1) x_i is
@@ -94,7 +94,7 @@ def edge_conv(x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, k: int) -> Tensor:
 
 
 def dgcnn(
-    num_classes: int, width: float = 1.0, feature_dim: int = 512, dropout: float = 0.5, **options
+    num_classes: int, width: float = 1.0, feature_dim: int = 512, dropout: float = 0.5, **options: Any
 ) -> DGCNN:
     """DGCNN classifier: points [B, N, 3] -> logits [B, num_classes].
 

@@ -6,7 +6,7 @@ same in its ModelNet40 and ScanObjectNN folders), whose trained classifiers are 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ _EPSILON = 1e-5  # the public code's guard of the geometric affine's standard de
 
 
 class ConvNorm(nn.Module):
-    """1x1 convolution, BatchNorm, ReLU on channel-last rows; parameters under ``net`` as in the public code."""
+    """1x1 convolution, BatchNorm, ReLU on channel-last rows; ``net`` as in the public code."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def pointmlp(
     width: float = 1.0,
     feature_dim: int = 512,
     dropout: float = 0.5,
-    **options,
+    **options: Any,
 ) -> PointMLP:
     """PointMLP classifier: points [B, N, 3] -> logits [B, num_classes].
 

@@ -2,12 +2,13 @@
 
 Architecture, parameter names and shapes of yanx27/Pointnet_Pointnet2_pytorch (``pointnet2_cls_ssg``,
 ``pointnet2_cls_msg``), whose trained classifiers are in its repository. Two differences in the forward
-pass: furthest point sampling starts at point 0, not at random, and logits are returned, not log-probabilities.
+pass: furthest point sampling starts at point 0, not at random, and logits come out, not log-probabilities.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,9 @@ class SetAbstraction(nn.Module):
         self.npoint, self.radius, self.nsample = npoint, radius, nsample
         self.mlp_convs, self.mlp_bns = _shared_mlp(in_channels + 3, mlp)
 
-    def forward(self, xyz: Tensor, features: Tensor | None, random_start: bool = False):
+    def forward(
+        self, xyz: Tensor, features: Tensor | None, random_start: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """[B, N, 3] and [B, N, C] (or None) -> centres [B, M, 3] and features [B, M, C']."""
         convs, bns = list(self.mlp_convs), list(self.mlp_bns)
         if self.npoint is None:
@@ -43,9 +46,7 @@ class SetAbstraction(nn.Module):
         centres = blocks.rows(xyz, blocks.sample(xyz, self.npoint, random_start))
         idx = ball_query(self.radius, self.nsample, xyz, centres)
         weight = blocks.weight_of(convs[0])
-        return centres, _group_mlp_max(
-            xyz, features, centres, idx, weight[:, :3], weight[:, 3:], convs, bns
-        )
+        return centres, _group_mlp_max(xyz, features, centres, idx, weight[:, :3], weight[:, 3:], convs, bns)
 
 
 class SetAbstractionMSG(nn.Module):
@@ -67,14 +68,14 @@ class SetAbstractionMSG(nn.Module):
             self.conv_blocks.append(convs)
             self.bn_blocks.append(bns)
 
-    def forward(self, xyz: Tensor, features: Tensor | None, random_start: bool = False):
+    def forward(
+        self, xyz: Tensor, features: Tensor | None, random_start: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """[B, N, 3] and [B, N, C] (or None) -> centres [B, M, 3] and features [B, M, sum of C']."""
         centres = blocks.rows(xyz, blocks.sample(xyz, self.npoint, random_start))
         found = []
-        for radius, nsample, convs, bns in zip(
-            self.radii, self.nsamples, self.conv_blocks, self.bn_blocks, strict=True
-        ):
-            convs, bns = list(convs), list(bns)
+        for i, (radius, nsample) in enumerate(zip(self.radii, self.nsamples, strict=True)):
+            convs, bns = list(self.conv_blocks[i].children()), list(self.bn_blocks[i].children())
             idx = ball_query(radius, nsample, xyz, centres)
             weight = blocks.weight_of(convs[0])  # here the public code puts the coordinates last
             found.append(
@@ -92,7 +93,16 @@ def _shared_mlp(in_channels: int, mlp: Sequence[int]) -> tuple[nn.ModuleList, nn
     return convs, bns
 
 
-def _group_mlp_max(xyz, features, centres, idx, weight_xyz, weight_features, convs, bns) -> Tensor:
+def _group_mlp_max(
+    xyz: Tensor,
+    features: Tensor | None,
+    centres: Tensor,
+    idx: Tensor,
+    weight_xyz: Tensor,
+    weight_features: Tensor,
+    convs: Sequence[blocks.Conv],
+    bns: Sequence[nn.Module],
+) -> Tensor:
     """Shared MLP and maximum over the groups ``idx`` [B, M, S] around ``centres`` [B, M, 3].
 
     The first layer sees [x_j - x_i, f_j], and is linear: it is applied to the N points and the M centres
@@ -106,7 +116,7 @@ def _group_mlp_max(xyz, features, centres, idx, weight_xyz, weight_features, con
     return _mlp_max(x, convs[1:], bns[1:])
 
 
-def _mlp_max(x: Tensor, convs: Sequence[nn.Conv2d], bns: Sequence[nn.BatchNorm2d]) -> Tensor:
+def _mlp_max(x: Tensor, convs: Sequence[blocks.Conv], bns: Sequence[nn.Module]) -> Tensor:
     """[B, M, S, C] -> [B, M, C']: shared MLP, maximum over the S samples."""
     if not convs:
         return x.amax(-2)
@@ -135,11 +145,15 @@ class PointNet2(nn.Module):
         if variant not in ("ssg", "msg"):
             raise ValueError(f"pointnet2: variant must be 'ssg' or 'msg', got {variant!r}")
         if in_channels < 3:
-            raise ValueError(f"pointnet2: in_channels counts x, y, z and must be at least 3, got {in_channels}")
+            raise ValueError(
+                f"pointnet2: in_channels counts x, y, z and must be at least 3, got {in_channels}"
+            )
         drops = ((0.4, 0.4) if variant == "ssg" else (0.4, 0.5)) if dropout is None else (dropout, dropout)
         blocks.check_options("pointnet2", num_classes, feature_dim, width, drops[0])
         self.in_channels, self.random_start = in_channels, random_start
         extra = in_channels - 3
+        self.sa1: SetAbstraction | SetAbstractionMSG
+        self.sa2: SetAbstraction | SetAbstractionMSG
 
         def c(*channels: int) -> list[int]:
             return [blocks.scaled(channel, width) for channel in channels]
@@ -190,7 +204,7 @@ def pointnet2(
     width: float = 1.0,
     feature_dim: int = 512,
     dropout: float | None = None,
-    **options,
+    **options: Any,
 ) -> PointNet2:
     """PointNet++ classifier: points [B, N, 3] -> logits [B, num_classes].
 

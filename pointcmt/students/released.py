@@ -75,8 +75,8 @@ def load_released_checkpoint(student: Module, path: str | os.PathLike[str]) -> M
     ]
     if problems:
         raise ValueError(
-            f"{path} does not fit {type(student).__name__}; {'; '.join(problems)}. Build the student with the "
-            "checkpoint's variant, num_classes and options (the default options are the published ones)."
+            f"{path} does not fit {type(student).__name__}; {'; '.join(problems)}. Build the student with "
+            "the checkpoint's variant, num_classes and options (the default options are the published ones)."
         )
     student.load_state_dict(state)
     return student

@@ -11,6 +11,7 @@ x_i is 0 and x_j is x_j - x_i. This file computes what the public code computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class RSConv(nn.Module):
         self.xyz_raising = nn.Conv2d(in_channels + 3, width, 1) if first else None
 
     def forward(self, xyz: Tensor, features: Tensor | None, centres: Tensor, idx: Tensor) -> Tensor:
-        """xyz [B, N, 3], features [B, N, C] or None, centres [B, M, 3], groups idx [B, M, S] -> [B, M, C']."""
+        """xyz [B, N, 3], features [B, N, C] or None, centres [B, M, 3], idx [B, M, S] -> [B, M, C']."""
         delta = blocks.rows(xyz, idx) - centres[:, :, None]
         x = delta if features is None else torch.cat([delta, blocks.rows(features, idx)], -1)
         relation = blocks.linear_norm_act(self.relation(delta), self.mapping_func1, self.bn_mapping)
@@ -76,12 +77,14 @@ class RelationLevel(nn.Module):
         self.npoint, self.radius, self.nsample = npoint, radius, nsample
         self.mlps = nn.ModuleList([_wrap("RSConvLayer0", _wrap("RS_Conv", conv))])
 
-    def forward(self, xyz: Tensor, features: Tensor | None, random_start: bool = False):
+    def forward(
+        self, xyz: Tensor, features: Tensor | None, random_start: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """[B, N, 3] and [B, N, C] (or None) -> centres [B, M, 3] and features [B, M, C']."""
         chosen = blocks.sample(xyz, self.npoint, random_start)
         centres = blocks.rows(xyz, chosen)
         idx = centred_ball_query(self.radius, self.nsample, xyz, centres, chosen)
-        return centres, self.mlps[0].RSConvLayer0.RS_Conv(xyz, features, centres, idx)
+        return centres, self.mlps.get_submodule("0.RSConvLayer0.RS_Conv")(xyz, features, centres, idx)
 
 
 class GlobalConv(nn.Module):
@@ -174,8 +177,8 @@ class RSCNN(nn.Module):
         for module in self.SA_modules.modules():
             if isinstance(module, nn.Conv1d | nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.FC_layer[4].fc.bias)
+                nn.init.constant_(module._parameters["bias"], 0)  # type: ignore[arg-type]
+        nn.init.constant_(self.FC_layer.get_parameter("4.fc.bias"), 0)
 
     def forward(self, points: Tensor) -> Tensor:
         """points [B, N, in_channels] -> logits [B, num_classes]."""
@@ -198,7 +201,7 @@ def _fully_connected(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def rscnn(
-    num_classes: int, width: float = 1.0, feature_dim: int = 512, dropout: float = 0.5, **options
+    num_classes: int, width: float = 1.0, feature_dim: int = 512, dropout: float = 0.5, **options: Any
 ) -> RSCNN:
     """RS-CNN classifier with single-scale neighbourhoods: points [B, N, 3] -> logits [B, num_classes].
 

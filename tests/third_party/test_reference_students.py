@@ -1,0 +1,124 @@
+"""Our students against the public classes they rebuild: ``pytest tests/third_party --repos DIR``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _catalogue():
+    name = "pointcmt_benchmarks_public_students"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / "_public_students.py")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name].PUBLIC_STUDENTS
+
+
+@pytest.fixture(params=_catalogue(), ids=lambda public: public.name)
+def pair(request, double):
+    """The public class and ours with the same weights: BatchNorm as after training, without dropout."""
+    root = request.config.getoption("--repos", default=None)
+    if not root:
+        pytest.skip("needs checkouts of the public repositories: pytest tests/third_party --repos DIR")
+    public = request.param
+    checkout = public.find(Path(root).expanduser().resolve())
+    if checkout is None:
+        pytest.skip(f"no checkout of {public.repository} in {root} (looked for {public.marker})")
+    torch.manual_seed(0)
+    theirs, ours = public.build(checkout, 40), public.ours(40)
+    norms = [m for m in theirs.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+        nn.init.uniform_(norm.weight, -0.5, 1.5)  # trained weights have either sign
+        nn.init.normal_(norm.bias, std=0.1)
+    with torch.no_grad():
+        public.run(theirs.train(), clouds(6, 512, 0))
+    for norm in norms:
+        norm.momentum = 0.1
+    ours.load_state_dict(theirs.state_dict())
+    for module in (*theirs.modules(), *ours.modules()):
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return public, theirs, ours
+
+
+@pytest.fixture(params=[False, True], ids=["float32", "float64"])
+def double(request):
+    torch.set_default_dtype(torch.float64 if request.param else torch.float32)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+def clouds(batch: int, points: int, seed: int) -> torch.Tensor:
+    """Clouds in a shell, away from the origin, whose coordinates are multiples of 2^-10, so that squared
+    distances are exact in float32 by any formula and neighbours are the same."""
+    generator = torch.Generator().manual_seed(seed)
+    stretch = 0.2 + torch.rand(batch, 1, 3, generator=generator, dtype=torch.float32)
+    xyz = torch.randn(batch, points, 3, generator=generator, dtype=torch.float32) * stretch
+    radii = 0.4 + 0.6 * torch.rand(batch, points, 1, generator=generator, dtype=torch.float32)
+    xyz = xyz / xyz.norm(dim=-1, keepdim=True) * radii
+    return ((xyz * 1024).round() / 1024).to(torch.get_default_dtype())
+
+
+def scores(public, output: torch.Tensor) -> torch.Tensor:
+    """yanx27's classes return log-probabilities."""
+    return output.log_softmax(-1) if public.repository.startswith("yanx27/") else output
+
+
+@pytest.mark.slow
+def test_eval_outputs_are_equal(pair, double):
+    public, theirs, ours = pair
+    points = clouds(2, 1024, 1)
+    with torch.no_grad():
+        expected = public.run(theirs.eval(), points)
+        got = scores(public, ours.eval()(points))
+    assert (expected[0] - expected[1]).abs().max() > 1e-2, "the clouds cannot be told apart"
+    limit = 1e-10 if double else 1e-5 * max(1.0, expected.abs().max().item())
+    assert (got - expected).abs().max() <= limit
+
+
+@pytest.mark.slow
+def test_training_step_is_equal(pair, double):
+    """Output, gradients and running statistics of one step; in float64, where it is not a matter of luck
+    which of two nearly equal neighbours or maxima comes first."""
+    if not double:
+        pytest.skip("compared in float64")
+    public, theirs, ours = pair
+    points = clouds(6, 512, 2)
+    expected = public.run(theirs.train(), points)
+    got = scores(public, ours.train()(points))
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7)
+    toward = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4))
+    (expected * toward).sum().backward()
+    (got * toward).sum().backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if gradients[name].grad is None:
+            assert parameter.grad is None, name
+        else:
+            torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-6, atol=1e-7, msg=name)
+    statistics = theirs.state_dict()
+    for name, value in ours.state_dict().items():
+        if "running_" in name or name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(value, statistics[name], rtol=1e-7, atol=1e-7, msg=name)
+
+
+@pytest.mark.slow
+def test_checkpoint_of_the_public_class_loads(pair, tmp_path):
+    from pointcmt.students import load_released_checkpoint
+
+    _, theirs, ours = pair
+    for parameter in ours.parameters():
+        nn.init.zeros_(parameter)
+    torch.save({"net": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "model.pth")
+    load_released_checkpoint(ours, tmp_path / "model.pth")
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, dict(theirs.named_parameters())[name]), name
