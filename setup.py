@@ -88,6 +88,8 @@ def extension() -> tuple[list, dict]:
         kind = cpp.CUDAExtension
         sources += sorted(str(p.relative_to(ROOT)) for p in csrc.glob("*_cuda.cu"))
         compile_args["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
+        # the toolkit's headers first: those of torch's wheels may be of a later version than its nvcc
+        include.append(str(Path(home) / "include"))
         # torch's headers include cuBLAS's, which a bare toolkit may lack and torch's wheels bring
         site = Path(sysconfig.get_paths()["purelib"])
         include += [str(p) for p in sorted(site.glob("nvidia/cu*/include"))]

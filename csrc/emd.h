@@ -7,19 +7,9 @@
 #include <cstdint>
 #include <optional>
 
+#include "emd_constants.h"
+
 namespace pointcmt::emd {
-
-// Columns of the statistics that the operator returns beside distance and assignment, int64 [B, 3].
-enum Statistic : int64_t {
-  kRounds = 0,     // rounds of bidding; on the CPU, where points bid one by one, bids / N rounded up
-  kBids = 1,       // bids made
-  kCompleted = 2,  // points still unmatched when the bound on rounds was met, then matched greedily
-  kStatistics = 3,
-};
-
-// eps scaling: the first bid increment (of the clouds' scale) and the factor between phases.
-constexpr float kFirstEps = 0.1f;
-constexpr float kEpsFactor = 5.0f;
 
 inline void check(const at::Tensor& x, const at::Tensor& y, double eps, int64_t max_rounds,
                   const std::optional<at::Tensor>& initial) {

@@ -76,9 +76,32 @@ inline Bid cheapest(const float* cost, const float* price, int32_t n) {
   return bid;
 }
 
+// Who is unmatched, first in first out: at most n at a time.
+class Queue {
+ public:
+  explicit Queue(int32_t n) : ring_(n) {}
+  int32_t size() const { return size_; }
+  void clear() { head_ = size_ = 0; }
+  void push(int32_t i) {
+    const int32_t at = head_ + size_++;
+    ring_[at < int32_t(ring_.size()) ? at : at - int32_t(ring_.size())] = i;
+  }
+  int32_t pop() {
+    const int32_t i = ring_[head_];
+    if (++head_ == int32_t(ring_.size())) head_ = 0;
+    --size_;
+    return i;
+  }
+
+ private:
+  std::vector<int32_t> ring_;
+  int32_t head_ = 0, size_ = 0;
+};
+
 struct Outcome {
   double distance = 0;
   int64_t rounds = 0, bids = 0, completed = 0;
+  bool bound_met = false;
 };
 
 template <typename scalar_t>
@@ -112,7 +135,7 @@ class Pair {
     double reach = 0;
     for (int d = 0; d < 3; ++d) reach = std::max(reach, high[d] / 2 - low[d] / 2);
     // Two clouds far apart for their size: what float32 cannot tell apart at that distance is no scale.
-    scale_ = std::max({2 * side, 2 * reach * 1e-4, std::numeric_limits<double>::min()});
+    scale_ = std::max({2 * side, 2 * reach * kLeastScale, std::numeric_limits<double>::min()});
     if (!std::isfinite(scale_)) scale_ = std::numeric_limits<double>::max();
     const double inverse = 1 / scale_;
     for (int d = 0; d < 3; ++d) {
@@ -135,43 +158,45 @@ class Pair {
     const int64_t most = max_rounds > std::numeric_limits<int64_t>::max() / n_
                              ? std::numeric_limits<int64_t>::max()
                              : max_rounds * n_;
-    std::vector<int32_t> waiting;
-    waiting.reserve(n_);
+    Queue waiting(n_);
     const float last = float(std::max(eps, 1e-7));
-    float now = initial ? last : std::max(last, kFirstEps);
+    float now = std::max(last, kFirstEps);
+    std::vector<float> slack;
+    if (initial) {
+      slack = slacks(initial);
+      now = warm_eps(slack, last);
+    }
     for (bool first = true;; first = false) {
       std::fill(owner_.begin(), owner_.end(), -1);
       waiting.clear();
-      for (int32_t i = n_ - 1; i >= 0; --i) {
-        const int64_t j = first && initial ? initial[i] : -1;
-        if (j >= 0) {
-          const float* cost = row(i);
-          if (cost[j] <= cheapest(cost, price_.get(), padded_).best + last) {
-            owner_[j] = i;
-            continue;
-          }
+      for (int32_t i = 0; i < n_; ++i) {
+        if (first && initial && slack[i] <= now) {
+          owner_[initial[i]] = i;
+        } else {
+          waiting.push(i);
         }
-        waiting.push_back(i);
       }
-      while (!waiting.empty() && outcome.bids < most) {
-        const int32_t i = waiting.back();
-        waiting.pop_back();
+      // a coarse phase only sets prices: its last few bidders, who take many of its bids, can wait
+      const int32_t enough = now > last ? n_ / kUnmatchedFraction : 0;
+      while (waiting.size() > enough && outcome.bids < most) {
+        const int32_t i = waiting.pop();
         Bid bid = cheapest(row(i), price_.get(), padded_);
         if (bid.second == kInfinity) bid.second = bid.best;
         const float raised = price_[bid.object] + (bid.second - bid.best + now);
         // rounding must not stop a price from rising, or two bidders could alternate for ever
         price_[bid.object] =
             raised > price_[bid.object] ? raised : std::nextafter(price_[bid.object], kInfinity);
-        if (owner_[bid.object] >= 0) waiting.push_back(owner_[bid.object]);
+        if (owner_[bid.object] >= 0) waiting.push(owner_[bid.object]);
         owner_[bid.object] = i;
         ++outcome.bids;
       }
-      if (!waiting.empty() || now <= last) break;
+      outcome.bound_met = outcome.bids >= most && (now > last || waiting.size() > 0);
+      if (outcome.bound_met || now <= last) break;
       now = std::max(last, now / kEpsFactor);
     }
     outcome.rounds = (outcome.bids + n_ - 1) / n_;
-    outcome.completed = int64_t(waiting.size());
-    if (!waiting.empty()) complete(waiting);
+    outcome.completed = waiting.size();
+    while (waiting.size() > 0) complete(waiting.pop());
     for (int32_t j = 0; j < n_; ++j) assignment[owner_[j]] = j;
     outcome.distance = mean_distance(assignment);
     if (initial && std::find(initial, initial + n_, -1) == initial + n_) {
@@ -202,14 +227,31 @@ class Pair {
     return cost_.get();
   }
 
-  // The bound on bids was met: each point left takes the nearest point of y that is still free.
-  void complete(const std::vector<int32_t>& waiting) {
-    for (int32_t j = 0; j < n_; ++j) price_[j] = owner_[j] < 0 ? 0 : kInfinity;
-    for (const int32_t i : waiting) {
-      const Bid bid = cheapest(row(i), price_.get(), padded_);
-      owner_[bid.object] = i;
-      price_[bid.object] = kInfinity;
+  // By how much each point of x would, at price 0, rather have another point than its initial one.
+  std::vector<float> slacks(const int64_t* initial) {
+    std::vector<float> slack(n_, kInfinity);
+    for (int32_t i = 0; i < n_; ++i) {
+      if (initial[i] < 0) continue;
+      const float* cost = row(i);
+      slack[i] = cost[initial[i]] - cheapest(cost, price_.get(), padded_).best;
     }
+    return slack;
+  }
+
+  // The finest phase's eps at which all but a few initial pairs satisfy eps complementary slackness.
+  float warm_eps(const std::vector<float>& slack, float last) const {
+    float eps = last;
+    for (; eps < kFirstEps; eps *= kEpsFactor) {
+      const auto ill = std::count_if(slack.begin(), slack.end(), [&](float s) { return !(s <= eps); });
+      if (ill * kWarmFraction <= n_) return eps;
+    }
+    return std::max(last, kFirstEps);
+  }
+
+  // The bound on bids was met: a point left takes the nearest point of y that is still free.
+  void complete(int32_t i) {
+    for (int32_t j = 0; j < n_; ++j) price_[j] = owner_[j] < 0 ? 0 : kInfinity;
+    owner_[cheapest(row(i), price_.get(), padded_).object] = i;
   }
 
   double mean_distance(const int64_t* assignment) const {
@@ -284,6 +326,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> emd_cpu(const at::Tensor& x, cons
         pt[b * kStatistics + kRounds] = outcome.rounds;
         pt[b * kStatistics + kBids] = outcome.bids;
         pt[b * kStatistics + kCompleted] = outcome.completed;
+        pt[b * kStatistics + kBoundMet] = outcome.bound_met;
       }
     });
   };

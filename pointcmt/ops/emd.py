@@ -13,6 +13,7 @@ import functools
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ from pointcmt.ops._extension import compiled_ops, use_compiled
 DEFAULT_EPS = 0.002
 DEFAULT_MAX_ROUNDS = 10_000
 
-# eps scaling, as in csrc/emd.h: the first increment, of the clouds' scale, and the factor between phases.
+# eps scaling, as in csrc/emd_constants.h: the first increment, of the clouds' scale, and the factor between phases.
 _FIRST_EPS = 0.1
-_EPS_FACTOR = 5.0
+_EPS_FACTOR = 4.0
+_WARM_FRACTION = 16  # a warm start begins where at most N / 16 of its points are ill matched
+_UNMATCHED_FRACTION = 128  # a phase before the last ends when at most N / 128 points are unmatched
 
 
 def emd(
@@ -72,7 +75,7 @@ def emd(
     auction: Bertsekas, Annals of Operations Research 14 (1988).
     """
     distance, assignment, statistics = _emd(x, y, eps, max_rounds, initial)
-    if not torch.compiler.is_compiling() and statistics.device.type == "cpu" and statistics[:, 2].any():
+    if not torch.compiler.is_compiling() and statistics.device.type == "cpu" and statistics[:, 3].any():
         _warn_bound_met(max_rounds)
     return distance, assignment
 
@@ -86,7 +89,9 @@ class EmdStatistics:
     bids: Tensor
     """Single bids."""
     completed: Tensor
-    """Points that were unmatched when ``max_rounds`` was met, and were matched to the nearest free point."""
+    """Points that were unmatched when ``max_rounds`` was met, and were matched to what was free."""
+    bound_met: Tensor
+    """1 where ``max_rounds`` ended the auction before it was through."""
 
 
 def emd_statistics(
@@ -192,11 +197,11 @@ def _check_values(x: Tensor, y: Tensor, initial: Tensor | None) -> None:
 def _reference_auction(
     x: Tensor, y: Tensor, eps: float, max_rounds: int, initial: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Assignment int64 [B, N] and statistics int64 [B, 3] (rounds, bids, completed)."""
+    """Assignment int64 [B, N] and statistics int64 [B, 4]: the fields of EmdStatistics."""
     _check_values(x, y, initial)
     batch, n, _ = x.shape
     device = x.device
-    statistics = torch.zeros(batch, 3, dtype=torch.int64, device=device)
+    statistics = torch.zeros(batch, 4, dtype=torch.int64, device=device)
     if batch == 0:
         return torch.empty(0, n, dtype=torch.int64, device=device), statistics
 
@@ -207,9 +212,8 @@ def _reference_auction(
     scale = sides.amax((0, 2)).clamp_min(1e-4 * (both.amax(1) - both.amin(1)).amax(1))
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))[:, None, None]
     dtype = x.dtype
-    cost = torch.cdist(
-        *((both - centre) / scale / 2).to(dtype).split(n, 1), compute_mode="donot_use_mm_for_euclid_dist"
-    )
+    bidders, objects = ((both - centre) / scale).to(dtype).split(n, 1)
+    cost = torch.cdist(bidders, objects, compute_mode="donot_use_mm_for_euclid_dist")
 
     price = cost.new_zeros(batch, n)
     holds = torch.full((batch, n), -1, dtype=torch.int64, device=device)  # by point of x: what it holds
@@ -217,24 +221,30 @@ def _reference_auction(
     last = max(eps, 1e-7)
     increment = max(last, _FIRST_EPS)
     if initial is not None:
+        # the finest phase at which all but a few initial pairs satisfy eps complementary slackness
+        given = cost.gather(2, initial.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        slack = torch.where(initial >= 0, given - cost.amin(2), math.inf)
         increment = last
-        known = initial >= 0
-        candidate = initial.clamp_min(0)
-        kept = known & (cost.gather(2, candidate.unsqueeze(-1)).squeeze(-1) <= cost.amin(2) + last)
+        while increment < _FIRST_EPS and ((slack > increment).sum(1) * _WARM_FRACTION > n).any():
+            increment *= _EPS_FACTOR
+        increment = increment if increment < _FIRST_EPS else max(last, _FIRST_EPS)
+        kept = slack <= increment
         holds = torch.where(kept, initial, holds)
         b, i = kept.nonzero(as_tuple=True)
         owner[b, initial[b, i]] = i
 
+    bound_met = torch.zeros(batch, dtype=torch.bool, device=device)
     while True:
-        for _ in range(max_rounds):
-            b, i = (holds < 0).nonzero(as_tuple=True)  # the bidders, of all pairs at once
-            active = statistics[b, 0] < max_rounds
-            b, i = b[active], i[active]
+        # a coarse phase only sets prices: its last few bidders, who take most of its rounds, can wait
+        enough = n // _UNMATCHED_FRACTION if increment > last else 0
+        while True:
+            waiting = holds < 0
+            active = (waiting.sum(1) > enough) & (statistics[:, 0] < max_rounds)
+            b, i = (waiting & active[:, None]).nonzero(as_tuple=True)  # the bidders, of all pairs at once
             if b.numel() == 0:
                 break
-            value = cost[b, i] + price[b]
-            two, objects = value.topk(min(2, n), dim=1, largest=False)
-            object_ = objects[:, 0]
+            two, ranked = (cost[b, i] + price[b]).topk(min(2, n), dim=1, largest=False)
+            object_ = ranked[:, 0]
             current = price[b, object_]
             raised = current + (two[:, -1] - two[:, 0] + increment)
             # rounding must not stop a price from rising, or two bidders could alternate for ever
@@ -256,19 +266,18 @@ def _reference_auction(
             owner[b_won, j_won] = i_won
             price[b_won, j_won] = raised[won]
             statistics[:, 1] += torch.bincount(b, minlength=batch)
-            statistics[:, 0] += torch.zeros_like(price[:, 0]).index_fill(0, b.unique(), 1).long()
+            statistics[:, 0] += active
         if increment <= last:
             break
+        bound_met = statistics[:, 0] >= max_rounds
         increment = max(last, increment / _EPS_FACTOR)
-        matched = (holds >= 0).all(1) & (
-            statistics[:, 0] < max_rounds
-        )  # others met the bound: keep what they hold
-        holds[matched] = -1
-        owner[matched] = -1
+        holds[~bound_met] = -1  # where the bound is met, they keep what they hold
+        owner[~bound_met] = -1
 
     # the bound was met: each point left takes the nearest one that is free
     left = holds < 0
     statistics[:, 2] = left.sum(1)
+    statistics[:, 3] = bound_met | left.any(1)
     for b_left, i_left in left.nonzero().tolist():
         free = torch.where(owner[b_left] < 0, cost[b_left, i_left], math.inf)
         j = int(free.argmin())
@@ -295,16 +304,18 @@ if "emd" in compiled_ops("cpu"):
         return (
             x.new_empty((batch,)),
             x.new_empty((batch, n), dtype=torch.int64),
-            x.new_empty((batch, 3), dtype=torch.int64),
+            x.new_empty((batch, 4), dtype=torch.int64),
         )
 
-    def _setup_context(ctx, inputs, output) -> None:
+    def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         x, y, *_ = inputs
         _, assignment, statistics = output
         ctx.mark_non_differentiable(assignment, statistics)
         ctx.save_for_backward(x, y, assignment)
 
-    def _backward(ctx, grad_distance: Tensor, _assignment: Tensor | None, _statistics: Tensor | None):
+    def _backward(
+        ctx: Any, grad_distance: Tensor, _assignment: Tensor | None, _statistics: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, y, assignment = ctx.saved_tensors
         index = assignment.unsqueeze(-1).expand_as(y)
         _, direction = _unit_vectors(x - y.gather(1, index))
