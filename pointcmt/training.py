@@ -21,6 +21,7 @@ from pointcmt.adapters.registry import (
 )
 from pointcmt.borrowed import Lent, UntouchedStatistics, device_of
 from pointcmt.capture import Captured, StudentCapture
+from pointcmt.guard import Guard
 from pointcmt.objectives import ClassifierEnhancement, FeatureEnhancement, Objective
 from pointcmt.types import StudentState, TeacherOutput
 
@@ -58,6 +59,7 @@ class CrossModalTraining:
         objectives: what to sum; names must differ.
         generator: point generator for the objectives that need one.
         adapter: where the student's feature is: an ``Adapter``, the name of one, or None to find one.
+        guard: scales the weights as training goes on (``pointcmt.guard``); None leaves them.
 
     Raises:
         ValueError: no objectives, equal names, or a generator missing.
@@ -78,6 +80,7 @@ class CrossModalTraining:
         objectives: Iterable[Objective],
         generator: nn.Module | None = None,
         adapter: Adapter | str | None = None,
+        guard: Guard | None = None,
     ) -> None:
         chosen = list(objectives)
         if not chosen:
@@ -96,6 +99,7 @@ class CrossModalTraining:
         self.teacher = teacher
         self.student = student
         self.objectives = nn.ModuleList(chosen)
+        self.guard = guard
         self.report: AdapterReport | None = None
         self._adapter = adapter
         self._generator = generator
@@ -215,7 +219,8 @@ class CrossModalTraining:
         total: Tensor | None = None
         losses: dict[str, Tensor] = {}
         for objective in self._objectives():
-            if objective.weight == 0:
+            weight = self._weight(objective)
+            if weight == 0:
                 continue
             _follow(objective, captured.feature.device)
             value = objective(state, taught)
@@ -226,10 +231,15 @@ class CrossModalTraining:
                     "scalar"
                 )
             losses[objective.name] = value.detach()
-            weighted = objective.weight * value
+            weighted = weight * value
             total = weighted if total is None else total + weighted
         self._losses = losses
         return captured.logits.new_zeros((), dtype=torch.float32) if total is None else total
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Each objective's weight as it stands, the guard's factor in it."""
+        return {objective.name: self._weight(objective) for objective in self._objectives()}
 
     @property
     def losses(self) -> dict[str, float]:
@@ -280,6 +290,9 @@ class CrossModalTraining:
         for objective in self.objectives:
             assert isinstance(objective, Objective)
             yield objective
+
+    def _weight(self, objective: Objective) -> float:
+        return objective.weight * (1.0 if self.guard is None else self.guard.factor(objective.name))
 
     def _entered(self, what: str) -> StudentCapture:
         if self._capture is None:
@@ -383,6 +396,7 @@ class PointCMT(CrossModalTraining):
         adapter: where the student's feature is: an ``Adapter``, the name of one, or None to find one.
         objectives: in place of the paper's ``[FeatureEnhancement(weight=30.0),
             ClassifierEnhancement(weight=0.3)]``.
+        guard: scales the weights as training goes on (``pointcmt.guard``); None leaves them.
 
     Raises:
         ValueError: feature enhancement without a generator.
@@ -400,11 +414,17 @@ class PointCMT(CrossModalTraining):
         generator: nn.Module | str | os.PathLike[str] | None = None,
         adapter: Adapter | str | None = None,
         objectives: Iterable[Objective] | None = None,
+        guard: Guard | None = None,
     ) -> None:
         if objectives is None:
             objectives = [FeatureEnhancement(weight=30.0), ClassifierEnhancement(weight=0.3)]
         super().__init__(
-            teacher, student, objectives=objectives, generator=_loaded(generator), adapter=adapter
+            teacher,
+            student,
+            objectives=objectives,
+            generator=_loaded(generator),
+            adapter=adapter,
+            guard=guard,
         )
 
 

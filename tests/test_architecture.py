@@ -29,7 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compat": {"ops"},
     "borrowed": set(),
     "capture": {"adapters", "borrowed"},
-    "training": {"objectives", "adapters", "borrowed", "capture", "generator"},
+    "guard": set(),
+    "training": {"guard", "objectives", "adapters", "borrowed", "capture", "generator"},
     "integrations": {"training", "objectives", "adapters"},
     "report": {"checkpoint", "data", "views"},
     "recipes": {
