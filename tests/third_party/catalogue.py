@@ -355,6 +355,7 @@ def openpoints_cases() -> Iterator[Case]:
             adapter=adapter,
             build=build,
             layout="pos_x",
+            points=512,
             hard_codes_cuda=cuda,
         )
 

@@ -1,0 +1,107 @@
+"""The examples: each diff applies to the real checkout and compiles; both loops run."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from pointcmt import ImageTeacher, PointGenerator
+from tests.third_party.catalogue import CASES, commit_of
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+MARKERS = {case.codebase: case.marker for case in CASES}
+DIFFS = {
+    "yanx27": MARKERS["yanx27/Pointnet_Pointnet2_pytorch"],
+    "antao97": MARKERS["antao97/dgcnn.pytorch"],
+    "pointmlp": MARKERS["ma-xu/pointMLP-pytorch"],
+    "rscnn": MARKERS["Yochengliu/Relation-Shape-CNN"],
+    "openpoints": "cfgs/modelnet40ply2048/pointnext-s.yaml",
+}
+
+
+def target_of(diff: Path) -> str:
+    return next(
+        line.removeprefix("+++ b/") for line in diff.read_text().splitlines() if line.startswith("+++ b/")
+    )
+
+
+@pytest.mark.parametrize("name", DIFFS)
+def test_a_diff_is_a_few_lines_and_uses_the_public_face(name):
+    added = [
+        line[1:]
+        for line in (EXAMPLES / name / "pointcmt.diff").read_text().splitlines()
+        if line.startswith("+") and not line.startswith("+++")
+    ]
+    assert len(added) <= 12
+    text = "\n".join(added)
+    assert "from pointcmt import ImageTeacher, PointCMT" in text and "cmt.loss(views=" in text
+    for line in added:  # what they import must exist
+        if line.strip().startswith(("from pointcmt", "import pointcmt")):
+            exec(compile(ast.parse(line.strip()), name, "exec"), {})
+    assert f"examples/{name}/pointcmt.diff" in (EXAMPLES / name / "README.md").read_text()
+
+
+@pytest.fixture(autouse=True)
+def no_stand_ins():
+    from pointcmt import compat
+
+    yield
+    compat.uninstall()
+
+
+@pytest.mark.parametrize(("name", "marker"), DIFFS.items())
+def test_a_diff_applies_to_the_real_checkout(name, marker, repos, tmp_path):
+    checkouts = [folder for folder in [repos, *sorted(repos.iterdir())] if (folder / marker).exists()]
+    if not checkouts:
+        pytest.skip(f"no checkout in {repos} holds {marker}")
+    diff = EXAMPLES / name / "pointcmt.diff"
+    copy = tmp_path / target_of(diff)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(checkouts[0] / target_of(diff), copy)
+    subprocess.run(["git", "init", "-q", "."], cwd=tmp_path, check=True)
+    done = subprocess.run(["git", "apply", "-v", str(diff)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stderr} (checked at {commit_of(checkouts[0])})"
+    source = copy.read_text()
+    assert "cmt.loss(" in source
+    compile(source, str(copy), "exec")
+
+
+def load(script: str):
+    spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), EXAMPLES / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A small teacher and generator on disk, as the commands leave them (weights as they begin)."""
+    torch.manual_seed(0)
+    teacher, generator = tmp_path / "teacher.safetensors", tmp_path / "generator.safetensors"
+    ImageTeacher(16, backbone="simpleview_resnet", in_chans=1, feature_dim=128).save(teacher)
+    PointGenerator(128, num_points=32).save(generator)
+    return [
+        "--teacher", str(teacher), "--generator", str(generator), "--epochs", "1", "--per-class", "2",
+        "--num-points", "32", "--view-size", "16",
+    ]  # fmt: skip
+
+
+def test_the_accelerate_loop_runs(trained, capsys):
+    accuracy = load("accelerate_loop.py").main(trained)
+    assert 0 <= accuracy <= 1
+    assert "feature_enhancement" in capsys.readouterr().out
+
+
+def test_the_lightning_loop_runs(trained, tmp_path, monkeypatch):
+    pytest.importorskip("lightning", reason="needs Lightning: pip install lightning")
+    monkeypatch.chdir(tmp_path)
+    metrics = load("lightning_loop.py").main(trained)
+    assert {"accuracy", "pointcmt/feature_enhancement", "pointcmt/classifier_enhancement"} <= set(metrics)
+    assert metrics["pointcmt/feature_enhancement"] > 0
