@@ -7,13 +7,14 @@ feature is one contiguous row. The modules that hold the parameters are the publ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pointcmt.ops import furthest_point_sample
+from pointcmt import ops
 
 # a 1x1 Conv1d or Conv2d, or a Linear; indexing an nn.Sequential tells mypy no more than Module
 Conv = Any
@@ -66,14 +67,14 @@ def sample(xyz: Tensor, npoint: int, random_start: bool = False) -> Tensor:
     batch, n, _ = xyz.shape
     npoint = min(npoint, n)
     if not random_start:
-        return furthest_point_sample(xyz, npoint)
+        return ops.furthest_point_sample(xyz, npoint)
     # the operator starts at point 0: put another point there, and translate back
     start = torch.randint(n, (batch,), device=xyz.device)
     order = torch.arange(n, device=xyz.device).expand(batch, n).clone()
     order[:, 0] = start
     order.scatter_(1, start[:, None], 0)
     shuffled = xyz.gather(1, order[..., None].expand_as(xyz))
-    return order.gather(1, furthest_point_sample(shuffled, npoint))
+    return order.gather(1, ops.furthest_point_sample(shuffled, npoint))
 
 
 def rows(features: Tensor, idx: Tensor) -> Tensor:
@@ -112,8 +113,51 @@ def norm(x: Tensor, bn: nn.Module) -> Tensor:
     return bn(flat).view(x.shape)
 
 
+def _normalised(
+    op: Callable[..., Tensor],
+    x: Tensor,
+    bn: nn.Module,
+    slope: float,
+    centres: Tensor | None = None,
+    idx: Tensor | None = None,
+) -> Tensor | None:
+    """``pointcmt.ops``' norm_act or norm_act_max by the rules of a BatchNorm module, counting the batch.
+
+    None where the module is more than a plain BatchNorm (synchronised, hooked, without weights): then
+    it has to be called itself.
+    """
+    if type(bn) not in (nn.BatchNorm1d, nn.BatchNorm2d) or bn._forward_hooks or bn._forward_pre_hooks:
+        return None
+    assert isinstance(bn, nn.BatchNorm1d | nn.BatchNorm2d)
+    if bn.weight is None or bn.bias is None:
+        return None
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            momentum = 1.0 / float(
+                bn.num_batches_tracked
+            )  # the average of all batches, as nn.BatchNorm takes
+    return op(
+        x,
+        bn.running_mean,
+        bn.running_var,
+        bn.weight,
+        bn.bias,
+        bn.training,
+        momentum,
+        bn.eps,
+        slope,
+        centres,
+        idx,
+    )
+
+
 def norm_act(x: Tensor, bn: nn.Module, slope: float = 0.0) -> Tensor:
     """Batch normalisation over all rows of x [..., C], then (leaky) ReLU."""
+    fused = _normalised(ops.norm_act, x, bn, slope)
+    if fused is not None:
+        return fused
     y = norm(x, bn)
     return F.leaky_relu(y, slope) if slope else F.relu(y)
 
@@ -125,13 +169,16 @@ def linear_norm_act(x: Tensor, conv: Conv, bn: nn.Module, slope: float = 0.0) ->
 
 def linear_norm_act_max(x: Tensor, conv: Conv, bn: nn.Module, slope: float = 0.0) -> Tensor:
     """As :func:`linear_norm_act` on x [..., S, C], then the maximum over the S samples: [..., C_out]."""
-    return linear_norm_act(x, conv, bn, slope).amax(-2)
+    return norm_act_max(linear(x, conv), bn, slope)
 
 
 def gather_norm_act(
     of_points: Tensor, of_centres: Tensor, idx: Tensor, bn: nn.Module, slope: float = 0.0
 ) -> Tensor:
     """act(bn(of_points[idx] + of_centres)): [B, N, C], [B, M, C], [B, M, S] -> [B, M, S, C]."""
+    fused = _normalised(ops.norm_act, of_points, bn, slope, of_centres, idx)
+    if fused is not None:
+        return fused
     return norm_act(rows(of_points, idx) + of_centres[:, :, None], bn, slope)
 
 
@@ -139,6 +186,9 @@ def gather_norm_act_max(
     of_points: Tensor, of_centres: Tensor, idx: Tensor, bn: nn.Module, slope: float = 0.0
 ) -> Tensor:
     """As :func:`gather_norm_act`, then the maximum over the S samples: [B, M, C]."""
+    fused = _normalised(ops.norm_act_max, of_points, bn, slope, of_centres, idx)
+    if fused is not None:
+        return fused
     return gather_norm_act(of_points, of_centres, idx, bn, slope).amax(-2)
 
 
@@ -155,4 +205,5 @@ def linear_norm_add_act(x: Tensor, conv: Conv, bn: nn.Module, skip: Tensor) -> T
 
 def norm_act_max(x: Tensor, bn: nn.Module, slope: float = 0.0) -> Tensor:
     """Batch normalisation over all rows of x [..., S, C], (leaky) ReLU, maximum over the S samples."""
-    return norm_act(x, bn, slope).amax(-2)
+    fused = _normalised(ops.norm_act_max, x, bn, slope)
+    return norm_act(x, bn, slope).amax(-2) if fused is None else fused
