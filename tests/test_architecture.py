@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"checkpoint", "data", "views"},
     "recipes": {
         "training", "teacher", "generator", "students", "views", "data", "report", "objectives", "adapters",
-        "ops", "checkpoint", "compat",
+        "ops", "checkpoint", "compat", "guard",
     },
     "cli": {"recipes", "data"},
 }  # fmt: skip

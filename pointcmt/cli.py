@@ -1,0 +1,112 @@
+"""The command line: ``pointcmt COMMAND …``, every option a field of a command's dataclass."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+# command → module, its options, the function that takes them. Imported when needed: --help must not wait
+# for timm
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "demo": ("demo", "Demo", "demo"),
+    "train-teacher": ("train_teacher", "TrainTeacher", "train_teacher"),
+    "train-generator": ("train_generator", "TrainGenerator", "train_generator"),
+    "cache-features": ("features", "CacheFeatures", "cache_features"),
+    "train": ("train", "Train", "train"),
+    "evaluate": ("evaluate", "Evaluate", "evaluate"),
+    "ablate": ("ablate", "Ablate", "ablate"),
+    "report": ("write_report", "Report", "report"),
+    "render-views": ("render_views", "RenderViews", "render_views"),
+    "adapters": ("adapters", "Adapters", "adapters"),
+    "doctor": ("doctor", "Doctor", "doctor"),
+}
+SUMMARY = {
+    "demo": "all stages on shapes that come with the package, and a report: five minutes on two cores",
+    "train-teacher": "stage I: an image teacher, on views projected from points or on a folder of images",
+    "train-generator": "stage II: the generator that turns the teacher's features into clouds",
+    "cache-features": "compute the teacher's features of all shapes once (train does it where needed)",
+    "train": "stage III: a student, plain or with PointCMT",
+    "evaluate": "OA, mAcc and accuracy per class of a run, in one pass or by vote",
+    "ablate": "students × methods × seeds from one configuration file, with a table and a chart",
+    "report": "pictures and one HTML page of the runs in a folder",
+    "render-views": "images of meshes (OFF, OBJ, PLY), named as train-teacher --images wants them",
+    "adapters": "list the adapters, or prove the one for a network (--check module:Class)",
+    "doctor": "versions, device, compiled kernels, adapters, and what is wrong",
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [
+        "usage: pointcmt COMMAND [OPTIONS]",
+        "",
+        "Images teach the point-cloud network you already have.",
+        "",
+    ]
+    lines += [f"  {name:<{width}}  {SUMMARY[name]}" for name in COMMANDS]
+    lines += [
+        "",
+        "pointcmt COMMAND --help explains every option.",
+        "--debug, after any command, shows the whole traceback of an error.",
+        "Several GPUs: accelerate launch -m pointcmt COMMAND [OPTIONS]",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        Exit code: 0 done, 1 something was wrong (said in one message on stderr), 2 wrong usage,
+        130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from pointcmt import __version__
+
+        print(__version__)
+        return 0
+    command = arguments[0]
+    if command not in COMMANDS:
+        print(f"pointcmt: there is no command {command!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module_name, options_name, function_name = COMMANDS[command]
+    try:
+        module = importlib.import_module(f"pointcmt.recipes.{module_name}")
+        options_type: type[Any] = getattr(module, options_name)
+        function: Callable[[Any], Any] = getattr(module, function_name)
+        options = tyro.cli(
+            options_type,
+            prog=f"pointcmt {command}",
+            args=arguments[1:],
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+        result = function(options)
+        return result if isinstance(result, int) else 0
+    except SystemExit as stop:  # tyro: 2 for wrong usage, 0 after --help
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        print(
+            f"\npointcmt {command}: interrupted; --resume goes on from the last whole epoch", file=sys.stderr
+        )
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"pointcmt {command}: {error}\n(--debug shows where)", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

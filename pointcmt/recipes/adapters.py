@@ -1,0 +1,61 @@
+"""``pointcmt adapters``: what is registered, and the proof of one adapter on one network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.table import Table
+
+from pointcmt.adapters import adapter_problems, list_adapters
+from pointcmt.recipes.check_adapter import check_adapter
+from pointcmt.recipes.progress import console, say, warn
+
+
+@dataclass
+class Adapters:
+    """List the registered adapters, or prove the one for a network."""
+
+    check: str | None = None
+    """module:Class, module:function or path/to/file.py:Class of a network: builds it, finds its adapter,
+    proves it on
+    real points and trains two steps through it."""
+    init: str = ""
+    """Arguments of the class, as between the parentheses of the call: "40, normal_channel=False"."""
+    adapter: str | None = None
+    """Name of the adapter to prove; default: the one that would be chosen."""
+    layout: str | None = None
+    """How the network takes its clouds: BN3, B3N or pos_x; default: as its adapter says."""
+    num_points: int = 1024
+    """Points per cloud."""
+    channels: Literal[3, 6] = 3
+    """3 for coordinates, 6 with normals."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU where there is one."""
+
+
+def adapters(options: Adapters) -> int:
+    """Run the command; returns the exit code."""
+    if options.check is not None:
+        report = check_adapter(
+            options.check,
+            options.init,
+            adapter=options.adapter,
+            layout=options.layout,
+            points=options.num_points,
+            channels=options.channels,
+            device=None if options.device == "auto" else options.device,
+        )
+        say(str(report))
+        return 0
+    if options.init or options.adapter or options.layout:
+        raise ValueError("--init, --adapter and --layout belong to --check module:Class")
+    table = Table("adapter", "feature", "input")
+    for adapter in list_adapters():
+        where = adapter.feature_module if isinstance(adapter.feature_module, str) else "by structure"
+        table.add_row(adapter.name, f"{adapter.feature_from} of {where}", adapter.input_layout)
+    table.add_row("generic", "input of the last nn.Linear", "BN3", style="dim")
+    console.print(table)
+    for name, reason in adapter_problems().items():
+        warn(f"the adapter entry point {name!r} does not load: {reason}")
+    return 0

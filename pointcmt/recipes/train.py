@@ -1,0 +1,436 @@
+"""Stage III: a student, plain or with an image teacher looking over its shoulder."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pointcmt.adapters import Adapter, find_adapter
+from pointcmt.checkpoint import save_module
+from pointcmt.data import Augmentation, FeatureCache, PointDataset
+from pointcmt.guard import HeldOutAdvantage
+from pointcmt.objectives import Objective
+from pointcmt.recipes.build import StudentOptions, make_objectives, make_student
+from pointcmt.recipes.engine import (
+    Batch,
+    Batches,
+    LoopOptions,
+    MachineOptions,
+    Task,
+    count_parameters,
+    fit,
+    make_accelerator,
+    predict,
+    seed_everything,
+)
+from pointcmt.recipes.features import features_of
+from pointcmt.recipes.metrics import overall_accuracy, scores
+from pointcmt.recipes.options import DataOptions, Splits, load_generator, load_teacher
+from pointcmt.recipes.progress import say, warn
+from pointcmt.recipes.run import RunFolder, to_json, write_json
+from pointcmt.training import PointCMT
+
+
+@dataclass
+class MethodOptions:
+    """How the teacher teaches."""
+
+    method: Literal["none", "pointcmt"] = "pointcmt"
+    """none trains the student alone; pointcmt adds feature enhancement (FE), classifier enhancement (CE) and
+    --objectives."""
+    fe_weight: float = 30.0
+    """Weight of FE; 0 leaves it out. Paper: 30, for a strong teacher and a long schedule."""
+    ce_weight: float = 0.3
+    """Weight of CE, a sum over the batch; 0 leaves it out. Paper: 0.3 at batches of 32."""
+    objectives: tuple[str, ...] = ()
+    """Further objectives as NAME=WEIGHT: soft_labels, nst, srrl, feature_l2."""
+    fe_distance: str = "emd"
+    """Distance of FE: emd, chamfer, sinkhorn or sliced_wasserstein."""
+    fe_until: float = 1.0
+    """Part of the run after which FE is off."""
+    ce_until: float = 1.0
+    """Part of the run after which CE is off."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Weights of all objectives over their part of the run: constant, or falling to zero."""
+
+    guard: Literal["none", "heldout"] = "heldout"
+    """heldout scales all weights by how far the teacher is ahead of the student on the held-out shapes,
+    down to 0
+    where it is behind, so that a weak teacher does no harm; needs --holdout."""
+
+    def name(self) -> str:
+        """What this method is called in tables."""
+        if self.method == "none":
+            return "none"
+        parts = [name for name, weight in (("fe", self.fe_weight), ("ce", self.ce_weight)) if weight]
+        parts += [pair.partition("=")[0] for pair in self.objectives]
+        return "pointcmt" if parts == ["fe", "ce"] else "+".join(parts)
+
+
+@dataclass
+class Train:
+    """Stage III: train a student, plain or with PointCMT."""
+
+    out: Path
+    """Run folder to write; the student is student.safetensors in it."""
+    student: StudentOptions = field(default_factory=StudentOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
+    teacher: Path | None = None
+    """The teacher: its run folder or its .safetensors file. Needed by --method pointcmt."""
+    generator: Path | None = None
+    """The generator: its run folder or its .safetensors file. Needed by FE."""
+    data: DataOptions = field(default_factory=DataOptions)
+    images: Path | None = None
+    """Folder of images, for a teacher that was trained on images."""
+    features: Path | None = None
+    """Folder of the cached features; default: features/ beside the teacher. Built where absent."""
+    label_smoothing: float = 0.2
+    """Of the cross-entropy."""
+    augment_scale: float = 1.5
+    """Clouds are stretched along each axis by a factor between 1/this and this; 1: not."""
+    augment_shift: float = 0.2
+    """Clouds are moved by up to this along each axis."""
+    loop: LoopOptions = field(default_factory=lambda: LoopOptions(epochs=200))
+    machine: MachineOptions = field(default_factory=MachineOptions)
+    resume: bool = False
+    """Continue the run in --out."""
+
+
+def check(options: Train) -> None:
+    """Raise a ValueError for options that cannot go together."""
+    method = options.method
+    if method.method == "none":
+        return
+    if options.teacher is None:
+        raise ValueError(
+            "--method pointcmt needs --teacher: the run folder of `pointcmt train-teacher`. "
+            "--method none trains the student alone"
+        )
+    if not (method.fe_weight or method.ce_weight or method.objectives):
+        raise ValueError(
+            "--method pointcmt with --fe-weight 0 and --ce-weight 0 and no --objectives is no method: "
+            "give a weight, or --method none"
+        )
+    if method.fe_weight and options.generator is None:
+        raise ValueError(
+            "FE needs --generator: the run folder of `pointcmt train-generator`. --fe-weight 0 leaves FE out"
+        )
+    for name in ("fe_until", "ce_until"):
+        if not 0 < getattr(method, name) <= 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(method, name)}; expected a part of the run in (0, 1]"
+            )
+
+
+def factor(decay: str, done: float, until: float = 1.0) -> float:
+    """Factor of an objective's weight when the part ``done`` of the run is over."""
+    if done >= until:
+        return 0.0
+    if decay == "linear":
+        return 1 - done / until
+    if decay == "cosine":
+        return 0.5 * (1 + float(np.cos(np.pi * done / until)))
+    return 1.0
+
+
+def train(options: Train) -> dict[str, Any]:
+    """Train a student into a run folder and return its results.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, RuntimeError: with what to do.
+    """
+    check(options)
+    options = copy.deepcopy(options)
+    accelerator = make_accelerator(options.machine)
+    main = accelerator.is_main_process
+    splits = options.data.load()
+    inputs = {"data": splits.fingerprint()}
+    teaching = options.method.method != "none"
+    teacher = generator = None
+    if teaching:
+        assert options.teacher is not None
+        teacher, teacher_file = load_teacher(options.teacher, splits.train.class_names)
+        inputs["teacher"] = teacher.fingerprint()
+        if options.method.fe_weight and options.generator is not None:
+            generator, _ = load_generator(options.generator, teacher.feature_dim)
+            inputs["generator"] = generator.fingerprint()
+
+    seed_everything(options.loop.seed)
+    if teacher is not None and options.student.feature_dim is None:
+        options.student.feature_dim = teacher.feature_dim
+    student = make_student(options.student, splits.train.num_classes).to(accelerator.device)
+    sample = torch.from_numpy(splits.train.points[: min(4, len(splits.train))]).to(accelerator.device)
+    adapter = find_adapter(student, options.student.adapter)
+    run = RunFolder.start(
+        accelerator, options.out, options, command="train", inputs=inputs, resume=options.resume
+    )
+    if (done := run.finished()) is not None:
+        say(f"{run.path} is finished", main)
+        return done
+    if main:
+        write_json(run.path / "shapes.json", {name: part.shape_ids for name, part in splits.parts().items()})
+
+    caches: dict[str, FeatureCache] = {}
+    if teacher is not None:
+        built = features_of(
+            splits, teacher, teacher_file, accelerator, options.features, options.images,
+            workers=options.machine.workers,
+        )  # fmt: skip
+        caches = {name: cache for name, (_, cache) in built.items()}
+
+    def batches(name: str, seed: int | None = None) -> Batches:
+        return Batches(
+            splits.parts()[name],
+            options.loop.batch_size,
+            accelerator.device,
+            seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+
+    tests = {name: batches(name) for name in splits.parts() if name != "train"}
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        result: dict[str, float] = {}
+        for name, part in tests.items():
+            result |= scores(*predict(classifier(model, adapter), part, accelerator), name)
+        return result
+
+    change = Augmentation(
+        None if options.augment_scale == 1 else (1 / options.augment_scale, options.augment_scale),
+        options.augment_shift,
+    )
+    best, means = splits.best_by()
+    task = Task(
+        model=student,
+        batches=batches("train", options.loop.seed),
+        step=lambda *_: {},  # set below, inside the context
+        evaluate=evaluate,
+        save=saver(options, splits.train),
+        watch=f"{best}_oa",
+        watch_means=means,
+        headline=tuple(f"{name}_oa" for name in tests),
+    )
+
+    def plain_step(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = adapter.logits(model(adapter.arrange(change(batch.inputs))))
+        return logits, F.cross_entropy(logits.float(), batch.labels, label_smoothing=options.label_smoothing)
+
+    with contextlib.ExitStack() as stack:
+        if teacher is not None:
+            features = caches["train"][torch.arange(len(splits.train))].to(accelerator.device)
+            objectives = make_objectives(
+                options.method.fe_weight,
+                options.method.ce_weight,
+                options.method.objectives,
+                options.method.fe_distance,
+            )
+            guard = None
+            if options.method.guard == "heldout":
+                guard = make_guard(caches, splits, teacher_file, main)
+            cmt = stack.enter_context(
+                PointCMT(
+                    teacher.to(accelerator.device),
+                    student,
+                    generator=generator,
+                    adapter=adapter,
+                    objectives=objectives,
+                    guard=guard,
+                )
+            )
+            if guard is not None:
+                task.observe = lambda metrics: guard.observe(student_accuracy=metrics["heldout_oa"] / 100)
+            trained = [o for o in objectives if any(p.requires_grad for p in o.parameters())]
+            task.extras = nn.ModuleList(trained) if trained else None
+            task.step = taught_step(plain_step, cmt, features, objectives, options.method)
+        else:
+
+            def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
+                return {"loss": plain_step(model, batch)[1]}
+
+            task.step = step
+        outcome = fit(task, options.loop, options.machine, accelerator, run)
+
+    results: dict[str, Any] = {
+        **outcome,
+        "method": options.method.name(),
+        "student": options.student.student,
+        "adapter": adapter.name,
+        "seed": options.loop.seed,
+        "parameters": count_parameters(task.model),
+        "classes": list(splits.train.class_names),
+        "shapes": {name: len(part) for name, part in splits.parts().items()},
+        "milliseconds_per_cloud": milliseconds_per_cloud(task.model, adapter, sample),
+    }
+    if teacher is not None:
+        verdict = compare_with_teacher(
+            task.model, adapter, tests, caches, splits, teacher_file, teacher, accelerator
+        )
+        results["teacher_check"] = verdict
+        (warn if verdict["weaker"] or verdict["heldout"] is None else say)(verdict["verdict"], main)
+    if main:
+        task.save(task.model, run.path / "student.safetensors")
+    return run.finish(results)
+
+
+def make_guard(
+    caches: dict[str, FeatureCache], splits: Splits[PointDataset], teacher_file: Path, show: bool
+) -> HeldOutAdvantage | None:
+    """A guard that knows the teacher's accuracy on the held-out shapes; None, and says so, where it is
+    not known."""
+    reason = why_not_comparable(splits, teacher_file)
+    if reason is not None or splits.heldout is None:
+        warn(f"--guard heldout is off: {reason}", show)
+        return None
+    logits = caches["heldout"].output(torch.arange(len(splits.heldout))).logits.numpy()
+    accuracy = overall_accuracy(logits.argmax(1), splits.heldout.labels)
+    say(f"the teacher is right on {accuracy:.1f} % of the {len(splits.heldout)} held-out shapes", show)
+    guard = HeldOutAdvantage()
+    guard.observe(teacher_accuracy=accuracy / 100)
+    return guard
+
+
+def why_not_comparable(splits: Splits[PointDataset], teacher_file: Path) -> str | None:
+    """Why teacher and student cannot be compared on the held-out shapes; None where they can."""
+    if splits.heldout is None:
+        return "--holdout is 0, so nothing is held out"
+    listed = teacher_file.parent / "shapes.json"
+    if not listed.exists():
+        return f"{listed}, which says what the teacher was trained on, is not there"
+    seen = set(json.loads(listed.read_text())["train"]) & set(splits.heldout.shape_ids)
+    if seen:
+        return (
+            f"the teacher was trained on {len(seen)} of the {len(splits.heldout)} shapes held out here; "
+            f"train it "
+            "with the same --holdout and --data-seed"
+        )
+    return None
+
+
+def classifier(model: nn.Module, adapter: Adapter) -> Any:
+    """Batch → class scores [B, K] of a student."""
+    return lambda batch: adapter.logits(model(adapter.arrange(batch.inputs)))
+
+
+def taught_step(
+    plain_step: Any,
+    cmt: PointCMT,
+    features: Tensor,
+    objectives: list[Objective],
+    method: MethodOptions,
+) -> Any:
+    """A training step whose loss has the objectives' in it, their weights following the schedule."""
+    until = {"feature_enhancement": method.fe_until, "classifier_enhancement": method.ce_until}
+    weights = [objective.weight for objective in objectives]
+
+    def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
+        for objective, weight in zip(objectives, weights, strict=True):
+            objective.weight = weight * factor(method.decay, done, until.get(objective.name, 1.0))
+        _, task_loss = plain_step(model, batch)
+        taught = cmt.loss(image_features=features[batch.index])
+        each = {name: torch.tensor(value) for name, value in cmt.losses.items()}
+        return {"loss": task_loss + taught, "task": task_loss, **each}
+
+    return step
+
+
+def saver(options: Train, data: PointDataset) -> Any:
+    """Writes a student so that it can be built again from its file."""
+    config = {
+        "student": to_json(options.student),
+        "num_classes": data.num_classes,
+        "classes": list(data.class_names),
+        "num_points": options.data.num_points,
+    }
+    return lambda model, path: save_module(path, model, "student", config)
+
+
+@torch.no_grad()
+def milliseconds_per_cloud(model: nn.Module, adapter: Adapter, points: Tensor, repeats: int = 7) -> float:
+    """Median inference time per cloud of a batch of clouds [B, N, 3], in milliseconds, on their device."""
+    was = model.training
+    model.eval()
+    inputs = adapter.arrange(points)
+    times = []
+    for _ in range(repeats + 2):
+        if points.is_cuda:
+            torch.cuda.synchronize(points.device)
+        began = time.perf_counter()
+        model(inputs)
+        if points.is_cuda:
+            torch.cuda.synchronize(points.device)
+        times.append(time.perf_counter() - began)
+    model.train(was)
+    return round(1000 * float(np.median(times[2:])) / len(points), 3)  # the first ones warm up
+
+
+def compare_with_teacher(
+    model: nn.Module,
+    adapter: Adapter,
+    tests: dict[str, Batches],
+    caches: dict[str, FeatureCache],
+    splits: Splits[PointDataset],
+    teacher_file: Path,
+    teacher: Any,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Who is right on the shapes that neither was trained on.
+
+    Returns:
+        ``heldout`` (number of shapes, or None where there are none to judge by), ``teacher_oa``,
+        ``student_oa``, ``weaker`` (the teacher is right less often than the student) and ``verdict``, a
+        sentence.
+    """
+    unknown = {"heldout": None, "teacher_oa": None, "student_oa": None, "weaker": False}
+    reason = why_not_comparable(splits, teacher_file)
+    if reason is not None:
+        return {
+            **unknown,
+            "verdict": f"Whether the teacher knows more than the student was not measured: {reason}.",
+        }
+    logits, labels = predict(classifier(model, adapter), tests["heldout"], accelerator)
+    student_right = logits.argmax(1) == labels
+    taught = caches["heldout"].output(torch.arange(len(labels))).logits.numpy()
+    teacher_right = taught.argmax(1) == labels
+    ours = overall_accuracy(logits.argmax(1), labels)
+    theirs = overall_accuracy(taught.argmax(1), labels)
+    only_student = int((student_right & ~teacher_right).sum())
+    only_teacher = int((teacher_right & ~student_right).sum())
+    # McNemar: only the shapes on which they differ say who is better
+    apart = abs(only_student - only_teacher) > 1.96 * (only_student + only_teacher) ** 0.5
+    weaker = theirs < ours
+    verdict = (
+        f"On the {len(labels)} held-out shapes the teacher is right on {theirs:.1f} %, the student on "
+        f"{ours:.1f} % "
+        f"({'a difference beyond chance' if apart else 'a difference within chance'} at this number of "
+        f"shapes)"
+    )
+    if weaker:
+        verdict += (
+            ": the teacher is weaker than its student, and may hurt more than help. Train a better teacher "
+            "(more "
+            "views or points, longer), lower --fe-weight and --ce-weight, end them early (--fe-until, "
+            "--ce-until), "
+            "or compare with --method none"
+        )
+    return {
+        "heldout": len(labels),
+        "teacher_oa": theirs,
+        "student_oa": ours,
+        "only_teacher_right": only_teacher,
+        "only_student_right": only_student,
+        "beyond_chance": bool(apart),
+        "weaker": bool(weaker),
+        "verdict": verdict + ".",
+    }

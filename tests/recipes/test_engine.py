@@ -1,0 +1,288 @@
+"""The shared training loop: resuming is exact, order and learning rate are as said, errors explain."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from pointcmt.data import PointDataset
+from pointcmt.recipes.engine import (
+    Batches,
+    LoopOptions,
+    MachineOptions,
+    Task,
+    fit,
+    learning_rate,
+    make_accelerator,
+    predict,
+    seed_everything,
+)
+from pointcmt.recipes.run import RunFolder, read_metrics
+
+
+@dataclass
+class Config:
+    loop: LoopOptions = field(default_factory=LoopOptions)
+
+
+class Small(nn.Module):
+    """Dropout and batch normalisation: what goes wrong when a run is resumed carelessly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(3, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 4)
+        )
+
+    def forward(self, points):
+        return self.mlp(points.amax(1) + 0.5 * points.mean(1))
+
+
+def clouds(n: int = 37, seed: int = 0) -> PointDataset:
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 4
+    points = rng.normal(size=(n, 20, 3)) * (1 + labels[:, None, None] * np.array([0.3, 0.0, 0.1]))
+    return PointDataset(points.astype(np.float32), labels, list("abcd"), [f"a_{k:04d}" for k in range(n)])
+
+
+def run_toy(
+    folder: Path, loop: LoopOptions, resume: bool = False, delay: float = 0.0, stop_after: int | None = None
+) -> dict:
+    """Train a small network as the recipes do; ``stop_after`` raises in that epoch, as a crash would."""
+    accelerator = make_accelerator(MachineOptions(device="cpu"))
+    run = RunFolder.start(accelerator, folder, Config(loop), command="train", resume=resume)
+    seed_everything(loop.seed)
+    data, test = clouds(), clouds(24, seed=1)
+    tests = Batches(test, 8, accelerator.device)
+
+    def step(model, batch, done):
+        time.sleep(delay)
+        if stop_after is not None and done * loop.epochs >= stop_after:
+            raise KeyboardInterrupt
+        noisy = batch.inputs + 0.1 * torch.randn_like(batch.inputs)
+        noisy = noisy * float(np.random.uniform(0.9, 1.1))
+        return {"loss": F.cross_entropy(model(noisy), batch.labels)}
+
+    def evaluate(model):
+        logits, labels = predict(lambda batch: model(batch.inputs), tests, accelerator)
+        return {"test_oa": 100 * float((logits.argmax(1) == labels).mean())}
+
+    task = Task(
+        model=Small(),
+        batches=Batches(data, loop.batch_size, accelerator.device, loop.seed),
+        step=step,
+        evaluate=evaluate,
+        save=lambda model, path: save_file(model.state_dict(), path),
+        watch="test_oa",
+        watch_means="test",
+        headline=("test_oa",),
+    )
+    outcome = fit(task, loop, MachineOptions(device="cpu", tensorboard=False), accelerator, run)
+    return run.finish(outcome)
+
+
+def same_result(a: Path, b: Path) -> None:
+    """The two run folders hold the same weights, metrics and results; times may differ."""
+
+    def without_times(record):
+        return {name: value for name, value in record.items() if name != "seconds"}
+
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (a, b))
+    assert without_times(first) == without_times(second)
+    assert [without_times(r) for r in read_metrics(a)] == [without_times(r) for r in read_metrics(b)]
+    for name in ("last.safetensors", "best.safetensors"):
+        ours, theirs = load_file(a / name), load_file(b / name)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert torch.equal(ours[key], theirs[key]), (name, key)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        LoopOptions(epochs=5, batch_size=8, seed=3),
+        LoopOptions(
+            epochs=5, batch_size=8, accumulate=3, optimizer="sgd", lr=0.05, warmup=1, clip=1.0, seed=4
+        ),
+        LoopOptions(epochs=5, batch_size=8, optimizer="adam", average=0.9, eval_every=2, seed=5),
+    ],
+    ids=["adamw", "sgd-accumulate-warmup-clip", "adam-average"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, loop):
+    run_toy(tmp_path / "whole", loop)
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(tmp_path / "broken", loop, stop_after=3)
+    torch.manual_seed(99)  # whatever the new process has drawn before it resumes
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(tmp_path / "broken", loop, resume=True, stop_after=4)
+    assert [r["epoch"] for r in read_metrics(tmp_path / "broken")][:3] == [1, 2, 3]
+    run_toy(tmp_path / "broken", loop, resume=True)
+    same_result(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_another_seed_gives_another_result(tmp_path):
+    """Else the comparison above could not fail."""
+    run_toy(tmp_path / "a", LoopOptions(epochs=2, batch_size=8, seed=1))
+    run_toy(tmp_path / "b", LoopOptions(epochs=2, batch_size=8, seed=2))
+    a, b = (load_file(tmp_path / name / "last.safetensors") for name in "ab")
+    assert not torch.equal(a["mlp.0.weight"], b["mlp.0.weight"])
+
+
+@pytest.mark.slow
+def test_killed_at_any_point_and_resumed_equals_never_killed(tmp_path):
+    loop = LoopOptions(epochs=6, batch_size=8, average=0.9, seed=7)
+    run_toy(tmp_path / "whole", loop)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from pointcmt.recipes.engine import LoopOptions\n"
+        "from test_engine import run_toy\n"
+        "run_toy(Path(sys.argv[2]), LoopOptions(epochs=6, batch_size=8, average=0.9, seed=7), resume=True, "
+        "delay=float(sys.argv[3]))\n"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "killed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    rng = np.random.default_rng(int(time.time()))
+    state = tmp_path / "killed/state.pt"
+    process = subprocess.Popen([*command, "0.05"], env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not state.exists() and time.monotonic() < deadline:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+        wait = rng.uniform(0, 0.6)  # somewhere in the next epochs: in a step, an evaluation, a write
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "killed/results.json").exists()
+    done = subprocess.run([*command, "0"], env=environment, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stdout
+    same_result(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_diverged_run_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(RuntimeError, match=r"the loss is .*Lower --lr"):
+        run_toy(tmp_path / "run", LoopOptions(epochs=3, batch_size=8, optimizer="sgd", lr=1e30))
+
+
+def test_options_out_of_range_are_named(tmp_path):
+    for options, words in (
+        ({"epochs": 0}, "--epochs is 0"),
+        ({"accumulate": 0}, "--accumulate is 0"),
+        ({"average": 1.0}, "--average is 1.0"),
+        ({"lr": 0.0}, "--lr is 0.0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run_toy(tmp_path / words, LoopOptions(**options))
+
+
+def test_cuda_without_cuda_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"--device cuda was asked for.*--device cpu"):
+        make_accelerator(MachineOptions(device="cuda"))
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        make_accelerator(MachineOptions(precision="fp16"))
+
+
+def test_bf16_trains_on_a_cpu(tmp_path):
+    accelerator = make_accelerator(MachineOptions(device="cpu", precision="bf16"))
+    assert accelerator.mixed_precision == "bf16"
+    # and the next recipe of the same process gets what it asks for
+    assert make_accelerator(MachineOptions(device="cpu")).mixed_precision == "no"
+
+
+def test_batches_follow_seed_and_epoch_and_share_out_whole():
+    data, device = clouds(21), torch.device("cpu")
+
+    def order(epoch, seed=0, rank=0, world=1):
+        return [b.index.tolist() for b in Batches(data, 6, device, seed, rank, world).epoch(epoch)]
+
+    assert order(0) == order(0) != order(1) and order(0) != order(0, seed=1)
+    flat = list(itertools.chain.from_iterable(order(4)))
+    assert len(flat) == len(set(flat)) == 18  # the rest of an epoch is dropped, another rest in each
+    for whole, *parts in zip(order(2), order(2, rank=0, world=2), order(2, rank=1, world=2), strict=True):
+        assert sorted(itertools.chain.from_iterable(parts)) == sorted(whole)
+    in_turn = list(Batches(data, 6, device).epoch())
+    assert torch.cat([b.index for b in in_turn]).tolist() == list(range(21))
+    assert torch.equal(in_turn[-1].inputs, torch.from_numpy(data.points[18:]))
+    assert torch.cat([b.labels for b in in_turn]).tolist() == data.labels.tolist()
+
+
+def test_a_dataset_that_is_not_in_memory_gives_the_same_batches():
+    data, device = clouds(10), torch.device("cpu")
+
+    class OnDisk(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(data)
+
+        def __getitem__(self, index):
+            return data[index]
+
+    for ours, theirs in zip(
+        Batches(data, 4, device, 5).epoch(3), Batches(OnDisk(), 4, device, 5).epoch(3), strict=True
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_batches_too_small_for_batch_normalisation_are_refused():
+    with pytest.raises(ValueError, match="fewer than two shapes"):
+        Batches(clouds(20), 2, torch.device("cpu"), seed=0, world=2)
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        Batches(clouds(0), 2, torch.device("cpu"))
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero():
+    options = LoopOptions(lr=0.1, warmup=2, epochs=10)
+    rates = [learning_rate(options, step, 100, 10) for step in range(101)]
+    assert rates[0] < 0.01 and max(rates) == pytest.approx(0.1) and rates.index(max(rates)) == 20
+    assert np.all(np.diff(rates[:20]) > 0) and np.all(np.diff(rates[20:]) < 0)
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
+    # half-way between the end of the warm-up and the end of the run: half of the peak (Loshchilov & Hutter)
+    assert rates[60] == pytest.approx(0.05)
+    assert learning_rate(LoopOptions(lr=0.1, schedule="constant"), 99, 100, 10) == 0.1
+
+
+def test_accumulated_gradients_equal_those_of_one_large_batch(tmp_path):
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 4, dtype=torch.float64)
+
+        def forward(self, points):
+            return self.linear(points.double().mean(1))
+
+    weights = []
+    for size, accumulate in ((16, 1), (4, 4)):
+        accelerator = make_accelerator(MachineOptions(device="cpu"))
+        loop = LoopOptions(epochs=2, batch_size=size, accumulate=accumulate, optimizer="sgd", lr=0.1, seed=0)
+        run = RunFolder.start(accelerator, tmp_path / str(size), Config(loop), command="train")
+        torch.manual_seed(0)
+        task = Task(
+            model=Linear(),
+            batches=Batches(clouds(32), size, accelerator.device, 0),
+            step=lambda model, batch, done: {"loss": F.cross_entropy(model(batch.inputs), batch.labels)},
+            evaluate=lambda model: {"test_oa": 0.0},
+            save=lambda model, path: None,
+            watch="test_oa",
+            watch_means="",
+        )
+        fit(task, loop, MachineOptions(device="cpu", tensorboard=False), accelerator, run)
+        weights.append(task.model.linear.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,138 @@
+"""The run folder: what is written, what is refused, and what resuming demands."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from pointcmt.recipes.run import RunFolder, find_checkpoint, flatten, read_metrics, to_json
+
+
+@dataclass
+class Inner:
+    lr: float = 0.1
+
+
+@dataclass
+class Config:
+    out: Path = Path("somewhere")
+    epochs: int = 3
+    loop: Inner = field(default_factory=Inner)
+    resume: bool = False
+
+
+def start(folder: Path, config: Config | None = None, **options) -> RunFolder:
+    return RunFolder.open(folder, config or Config(), command=options.pop("command", "train"), **options)
+
+
+def test_a_run_folder_describes_itself(tmp_path):
+    start(tmp_path / "run", inputs={"data": "abc"})
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config == {
+        "command": "train",
+        "config": {"out": "somewhere", "epochs": 3, "loop": {"lr": 0.1}, "resume": False},
+        "inputs": {"data": "abc"},
+    }
+    environment = json.loads((tmp_path / "run/environment.json").read_text())
+    assert environment["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert set(environment["kernels"]) == {"cpu", "cuda"}
+    assert environment["device"] == "cpu"
+
+
+def test_a_second_run_in_the_folder_is_an_error_that_says_what_to_do(tmp_path):
+    start(tmp_path)
+    with pytest.raises(FileExistsError, match=r"--resume.*--out"):
+        start(tmp_path)
+
+
+def test_a_folder_of_something_else_is_not_written_into(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years")
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=r"thesis\.tex"):
+            start(tmp_path, resume=resume)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(FileExistsError, match="is a file"):
+        start(tmp_path / "run")
+
+
+def test_resuming_with_another_configuration_names_the_fields(tmp_path):
+    start(tmp_path, Config(epochs=3))
+    with pytest.raises(ValueError, match=r"epochs: 3 there, 4 now; .*lr: 0\.1 there, 0\.2 now"):
+        start(tmp_path, Config(epochs=4, loop=Inner(0.2)), resume=True)
+    with pytest.raises(ValueError, match="a run of `pointcmt train`"):
+        start(tmp_path, command="train-teacher", resume=True)
+
+
+def test_resuming_from_changed_inputs_is_an_error(tmp_path):
+    start(tmp_path, inputs={"teacher": "1" * 64})
+    with pytest.raises(ValueError, match=r"teacher \(1{12} there, 2{12} now\)"):
+        start(tmp_path, inputs={"teacher": "2" * 64}, resume=True)
+
+
+def test_resuming_in_another_place_is_allowed_and_recorded(tmp_path):
+    start(tmp_path, Config(out=Path("a")))
+    start(tmp_path, Config(out=Path("b"), resume=True), resume=True)
+    assert len(json.loads((tmp_path / "environment.json").read_text())["resumed"]) == 1
+
+
+def test_resume_starts_a_run_where_there_is_none(tmp_path):
+    start(tmp_path / "new", resume=True)
+    assert (tmp_path / "new/config.json").exists()
+
+
+def test_a_run_that_was_killed_while_it_began_can_be_started_again(tmp_path):
+    (tmp_path / "environment.json").write_text("{}")
+    (tmp_path / ".environment.x7f.json").write_text("{")
+    start(tmp_path)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_metrics_survive_a_kill_in_the_middle_of_a_line(tmp_path):
+    run = start(tmp_path)
+    for epoch in (1, 2, 3):
+        run.log({"epoch": epoch, "loss": 1 / epoch})
+    with run.metrics_path.open("a") as file:
+        file.write('{"epoch": 4, "lo')
+    assert [record["epoch"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+    run.forget_metrics_after(2)
+    assert [record["epoch"] for record in read_metrics(tmp_path)] == [1, 2]
+    run.metrics_path.write_text('broken\n{"epoch": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:1 is not JSON"):
+        read_metrics(tmp_path)
+
+
+def test_state_is_loaded_without_unpickling_and_damage_is_an_error(tmp_path):
+    run = start(tmp_path)
+    assert run.load_state() is None
+    run.save_state({"epoch": 2, "model": {"w": torch.arange(3.0)}})
+    loaded = torch.load(run.state_path, weights_only=True)
+    assert loaded["epoch"] == 2 and torch.equal(loaded["model"]["w"], torch.arange(3.0))
+    run.state_path.write_bytes(run.state_path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"state\.pt cannot be read"):
+        run.load_state()
+
+
+def test_find_checkpoint_says_what_was_tried_and_what_to_run(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"no teacher at .*teacher.safetensors.*pointcmt train-teacher"
+    ):
+        find_checkpoint(tmp_path / "t", "teacher")
+    start(tmp_path / "t")
+    with pytest.raises(FileNotFoundError, match="not finished: continue it with --resume"):
+        find_checkpoint(tmp_path / "t", "teacher")
+    (tmp_path / "t/teacher.safetensors").write_bytes(b"")
+    assert find_checkpoint(tmp_path / "t", "teacher") == tmp_path / "t/teacher.safetensors"
+
+
+def test_configurations_become_plain_json():
+    assert to_json(Config()) == {"out": "somewhere", "epochs": 3, "loop": {"lr": 0.1}, "resume": False}
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
+    assert to_json(torch.tensor(2.5)) == 2.5

@@ -1,0 +1,101 @@
+"""The command line: help, exit codes, errors without tracebacks, and that each command takes its options."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import pytest
+import torch
+
+from pointcmt.cli import COMMANDS, SUMMARY, main
+
+
+def test_every_command_has_a_summary_and_an_entry():
+    assert set(COMMANDS) == set(SUMMARY)
+    for module, options, function in COMMANDS.values():
+        loaded = importlib.import_module(f"pointcmt.recipes.{module}")
+        assert getattr(loaded, options).__doc__ and callable(getattr(loaded, function))
+
+
+def test_help_lists_the_commands(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} ", printed, re.MULTILINE)
+    assert main([]) == 2
+    assert main(["trian"]) == 2
+    assert "no command 'trian'" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_explains_every_option(command, capsys):
+    assert main([command, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert f"usage: pointcmt {command}" in printed
+    # an option's line is followed, on it or below it, by words that say what it is for
+    options = re.findall(r"│ (--[a-z][a-z-]+)[^│]*│\n(?:│([^│]*)│)?", printed)
+    assert command == "doctor" or len(options) > 1
+
+
+def test_unknown_options_exit_with_2(capsys):
+    assert main(["train", "--out", "x", "--learning-speed", "3"]) == 2
+    assert "--learning-speed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--out", "{}/r", "--teacher", "{}/t"], "FE needs --generator"),
+        (["train", "--out", "{}/r"], "--method pointcmt needs --teacher"),
+        (["train", "--out", "{}/r", "--method", "none", "--student", "pointnet3"], "student 'pointnet3'"),
+        (["train", "--out", "{}/r", "--method", "none", "--data", "{}/nowhere"], "there is no such folder"),
+        (["train", "--out", "{}/r", "--method", "none", "--data", "{}"], "ModelNet40 was looked for in"),
+        (["train", "--out", "{}/r", "--method", "none", "--device", "cuda"], "--device cpu"),
+        (["train-generator", "--out", "{}/g", "--teacher", "{}/t"], "Make one with: pointcmt train-teacher"),
+        (["evaluate", "{}/r"], "is no run folder"),
+        (["report", "{}"], "no finished run"),
+        (["adapters", "--init", "40"], "belong to --check"),
+        (["ablate", "{}/none.yaml"], "--config"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_message_without_a_traceback(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    small = ["--num-points", "16", "--per-class", "3", "--test-per-class", "1"]
+    if arguments[0].startswith("train") and "{}" not in arguments:
+        arguments = [*arguments, *small]
+    assert main([argument.replace("{}", str(tmp_path)) for argument in arguments]) in (1, 2)
+    error = capsys.readouterr().err
+    assert words.replace("{}", str(tmp_path)) in re.sub(r"\s*[│\n]+\s*", " ", error)
+    assert "Traceback" not in error
+    assert not (tmp_path / "r").exists() or not list((tmp_path / "r").iterdir())
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    assert main(["report", str(tmp_path), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_doctor_and_adapters_say_what_is_there(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in printed and "compiled kernels" in printed
+    assert main(["adapters"]) == 0
+    assert "dgcnn" in capsys.readouterr().out
+
+
+def test_doctor_reports_a_broken_adapter_package_and_a_broken_build(capsys, monkeypatch):
+    from pointcmt.ops import _extension
+    from pointcmt.recipes import doctor
+
+    monkeypatch.setattr(doctor, "adapter_problems", lambda: {"theirs": "pkg:adapter: ImportError: no pkg"})
+    monkeypatch.setattr(_extension, "has_cpu_kernels", lambda: False)
+    monkeypatch.setattr(_extension, "load_error", lambda: OSError("undefined symbol"))
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert (
+        "'theirs' does not load" in printed
+        and "undefined symbol" in printed
+        and "Build them again" in printed
+    )
