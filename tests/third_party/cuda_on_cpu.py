@@ -5,7 +5,9 @@ that makes a tensor, ``tensor.cuda()``, ``module.cuda()``, ``tensor.to("cuda")``
 ``torch.cuda.FloatTensor(…)``. Inside :func:`cuda_on_cpu` each of these gives a CPU tensor instead:
 
 * a ``TorchFunctionMode`` replaces a CUDA device among the arguments of any torch function, and makes
-  ``.cuda()`` return the tensor itself (this also covers the backward passes of autograd Functions);
+  ``.cuda()`` return the tensor itself;
+* the mode is off while ``backward()`` runs, so the functions that make tensors are wrapped as well, for the
+  backward passes of autograd Functions;
 * the legacy constructors are replaced by functions that make CPU tensors of that type.
 
 Nothing else is touched: no source is edited, no arithmetic changes.
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+FACTORIES = ("zeros", "ones", "empty", "full", "arange", "tensor")
 LEGACY = {
     "FloatTensor": torch.float32,
     "DoubleTensor": torch.float64,
@@ -51,6 +54,15 @@ class _Redirect(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _redirected(factory):
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = torch.device("cpu")
+        return factory(*args, **kwargs)
+
+    return make
+
+
 def _constructor(dtype: torch.dtype):
     def make(*args: Any, device: Any = None) -> torch.Tensor:
         if args and not all(isinstance(size, int) for size in args):
@@ -70,12 +82,13 @@ def cuda_on_cpu(active: bool | None = None) -> Iterator[None]:
     if not (not torch.cuda.is_available() if active is None else active):
         yield
         return
-    before = {name: getattr(torch.cuda, name) for name in LEGACY}
-    for name, dtype in LEGACY.items():
-        setattr(torch.cuda, name, _constructor(dtype))
+    before = [(torch.cuda, name, getattr(torch.cuda, name)) for name in LEGACY]
+    before += [(torch, name, getattr(torch, name)) for name in FACTORIES]
+    for home, name, original in before:
+        setattr(home, name, _constructor(LEGACY[name]) if home is torch.cuda else _redirected(original))
     try:
         with _Redirect():
             yield
     finally:
-        for name, original in before.items():
-            setattr(torch.cuda, name, original)
+        for home, name, original in before:
+            setattr(home, name, original)

@@ -23,27 +23,40 @@ class Row:
     how: str
 
 
-def markdown(rows: list[Row]) -> str:
-    lines = [
-        "| codebase | checked | class | adapter | feature | parameters | ran on |",
-        "|---|---|---|---|---|---|---|",
+HEADER = (
+    "| codebase | checked | class | adapter | feature | parameters | ran on |",
+    "|---|---|---|---|---|---|---|",
+)
+
+
+def cells(row: Row) -> list[str]:
+    device = {"cuda": "GPU"}.get(row.device, row.device.upper())
+    return [
+        row.codebase,
+        f"`{row.commit}`",
+        row.label,
+        f"`{row.adapter}`",
+        row.feature,
+        f"{row.parameters / 1e6:.2f} M",
+        f"{device}{row.how}",
     ]
-    merged: dict[tuple[str, str], Row] = {}
-    devices: dict[tuple[str, str], list[str]] = {}
+
+
+def merged(before: list[list[str]], rows: list[Row]) -> list[list[str]]:
+    """What passed now takes the place of what passed before; a device adds to others of the same commit."""
+    table = {(old[0], old[2]): old for old in before}
     for row in rows:
-        key = (row.codebase, row.label)
-        merged[key] = row
-        devices.setdefault(key, []).append(f"{row.device.upper().replace('CUDA', 'GPU')}{row.how}")
-    for key, row in merged.items():
-        lines.append(
-            f"| {row.codebase} | `{row.commit}` | {row.label} | `{row.adapter}` | {row.feature} | "
-            f"{row.parameters / 1e6:.2f} M | {', '.join(devices[key])} |"
-        )
-    return "\n".join(lines)
+        new = cells(row)
+        old = table.get((row.codebase, row.label))
+        if old is not None and old[:-1] == new[:-1]:
+            devices = [*old[-1].split(", "), new[-1]]
+            new[-1] = ", ".join(sorted(set(devices)))
+        table[row.codebase, row.label] = new
+    return [table[key] for key in sorted(table)]
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Replaces what is between the markers in the file.
+    """Puts the rows into the table between the markers of the file, and keeps its other rows.
 
     Raises:
         ValueError: the file has no markers, or nothing ran.
@@ -53,6 +66,9 @@ def write(path: Path, rows: list[Row]) -> None:
         raise ValueError(f"{path} has no line {BEGIN!r} followed by {END!r}")
     if not rows:
         raise ValueError("no conformance test passed, so there is nothing to write")
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    path.write_text(f"{before}{BEGIN}\n{markdown(rows)}\n{END}{after}")
+    start, rest = text.split(BEGIN, 1)
+    between, end = rest.split(END, 1)
+    lines = [line for line in between.strip().splitlines() if line not in HEADER]
+    before = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    body = [f"| {' | '.join(row)} |" for row in merged(before, rows)]
+    path.write_text("\n".join([start + BEGIN, *HEADER, *body, END + end]))
