@@ -238,7 +238,13 @@ inline void scores_product(const T* tile, const T* norm, const T* query, int64_t
   Vec<T> dot[kTileQueries][kTileVectors] = {};
   for (int64_t d = 0; d < dims; ++d) {
     Vec<T> p[kTileVectors];
-    for (int64_t v = 0; v < kTileVectors; ++v) p[v] = load(tile + d * P + v * W);
+    for (int64_t v = 0; v < kTileVectors; ++v) {
+      p[v] = load(tile + d * P + v * W);
+#if defined(__AVX__)
+      // Kept in a register: GCC would fold the load into all four products, and loads would be the limit.
+      asm("" : "+x"(p[v]));
+#endif
+    }
     for (int64_t q = 0; q < kTileQueries; ++q) {
       const Vec<T> x = splat(query[q * dims + d]);
       for (int64_t v = 0; v < kTileVectors; ++v) dot[q][v] = fma(x, p[v], dot[q][v]);
@@ -368,8 +374,13 @@ class BlockSearch {
     }
     int64_t count = 0;
     const Vec<T> bound = splat(limit);
-    for (int64_t j = 0; j < padded_; j += W) {
-      unsigned hit = bits(~(load(score + j) > bound));  // negated: a NaN is looked at again
+    int64_t j = 0;
+    for (; j + 2 * W <= padded_; j += 2 * W) {  // negated: a NaN is looked at again
+      unsigned hit = bits(~(load(score + j) > bound)) | bits(~(load(score + j + W) > bound)) << W;
+      for (; hit; hit &= hit - 1) candidate_[count++] = static_cast<int32_t>(j + __builtin_ctz(hit));
+    }
+    for (; j < padded_; j += W) {
+      unsigned hit = bits(~(load(score + j) > bound));
       for (; hit; hit &= hit - 1) candidate_[count++] = static_cast<int32_t>(j + __builtin_ctz(hit));
     }
     while (count && candidate_[count - 1] >= n_) --count;  // the padding stands last

@@ -49,19 +49,23 @@ struct Best {
 template <typename T>
 __device__ __forceinline__ Best<T> warp_best(Best<T> mine) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, float>) {
+  constexpr bool kReduces = std::is_same_v<T, float>;
+#else
+  constexpr bool kReduces = false;
+#endif
+  if constexpr (kReduces) {
     // two warp reductions: distances are −1 (none) or not negative, so their bits are ordered
     const unsigned key = mine.distance < 0 ? 0u : __float_as_uint(mine.distance) + 1u;
     const unsigned top = __reduce_max_sync(kAll, key);
     const unsigned first = __reduce_min_sync(kAll, key == top ? static_cast<unsigned>(mine.rank) : UINT_MAX);
     return {top == 0u ? -1.0f : __uint_as_float(top - 1u), static_cast<int>(first)};
+  } else {
+    for (int step = 16; step > 0; step >>= 1) {
+      const Best<T> other{__shfl_xor_sync(kAll, mine.distance, step), __shfl_xor_sync(kAll, mine.rank, step)};
+      if (mine.beaten_by(other)) mine = other;
+    }
+    return mine;
   }
-#endif
-  for (int step = 16; step > 0; step >>= 1) {
-    const Best<T> other{__shfl_xor_sync(kAll, mine.distance, step), __shfl_xor_sync(kAll, mine.rank, step)};
-    if (mine.beaten_by(other)) mine = other;
-  }
-  return mine;
 }
 
 // PER > 0: every thread keeps PER points in registers. PER == 0: any n, distances in global memory.
