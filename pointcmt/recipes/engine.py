@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -417,6 +418,7 @@ def _one_epoch(
     progress: EpochProgress,
 ) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
     # a group of steps that is not complete at the end of the epoch joins no next epoch: it is left out
     usable = min(len(task.batches), per_epoch * options.accumulate)
     for number, batch in enumerate(itertools.islice(task.batches.epoch(epoch), usable)):
@@ -440,9 +442,10 @@ def _one_epoch(
                 average.update_parameters(accelerator.unwrap_model(wrapped))
         for name, value in losses.items():
             value = value.detach().double()
-            sums[name] = value if number == 0 else sums[name] + value
+            sums[name] = sums.get(name, 0) + value
+            counts[name] += 1  # an objective may be off for a part of the epoch
         progress.step(number, sums)
-    means = {name: float(value) / usable for name, value in sums.items()}
+    means = {name: float(value) / counts[name] for name, value in sums.items()}
     if accelerator.num_processes > 1:
         everyone = gather_object([means])
         means = {name: float(np.mean([one[name] for one in everyone])) for name in means}

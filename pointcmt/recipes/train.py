@@ -293,12 +293,17 @@ def make_guard(
     if reason is not None or splits.heldout is None:
         warn(f"--guard heldout is off: {reason}", show)
         return None
-    logits = caches["heldout"].output(torch.arange(len(splits.heldout))).logits.numpy()
-    accuracy = overall_accuracy(logits.argmax(1), splits.heldout.labels)
-    say(f"the teacher is right on {accuracy:.1f} % of the {len(splits.heldout)} held-out shapes", show)
+    accuracy = teacher_accuracy(caches["heldout"], splits.heldout)
+    say(f"the teacher is right on {100 * accuracy:.1f} % of the {len(splits.heldout)} held-out shapes", show)
     guard = HeldOutAdvantage()
-    guard.observe(teacher_accuracy=accuracy / 100)
+    guard.observe(teacher_accuracy=accuracy)
     return guard
+
+
+def teacher_accuracy(cache: FeatureCache, data: PointDataset) -> float:
+    """Part of the shapes, in [0, 1], that the teacher classifies rightly."""
+    logits = cache.output(torch.arange(len(data))).logits.numpy()
+    return overall_accuracy(logits.argmax(1), data.labels) / 100
 
 
 def why_not_comparable(splits: Splits[PointDataset], teacher_file: Path) -> str | None:
@@ -340,6 +345,8 @@ def taught_step(
         _, task_loss = plain_step(model, batch)
         taught = cmt.loss(image_features=features[batch.index])
         each = {name: torch.tensor(value) for name, value in cmt.losses.items()}
+        if cmt.guard is not None:
+            each["guard"] = torch.tensor(cmt.guard.factor(objectives[0].name))
         return {"loss": task_loss + taught, "task": task_loss, **each}
 
     return step

@@ -1,0 +1,486 @@
+"""The three stages, evaluation, demo and ablation, through the command line, at the smallest size that is
+one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pointcmt.cli import main
+from pointcmt.data import SyntheticShapes
+from pointcmt.recipes import ablate as study
+from pointcmt.recipes import train as stage3
+from pointcmt.recipes.evaluate import load_student
+from pointcmt.recipes.metrics import class_accuracies, overall_accuracy, scores
+from pointcmt.recipes.run import read_metrics
+
+CPU = ["--device", "cpu", "--no-tensorboard", "--no-progress"]
+DATA = ["--per-class", "4", "--test-per-class", "2", "--num-points", "64", "--holdout", "0.25"]
+SMALL = ["--student", "pointnet2", "--width", "0.125", "--epochs", "2", "--batch-size", "16"]
+
+
+def run(*arguments: object) -> None:
+    words = [str(argument) for argument in arguments]
+    assert main([*words, "--debug"]) == 0, words
+
+
+def read(folder: Path, name: str = "results.json") -> dict:
+    return json.loads((folder / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory) -> Path:
+    """Run folders of a teacher, a generator, a plain and a PointCMT student, made by the commands."""
+    root = tmp_path_factory.mktemp("stages")
+    run(
+        "train-teacher",
+        "--out",
+        root / "teacher",
+        *DATA,
+        *CPU,
+        "--size",
+        16,
+        "--epochs",
+        2,
+        "--accumulate",
+        1,
+        "--feature-dim",
+        32,
+        "--backbone-options",
+        "layers=(1,1)",
+        "stem_stride=2",
+        "--view-dropout",
+        0.5,
+        "--average",
+        0.9,
+    )
+    run(
+        "train-generator",
+        "--out",
+        root / "generator",
+        "--teacher",
+        root / "teacher",
+        *DATA,
+        *CPU,
+        "--epochs",
+        2,
+        "--generator-points",
+        48,
+    )
+    run("train", "--out", root / "plain", "--method", "none", *DATA, *CPU, *SMALL, "--feature-dim", 32)
+    run("train", "--out", root / "pointcmt", *taught(root), *DATA, *CPU, *SMALL, "--guard", "none")
+    return root
+
+
+def taught(root: Path) -> list:
+    return ["--teacher", root / "teacher", "--generator", root / "generator"]
+
+
+def test_run_folders_hold_what_they_should(stages):
+    common = {
+        "config.json",
+        "environment.json",
+        "metrics.jsonl",
+        "results.json",
+        "state.pt",
+        "last.safetensors",
+        "best.safetensors",
+    }
+    own = {
+        "teacher": {"teacher.safetensors", "views.png", "shapes.json"},
+        "generator": {"generator.safetensors", "generated.png"},
+        "plain": {"student.safetensors", "shapes.json"},
+        "pointcmt": {"student.safetensors", "shapes.json"},
+    }
+    for name, files in own.items():
+        there = {file.name for file in (stages / name).iterdir() if not file.is_dir()}
+        assert there == common | files
+        assert [r["epoch"] for r in read_metrics(stages / name)] == [1, 2]
+    record = read_metrics(stages / "pointcmt")[-1]
+    assert {"loss", "task", "feature_enhancement", "classifier_enhancement", "heldout_oa", "test_oa"} <= set(
+        record
+    )
+    results = read(stages / "pointcmt")
+    assert results["last"]["epoch"] == 2 and results["method"] == "pointcmt"
+    assert results["best"]["chosen_by"] == "accuracy on the held-out part of the training set"
+    assert results["shapes"] == {"train": 48, "heldout": 16, "test": 32}
+    assert results["teacher_check"]["heldout"] == 16
+    assert read(stages / "pointcmt", "config.json")["inputs"].keys() == {"data", "teacher", "generator"}
+
+
+def test_both_students_are_the_same_network(stages):
+    plain, pointcmt = (read(stages / name)["parameters"] for name in ("plain", "pointcmt"))
+    assert plain == pointcmt
+    a, b = (load_file(stages / name / "student.safetensors") for name in ("plain", "pointcmt"))
+    assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
+    assert not torch.equal(a["fc1.weight"], b["fc1.weight"])  # but another training
+
+
+def test_the_numbers_are_those_of_the_checkpoint(stages):
+    """Accuracy in results.json, counted again by hand from the saved student."""
+    model, adapter, config = load_student(stages / "pointcmt")
+    test = SyntheticShapes("test", 64, per_class=2)
+    assert config["classes"] == test.class_names
+    with torch.no_grad():
+        predicted = adapter.logits(model(torch.from_numpy(test.points))).argmax(1).numpy()
+    right = predicted == test.labels
+    assert read(stages / "pointcmt")["last"]["test_oa"] == pytest.approx(100 * right.mean())
+    per_class = [right[test.labels == label].mean() for label in range(16)]
+    assert read(stages / "pointcmt")["last"]["test_macc"] == pytest.approx(100 * np.mean(per_class))
+
+
+def test_evaluate_agrees_and_votes(stages, tmp_path):
+    for name in ("teacher", "pointcmt"):
+        run("evaluate", stages / name, "--device", "cpu", "--json", tmp_path / f"{name}.json")
+        measured = json.loads((tmp_path / f"{name}.json").read_text())
+        assert measured["oa"] == pytest.approx(read(stages / name)["last"]["test_oa"])
+        assert measured["shapes"] == 32 and len(measured["classes"]) == 16
+    run("evaluate", stages / "plain", "--votes", 3, "--checkpoint", "best", "--json", tmp_path / "v.json")
+    assert json.loads((tmp_path / "v.json").read_text())["votes"] == 3
+
+
+def test_held_out_shapes_are_never_trained_on(stages):
+    shapes = read(stages / "teacher", "shapes.json")
+    assert shapes == read(stages / "pointcmt", "shapes.json")
+    assert not set(shapes["train"]) & set(shapes["heldout"]) and len(shapes["heldout"]) == 16
+
+
+def test_a_student_that_is_interrupted_and_resumed_is_the_same(stages, tmp_path, monkeypatch):
+    steps = {"left": 4}  # three steps an epoch: in the second epoch
+    original = stage3.taught_step
+
+    def stumbling(*arguments):
+        step = original(*arguments)
+
+        def stumble(*inputs):
+            steps["left"] -= 1
+            if steps["left"] < 0:
+                raise KeyboardInterrupt
+            return step(*inputs)
+
+        return stumble
+
+    monkeypatch.setattr(stage3, "taught_step", stumbling)
+    command = [
+        "train",
+        "--out",
+        str(tmp_path / "r"),
+        *map(str, taught(stages)),
+        *DATA,
+        *CPU,
+        *SMALL,
+        "--guard",
+        "none",
+    ]
+    assert main(command) == 130
+    monkeypatch.undo()
+    assert not (tmp_path / "r/results.json").exists()
+    assert main(command) == 1  # not without --resume
+    run(*command, "--resume")
+    whole, resumed = read(stages / "pointcmt"), read(tmp_path / "r")
+    assert whole["last"] == resumed["last"] and whole["best"] == resumed["best"]
+    a, b = (load_file(f / "student.safetensors") for f in (stages / "pointcmt", tmp_path / "r"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    # a finished run is told, not repeated
+    run(*command, "--resume")
+    assert main([*command, "--resume", "--lr", "0.5"]) == 1
+
+
+def test_mistakes_between_stages_are_explained(stages, tmp_path, capsys):
+    def fails(*arguments):
+        assert main([str(a) for a in arguments]) == 1
+        return capsys.readouterr().err
+
+    new = ["train", "--out", tmp_path / "r", *taught(stages), *CPU]
+    assert "feature" in fails(*new, *DATA, *SMALL, "--feature-dim", 48)
+    shutil.rmtree(tmp_path / "r")
+    # features of other shapes under the name of these
+    broken = tmp_path / "features"
+    shutil.copytree(stages / "teacher/features", broken)
+    [test, train] = [next(broken.glob(f"{part}-*")) for part in ("test", "train")]
+    shutil.copy(test, train)
+    assert "stale" in fails(*new, *DATA, *SMALL, "--features", broken)
+    shutil.rmtree(tmp_path / "r")
+    assert "--objectives warmth" in fails(*new, *DATA, *SMALL, "--objectives", "warmth=1")
+    (tmp_path / "lone").mkdir()
+    shutil.copy(stages / "teacher/teacher.safetensors", tmp_path / "lone")
+    error = fails("cache-features", "--teacher", tmp_path / "lone", *DATA)
+    assert "keep config.json" in error
+
+
+def test_a_teacher_that_saw_the_held_out_shapes_is_not_compared(stages, tmp_path, capsys):
+    run(
+        "train",
+        "--out",
+        tmp_path / "r",
+        *taught(stages),
+        *CPU,
+        *SMALL,
+        *DATA,
+        "--holdout",
+        0.5,
+        "--fe-weight",
+        0,
+        "--objectives",
+        "soft_labels=1",
+        "--epochs",
+        1,
+    )
+    assert read(tmp_path / "r")["teacher_check"]["heldout"] is None
+    assert "the teacher was trained on" in capsys.readouterr().out
+    assert read(tmp_path / "r")["method"] == "ce+soft_labels"
+
+
+def test_without_a_held_out_part_the_best_epoch_is_called_what_it_is(tmp_path):
+    run(
+        "train",
+        "--out",
+        tmp_path / "r",
+        "--method",
+        "none",
+        *CPU,
+        *SMALL,
+        *DATA,
+        "--holdout",
+        0,
+        "--epochs",
+        1,
+    )
+    assert "selects on the test set" in read(tmp_path / "r")["best"]["chosen_by"]
+
+
+def test_a_network_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_classes, hidden=8):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = nn.Linear(3, hidden), nn.Linear(hidden, num_classes)\n"
+        "    def forward(self, points):\n"
+        "        return self.b(self.a(points).relu().amax(1))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    run(
+        "train",
+        "--out",
+        tmp_path / "r",
+        "--method",
+        "none",
+        "--student",
+        "mine:Net",
+        "--student-options",
+        "hidden=12",
+        *CPU,
+        *DATA,
+        "--epochs",
+        1,
+    )
+    assert read(tmp_path / "r")["adapter"] == "generic"
+    assert load_file(tmp_path / "r/student.safetensors")["a.weight"].shape == (12, 3)
+    run("evaluate", tmp_path / "r")
+
+
+def test_the_guard_silences_a_teacher_that_knows_no_more(stages, tmp_path, monkeypatch):
+    """The teacher's accuracy is made to be what the student's is not: below, then above."""
+    for accuracy, expected in ((0.0, 0.0), (1.0, 1.0)):
+        folder = tmp_path / str(accuracy)
+        monkeypatch.setattr(stage3, "teacher_accuracy", lambda *_, value=accuracy: value)
+        command = ["train", "--out", folder, *taught(stages), *DATA, *CPU, *SMALL, "--epochs", 3]
+        run(*command)
+        factors = [record["guard"] for record in read_metrics(folder)]
+        assert factors == [1.0, expected, expected]
+        assert ("feature_enhancement" in read_metrics(folder)[2]) == bool(expected)
+
+
+def test_weights_over_the_run():
+    assert [stage3.factor("constant", done, 0.5) for done in (0, 0.49, 0.5, 1)] == [1, 1, 0, 0]
+    assert [stage3.factor("linear", done) for done in (0, 0.25, 1)] == [1, 0.75, 0]
+    assert stage3.factor("cosine", 0.25, 0.5) == pytest.approx(0.5)
+
+
+def test_accuracies_against_counting():
+    rng = np.random.default_rng(5)
+    logits, labels = rng.normal(size=(200, 5)), rng.integers(0, 4, 200)  # the last class has no shape
+    predicted = logits.argmax(1)
+    right = [(predicted == labels)[labels == k] for k in range(4)]
+    assert overall_accuracy(predicted, labels) == pytest.approx(100 * np.concatenate(right).mean())
+    np.testing.assert_allclose(
+        class_accuracies(predicted, labels, 5), [*(100 * r.mean() for r in right), np.nan]
+    )
+    assert scores(logits, labels, "x")["x_macc"] == pytest.approx(100 * np.mean([r.mean() for r in right]))
+
+
+ABLATION = """
+data: {per_class: 4, test_per_class: 2, num_points: 64, holdout: 0.25}
+views: {size: 16}
+teachers:
+  only:
+    teacher: {feature_dim: 32, backbone_options: ["layers=(1,1)", "stem_stride=2"], loop: {epochs: 1}}
+    generator: {loop: {epochs: 1}}
+students:
+  net: {student: pointnet2, width: 0.125}
+methods:
+  none: {method: none}
+  FE: {ce_weight: 0}
+  Hinton: {fe_weight: 0, ce_weight: 0, objectives: ["soft_labels=1"]}
+seeds: [0, 1]
+train: {loop: {epochs: 1, batch_size: 16}}
+tests:
+  few: {votes: 2}
+paper: {net: {none: 93.4}}
+"""
+
+
+@pytest.mark.slow
+def test_ablate_runs_every_cell_once_and_compares_in_pairs(tmp_path, capsys, monkeypatch):
+    config, out = tmp_path / "study.yaml", tmp_path / "out"
+    config.write_text(ABLATION)
+    command = ["ablate", "--config", config, "--out", out, "--device", "cpu", "--no-tensorboard"]
+    original, done = study.run_cell, []
+
+    def stumbling(plan, cell, *rest):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(cell.name)
+        return original(plan, cell, *rest)
+
+    monkeypatch.setattr(study, "run_cell", stumbling)
+    assert main([str(word) for word in command]) == 130
+    monkeypatch.undo()
+    records = {path.name: path.read_text() for path in (out / "records").iterdir()}
+    assert len(records) == 2
+    teacher = (out / "teachers/only/teacher/teacher.safetensors").stat().st_mtime_ns
+    run(*command)
+    assert len(list((out / "records").iterdir())) == 6
+    for name, text in records.items():  # finished cells, and the teacher, were not done again
+        assert (out / "records" / name).read_text() == text
+    assert (out / "teachers/only/teacher/teacher.safetensors").stat().st_mtime_ns == teacher
+    table = (out / "table.md").read_text()
+    assert "| net | FE | 2 |" in table and "93.4" in table and (out / "chart.png").exists()
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    cells = [json.loads(path.read_text()) for path in (out / "records").iterdir()]
+    gain = [
+        next(c for c in cells if (c["method"], c["seed"]) == ("FE", s))["last"]["test_oa"]
+        - next(c for c in cells if (c["method"], c["seed"]) == ("none", s))["last"]["test_oa"]
+        for s in (0, 1)
+    ]
+    assert rows[1]["difference"]["test"][0] == pytest.approx(np.mean(gain))
+    config.write_text(ABLATION.replace("num_points: 64", "num_points: 32"))
+    assert main([str(word) for word in command]) == 1
+    assert "a configuration with other data" in capsys.readouterr().err
+
+
+def test_the_paired_interval_against_the_textbook():
+    # n = 5, t(0.975, 4) = 2.776; differences 1 … 5: mean 3, sd 1.5811
+    mean, half = study.paired_interval(np.array([1.0, 2, 3, 4, 5]))
+    assert mean == 3 and half == pytest.approx(2.776 * 1.5811 / 5**0.5, rel=1e-3)
+    assert study.paired_interval(np.array([1.0])) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("studnets: {}", "unknown section studnets"),
+        ("students: {a: {}}\nmethods: {none: {method: none}}", "'seeds' is missing"),
+        ("students: {a: {widht: 1}}\nmethods: {none: {}}\nseeds: [0]", "no option 'widht'"),
+        ("students: {a: {}}\nmethods: {b: {}}\nseeds: [0]", "the baseline 'none' is not among"),
+        ("[", "is not YAML"),
+    ],
+)
+def test_a_wrong_configuration_is_named(text, words, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        study.read_study(tmp_path / "c.yaml")
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_table_and_report(tmp_path, capsys):
+    run(
+        "demo",
+        "--out",
+        tmp_path,
+        "--seeds",
+        1,
+        *DATA,
+        "--view-points",
+        64,
+        "--size",
+        16,
+        "--teacher-epochs",
+        1,
+        "--generator-epochs",
+        1,
+        "--epochs",
+        1,
+        "--width",
+        0.125,
+        "--feature-dim",
+        32,
+        *CPU,
+    )
+    printed = capsys.readouterr().out
+    for words in ("image teacher", "plain student", "PointCMT student", "report: ", "PointCMT minus plain"):
+        assert words in printed
+    assert (tmp_path / "report.html").stat().st_size > 50_000
+    for name in ("plain-0", "pointcmt-0"):
+        assert read(tmp_path / name)["milliseconds_per_cloud"] > 0
+
+
+@pytest.mark.slow
+def test_all_stages_on_real_modelnet40(modelnet40_root, tmp_path):
+    data = [
+        "--data",
+        modelnet40_root,
+        "--num-points",
+        128,
+        "--view-points",
+        512,
+        "--per-class",
+        3,
+        "--test-per-class",
+        1,
+        "--holdout",
+        0.3,
+    ]
+    run(
+        "train-teacher",
+        "--out",
+        tmp_path / "teacher",
+        *data,
+        *CPU,
+        "--size",
+        24,
+        "--epochs",
+        1,
+        "--accumulate",
+        1,
+        "--feature-dim",
+        32,
+        "--backbone-options",
+        "layers=(1,1)",
+        "stem_stride=2",
+    )
+    run(
+        "train-generator",
+        "--out",
+        tmp_path / "generator",
+        "--teacher",
+        tmp_path / "teacher",
+        *data,
+        *CPU,
+        "--epochs",
+        1,
+    )
+    student = ["--student", "pointnet2", "--width", "0.125", "--epochs", 1, "--feature-dim", 32]
+    run("train", "--out", tmp_path / "plain", "--method", "none", *data, *CPU, *student)
+    run("train", "--out", tmp_path / "pointcmt", *taught(tmp_path), *data, *CPU, *student)
+    run("report", tmp_path)
+    results = read(tmp_path / "pointcmt")
+    assert results["shapes"] == {"train": 80, "heldout": 40, "test": 40} and len(results["classes"]) == 40
+    assert 0 <= results["last"]["test_oa"] <= 100 and (tmp_path / "report.html").exists()
