@@ -51,16 +51,23 @@ def option_fields(cls: type) -> list[tuple[str, bool]]:
     return found
 
 
+def positional(cls: type, name: str) -> bool:
+    """Whether an argument is given by its place (help shows it as PATH)."""
+    hint = typing.get_type_hints(cls, include_extras=True).get(name)
+    return typing.get_origin(hint) is typing.Annotated
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_explains_every_option(command, capsys):
     assert main([command, "--help"]) == 0
     printed = capsys.readouterr().out
     assert f"usage: pointcmt {command}" in printed
     module, options, _ = COMMANDS[command]
-    fields = option_fields(getattr(importlib.import_module(f"pointcmt.recipes.{module}"), options))
+    options_type = getattr(importlib.import_module(f"pointcmt.recipes.{module}"), options)
+    fields = option_fields(options_type)
     for name, explained in fields:
         assert explained, f"{options}.{name} has no words below it"
-        assert f"--{name.replace('_', '-')}" in printed or name.upper() in printed
+        assert f"--{name.replace('_', '-')} " in printed or positional(options_type, name)
     assert len({name for name, _ in fields}) == len(fields), "two options of one name"
 
 
