@@ -36,6 +36,7 @@ class PublicStudent:
         ours: num_classes -> our student.
         layout: "BN3" or "B3N", what the public class takes.
         replaced: what does not run as published on a CPU, and what stands in for it.
+        search: their neighbour search by pointcmt's kernels, name -> function: see :meth:`share_search`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class PublicStudent:
     ours: Callable[[int], nn.Module]
     layout: str
     replaced: str
+    search: Callable[[], dict[str, Callable[..., Tensor]]] = dict
 
     def find(self, root: Path) -> Path | None:
         """The checkout in ``root``: root itself, or a folder one or two levels below it."""
@@ -52,6 +54,18 @@ class PublicStudent:
             if (folder / self.marker).is_file():
                 return folder
         return None
+
+    def share_search(self, module: nn.Module) -> None:
+        """Lets the public module find neighbours with pointcmt's kernels.
+
+        Its own search rounds |x|^2 + |y|^2 - 2 x.y in float32, so that of two nearly equal neighbours now
+        and then the other one is taken; with the same neighbours, the arithmetic behind can be compared.
+        """
+        for part in module.modules():
+            functions = getattr(type(part).forward, "__globals__", {})
+            for name, function in self.search().items():
+                if name in functions and not str(functions["__name__"]).startswith("torch"):
+                    functions[name] = function
 
     def run(self, module: nn.Module, points: Tensor) -> Tensor:
         """The public module's output on points [B, N, 3], from a fixed start of furthest point sampling."""
@@ -157,6 +171,18 @@ def _centred_ball_query(radius: float, nsample: int, xyz: Tensor, new_xyz: Tenso
     return torch.cat([own, torch.where(idx < n, idx, own)], -1)
 
 
+def _yanx27_search() -> dict[str, Callable[..., Tensor]]:
+    return {"farthest_point_sample": ops.furthest_point_sample, "query_ball_point": ops.ball_query}
+
+
+def _dgcnn_search() -> dict[str, Callable[..., Tensor]]:
+    return {"knn": lambda x, k: ops.knn(x.transpose(1, 2), x.transpose(1, 2), k)[1]}
+
+
+def _pointmlp_search() -> dict[str, Callable[..., Tensor]]:
+    return {"knn_point": lambda k, xyz, new_xyz: ops.knn(new_xyz, xyz, k)[1]}
+
+
 _CUDA_DEVICE = "torch.device('cuda') in get_graph_feature, by the CPU device"
 _FPS = "pointnet2_ops.furthest_point_sample (CUDA only), by pointcmt's"
 PUBLIC_STUDENTS = [
@@ -168,6 +194,7 @@ PUBLIC_STUDENTS = [
         lambda k: students.pointnet2(k, "ssg"),
         "B3N",
         "nothing",
+        _yanx27_search,
     ),
     PublicStudent(
         "pointnet2-msg",
@@ -177,6 +204,7 @@ PUBLIC_STUDENTS = [
         lambda k: students.pointnet2(k, "msg"),
         "B3N",
         "nothing",
+        _yanx27_search,
     ),
     PublicStudent(
         "dgcnn",
@@ -186,6 +214,7 @@ PUBLIC_STUDENTS = [
         students.dgcnn,
         "B3N",
         _CUDA_DEVICE,
+        _dgcnn_search,
     ),
     PublicStudent(
         "dgcnn-authors",
@@ -195,6 +224,7 @@ PUBLIC_STUDENTS = [
         students.dgcnn,
         "B3N",
         _CUDA_DEVICE,
+        _dgcnn_search,
     ),
     PublicStudent(
         "rscnn",
@@ -213,6 +243,7 @@ PUBLIC_STUDENTS = [
         lambda k: students.pointmlp(k, "full"),
         "B3N",
         _FPS,
+        _pointmlp_search,
     ),
     PublicStudent(
         "pointmlp-elite",
@@ -222,5 +253,6 @@ PUBLIC_STUDENTS = [
         lambda k: students.pointmlp(k, "elite"),
         "B3N",
         _FPS,
+        _pointmlp_search,
     ),
 ]

@@ -7,8 +7,7 @@ feature is one contiguous row. The modules that hold the parameters are the publ
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +50,9 @@ def check_options(student: str, num_classes: int, feature_dim: int, width: float
 
 
 def scaled(channels: int, width: float) -> int:
-    """``channels`` times ``width``, a multiple of 4 (exactly ``channels`` at width 1), at least 4."""
-    return channels if width == 1 else max(4, 4 * round(channels * width / 4))
+    """``channels`` times ``width``, a multiple of 8 (exactly ``channels`` at width 1), at least 8: whole
+    vectors for the fused operators."""
+    return channels if width == 1 else max(8, 8 * round(channels * width / 8))
 
 
 def sample(xyz: Tensor, npoint: int, random_start: bool = False) -> Tensor:
@@ -81,8 +81,8 @@ def rows(features: Tensor, idx: Tensor) -> Tensor:
     """Rows of ``features`` [B, N, C] named by ``idx`` [B, ...]: [B, ..., C]."""
     batch, n, channels = features.shape
     offset = torch.arange(batch, device=idx.device).view(-1, *[1] * (idx.dim() - 1)) * n
-    flat = features.reshape(batch * n, channels).index_select(0, (idx + offset).flatten())
-    return flat.view(*idx.shape, channels)
+    # an embedding look-up is a gather of rows whose backward pass PyTorch has made fast on every device
+    return F.embedding(idx + offset, features.reshape(batch * n, channels))
 
 
 def weight_of(conv: Conv) -> Tensor:
@@ -100,31 +100,33 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
         return x.to(weight.dtype) @ weight.T
 
 
+def at_least_float(x: Tensor) -> Tensor:
+    """Half precision as float32, the rest as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def linear(x: Tensor, conv: Conv) -> Tensor:
     """A 1x1 convolution on channel-last rows: [..., C_in] -> [..., C_out]."""
     return F.linear(x, weight_of(conv), conv.bias)
 
 
-def norm(x: Tensor, bn: nn.Module) -> Tensor:
-    """Batch normalisation over all rows of x [..., C], by the module's own rules and running statistics."""
-    flat = x.reshape(-1, x.shape[-1])
-    if isinstance(bn, nn.BatchNorm2d):  # [R, C, 1, 1] and [R, C] hold the same numbers
-        return bn(flat[:, :, None, None]).view(x.shape)
-    return bn(flat).view(x.shape)
+class _Statistics(NamedTuple):
+    """What a BatchNorm module would hand to ``F.batch_norm`` in its present mode."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    training: bool
+    momentum: float
+    eps: float
 
 
-def _normalised(
-    op: Callable[..., Tensor],
-    x: Tensor,
-    bn: nn.Module,
-    slope: float,
-    centres: Tensor | None = None,
-    idx: Tensor | None = None,
-) -> Tensor | None:
-    """``pointcmt.ops``' norm_act or norm_act_max by the rules of a BatchNorm module, counting the batch.
+def _statistics(bn: nn.Module) -> _Statistics | None:
+    """The module's parameters by the rules of its own ``forward``; None where it must be called itself.
 
-    None where the module is more than a plain BatchNorm (synchronised, hooked, without weights): then
-    it has to be called itself.
+    Counts the batch, as ``forward`` does. SyncBatchNorm and other
+    subclasses have rules of their own, and hooks want to see the call.
     """
     if type(bn) not in (nn.BatchNorm1d, nn.BatchNorm2d) or bn._forward_hooks or bn._forward_pre_hooks:
         return None
@@ -132,78 +134,128 @@ def _normalised(
     if bn.weight is None or bn.bias is None:
         return None
     momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.num_batches_tracked is not None:
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
         if bn.momentum is None:
-            momentum = 1.0 / float(
-                bn.num_batches_tracked
-            )  # the average of all batches, as nn.BatchNorm takes
-    return op(
-        x,
-        bn.running_mean,
-        bn.running_var,
-        bn.weight,
-        bn.bias,
-        bn.training,
-        momentum,
-        bn.eps,
-        slope,
-        centres,
-        idx,
-    )
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    keep = not bn.training or bn.track_running_stats
+    mean, var = (bn.running_mean, bn.running_var) if keep else (None, None)
+    training = bn.training or (bn.running_mean is None and bn.running_var is None)
+    return _Statistics(mean, var, bn.weight, bn.bias, training, momentum, bn.eps)
+
+
+def _activate(x: Tensor, slope: float) -> Tensor:
+    return F.leaky_relu(x, slope) if slope else F.relu(x)
+
+
+def norm(x: Tensor, bn: nn.Module) -> Tensor:
+    """Batch normalisation over all rows of x [..., C], by the module's own rules and running statistics."""
+    # a single "image" [1, C, rows, 1] in channels-last order is the rows as they lie in memory
+    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    found = _statistics(bn)
+    if found is not None:
+        mean, var, weight, bias, training, momentum, eps = found
+        y = F.batch_norm(image, mean, var, weight, bias, training, momentum, eps)
+    elif isinstance(bn, nn.BatchNorm1d):
+        y = bn(image[..., 0])[..., None]
+    else:
+        y = bn(image)
+    return y.permute(0, 2, 3, 1).reshape(x.shape)
 
 
 def norm_act(x: Tensor, bn: nn.Module, slope: float = 0.0) -> Tensor:
     """Batch normalisation over all rows of x [..., C], then (leaky) ReLU."""
-    fused = _normalised(ops.norm_act, x, bn, slope)
-    if fused is not None:
-        return fused
-    y = norm(x, bn)
-    return F.leaky_relu(y, slope) if slope else F.relu(y)
+    found = _statistics(bn)
+    return _activate(norm(x, bn), slope) if found is None else ops.norm_act(x, *found, slope)
 
 
-def linear_norm_act(x: Tensor, conv: Conv, bn: nn.Module, slope: float = 0.0) -> Tensor:
-    """1x1 convolution, batch normalisation, (leaky) ReLU on channel-last rows."""
-    return norm_act(linear(x, conv), bn, slope)
+def norm_act_max(x: Tensor, bn: nn.Module, slope: float = 0.0) -> Tensor:
+    """Batch normalisation over all rows of x [..., S, C], (leaky) ReLU, maximum over the S samples.
 
-
-def linear_norm_act_max(x: Tensor, conv: Conv, bn: nn.Module, slope: float = 0.0) -> Tensor:
-    """As :func:`linear_norm_act` on x [..., S, C], then the maximum over the S samples: [..., C_out]."""
-    return norm_act_max(linear(x, conv), bn, slope)
+    x may have channels beyond the module's; they are left out of the result.
+    """
+    found = _statistics(bn)
+    if found is None:
+        return _activate(norm(x[..., : bn.num_features], bn), slope).max(-2).values
+    channels, extra = len(found.weight), x.shape[-1] - len(found.weight)
+    if not extra:
+        return ops.norm_act_max(x, *found, slope)
+    mean, var = found.running_mean, found.running_var
+    padded = found._replace(
+        running_mean=None if mean is None else F.pad(mean, (0, extra)),
+        running_var=None if var is None else F.pad(var, (0, extra)),
+        weight=F.pad(found.weight, (0, extra)),
+        bias=F.pad(found.bias, (0, extra)),
+    )
+    out = ops.norm_act_max(x, *padded, slope)[..., :channels]
+    if found.training:
+        for kept, updated in ((mean, padded.running_mean), (var, padded.running_var)):
+            if kept is not None and updated is not None:
+                kept.copy_(updated[:channels])
+    return out
 
 
 def gather_norm_act(
     of_points: Tensor, of_centres: Tensor, idx: Tensor, bn: nn.Module, slope: float = 0.0
 ) -> Tensor:
     """act(bn(of_points[idx] + of_centres)): [B, N, C], [B, M, C], [B, M, S] -> [B, M, S, C]."""
-    fused = _normalised(ops.norm_act, of_points, bn, slope, of_centres, idx)
-    if fused is not None:
-        return fused
-    return norm_act(rows(of_points, idx) + of_centres[:, :, None], bn, slope)
+    found = _statistics(bn)
+    if found is None:
+        return _activate(norm(rows(of_points, idx) + of_centres[:, :, None], bn), slope)
+    return ops.norm_act(of_points, *found, slope, of_centres, idx)
 
 
 def gather_norm_act_max(
     of_points: Tensor, of_centres: Tensor, idx: Tensor, bn: nn.Module, slope: float = 0.0
 ) -> Tensor:
     """As :func:`gather_norm_act`, then the maximum over the S samples: [B, M, C]."""
-    fused = _normalised(ops.norm_act_max, of_points, bn, slope, of_centres, idx)
-    if fused is not None:
-        return fused
-    return gather_norm_act(of_points, of_centres, idx, bn, slope).amax(-2)
+    found = _statistics(bn)
+    if found is None:
+        return gather_norm_act(of_points, of_centres, idx, bn, slope).max(-2).values
+    return ops.norm_act_max(of_points, *found, slope, of_centres, idx)
+
+
+def _linear_then(x: Tensor, conv: Conv, bn: nn.Module, slope: float, highest: bool = False) -> Tensor:
+    """1x1 convolution, normalisation, leaky ReLU, and where ``highest`` the maximum over the samples."""
+    found = _statistics(bn)
+    if found is None:
+        return (norm_act_max if highest else norm_act)(linear(x, conv), bn, slope)
+    if not found.training and found.running_mean is not None and found.running_var is not None:
+        # fixed statistics make the normalisation linear too: it goes into the product
+        scale = found.weight * torch.rsqrt(found.running_var + found.eps)
+        shift = found.bias - found.running_mean * scale
+        offset = shift if conv.bias is None else shift + conv.bias * scale
+        y = F.linear(x, weight_of(conv) * scale[:, None], offset)
+        return _activate(y.max(-2).values if highest else y, slope)
+    normalise = ops.norm_act_max if highest else ops.norm_act
+    y = F.linear(x, weight_of(conv))
+    if conv.bias is None:
+        return normalise(y, *found, slope)
+    # a batch's own statistics take the bias out again: it is left out of the product, shifts the running
+    # mean, and has a gradient of exactly zero
+    out = normalise(y, *found._replace(bias=found.bias + 0 * conv.bias), slope)
+    if found.running_mean is not None:
+        with torch.no_grad():
+            found.running_mean.add_(conv.bias, alpha=found.momentum)
+    return out
+
+
+def linear_norm_act(x: Tensor, conv: Conv, bn: nn.Module, slope: float = 0.0) -> Tensor:
+    """1x1 convolution, batch normalisation, (leaky) ReLU on channel-last rows."""
+    return _linear_then(x, conv, bn, slope)
+
+
+def linear_norm_act_max(x: Tensor, conv: Conv, bn: nn.Module, slope: float = 0.0) -> Tensor:
+    """As :func:`linear_norm_act` on x [..., S, C], then the maximum over the S samples: [..., C_out]."""
+    return _linear_then(x, conv, bn, slope, highest=True)
+
+
+def linear_norm_add_act(x: Tensor, conv: Conv, bn: nn.Module, skip: Tensor) -> Tensor:
+    """relu(bn(conv(x)) + skip) on channel-last rows: the end of a residual block."""
+    return F.relu(_linear_then(x, conv, bn, slope=1.0) + skip)
 
 
 def linear_norm_act_pool(x: Tensor, conv: Conv, bn: nn.Module, slope: float) -> tuple[Tensor, Tensor]:
     """As :func:`linear_norm_act` on x [B, N, C], then maximum and mean over the N points: two [B, C_out]."""
     y = linear_norm_act(x, conv, bn, slope)
-    return y.amax(1), y.mean(1)
-
-
-def linear_norm_add_act(x: Tensor, conv: Conv, bn: nn.Module, skip: Tensor) -> Tensor:
-    """relu(bn(conv(x)) + skip) on channel-last rows: the end of a residual block."""
-    return F.relu(norm(linear(x, conv), bn) + skip)
-
-
-def norm_act_max(x: Tensor, bn: nn.Module, slope: float = 0.0) -> Tensor:
-    """Batch normalisation over all rows of x [..., S, C], (leaky) ReLU, maximum over the S samples."""
-    fused = _normalised(ops.norm_act_max, x, bn, slope)
-    return norm_act(x, bn, slope).amax(-2) if fused is None else fused
+    return y.max(1).values, y.mean(1)

@@ -30,6 +30,12 @@ VARIANTS = {
     "elite": _Stages(32, 0.25, (2, 2, 2, 1), (1, 1, 2, 1)),
 }
 _EPSILON = 1e-5  # the public code's guard of the geometric affine's standard deviation
+_SMALLEST = 1e-20  # variance below which a cloud counts as one point: no gradient passes
+
+
+def _sum(x: Tensor) -> Tensor:
+    """[B, N, C] -> float64 [B]."""
+    return x.sum((1, 2), dtype=torch.float64)
 
 
 class ConvNorm(nn.Module):
@@ -73,13 +79,28 @@ class LocalGrouper(nn.Module):
     def spread(self, features: Tensor, anchors: Tensor, idx: Tensor) -> Tensor:
         """Standard deviation of f_j - f_i over a cloud's groups and channels: [B, 1, 1].
 
-        Computed from sums over the points instead of over the groups' members.
+        From sums over points and anchors, so that the differences, the largest tensor of a stage, are not
+        written out: with n_ij the number of times that point j is in group i, the sum of |f_j - f_i|^2 is
+        sum_j n_j |f_j|^2 + k sum_i |f_i|^2 - 2 sum_i f_i . (sum_j n_ij f_j).
 
         Args:
             features: [B, N, C]; anchors: [B, M, C]; idx: [B, M, k].
         """
-        difference = blocks.rows(features, idx) - anchors[:, :, None]
-        return difference.flatten(1).std(1)[:, None, None]
+        batch, groups, k = idx.shape
+        n, channels = features.shape[1:]
+        with torch.autocast(features.device.type, enabled=False):
+            # a difference of the same shift from both is the same difference, of smaller numbers
+            shift = features.detach().mean(1, keepdim=True)
+            points, centres = blocks.at_least_float(features - shift), blocks.at_least_float(anchors - shift)
+            counts = points.new_zeros(batch, groups, n).scatter_add_(2, idx, points.new_ones(idx.shape))
+            of_group = counts @ points
+            members = counts.sum(1)[..., None]
+            total = _sum(members * points) - k * _sum(centres)
+            squares = _sum(members * points.square()) + k * _sum(centres.square())
+            squares = squares - 2 * _sum(of_group * centres)
+            size = groups * k * channels
+            variance = (squares - total.square() / size) / max(1, size - 1)
+            return variance.clamp_min(_SMALLEST).sqrt().to(points.dtype)[:, None, None]
 
 
 class PreExtraction(nn.Module):
@@ -104,7 +125,7 @@ class PreExtraction(nn.Module):
         of_points = blocks.project(features, shaped) * scale
         of_centres = blocks.project(anchors, of_anchor) - blocks.project(anchors, shaped) * scale + offset
         x = blocks.gather_norm_act(of_points, of_centres, idx, bn)
-        return self.operation(x).amax(-2)
+        return self.operation(x).max(-2).values
 
 
 class PosExtraction(nn.Module):
@@ -186,7 +207,7 @@ class PointMLP(nn.Module):
             idx = knn(centres.detach(), xyz.detach(), min(self.k, xyz.shape[1]))[1]
             x = pos(pre(x, anchors, idx, grouper))
             xyz = centres
-        return self.classifier(x.amax(1))
+        return self.classifier(x.max(1).values)
 
 
 def pointmlp(

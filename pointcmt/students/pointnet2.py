@@ -112,14 +112,13 @@ def _group_mlp_max(
     if features is not None:
         of_points = of_points + blocks.project(features, weight_features)
     of_centres = convs[0].bias - blocks.project(centres, weight_xyz)
-    x = blocks.gather_norm_act(of_points, of_centres, idx, bns[0])
-    return _mlp_max(x, convs[1:], bns[1:])
+    if len(convs) == 1:
+        return blocks.gather_norm_act_max(of_points, of_centres, idx, bns[0])
+    return _mlp_max(blocks.gather_norm_act(of_points, of_centres, idx, bns[0]), convs[1:], bns[1:])
 
 
 def _mlp_max(x: Tensor, convs: Sequence[blocks.Conv], bns: Sequence[nn.Module]) -> Tensor:
     """[B, M, S, C] -> [B, M, C']: shared MLP, maximum over the S samples."""
-    if not convs:
-        return x.amax(-2)
     for conv, bn in zip(convs[:-1], bns[:-1], strict=True):
         x = blocks.linear_norm_act(x, conv, bn)
     return blocks.linear_norm_act_max(x, convs[-1], bns[-1])

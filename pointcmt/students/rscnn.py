@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pointcmt.ops import ball_query
@@ -47,12 +48,20 @@ class RSConv(nn.Module):
     def forward(self, xyz: Tensor, features: Tensor | None, centres: Tensor, idx: Tensor) -> Tensor:
         """xyz [B, N, 3], features [B, N, C] or None, centres [B, M, 3], idx [B, M, S] -> [B, M, C']."""
         delta = blocks.rows(xyz, idx) - centres[:, :, None]
-        x = delta if features is None else torch.cat([delta, blocks.rows(features, idx)], -1)
         relation = blocks.linear_norm_act(self.relation(delta), self.mapping_func1, self.bn_mapping)
         if self.xyz_raising is not None:
+            x = delta if features is None else torch.cat([delta, blocks.rows(features, idx)], -1)
             x = blocks.linear_norm_act(x, self.xyz_raising, self.bn_xyz_raising)
-        x = blocks.linear(relation, self.mapping_func2) * x
-        x = blocks.norm_act_max(x, self.bn_rsconv)
+        else:
+            assert features is not None
+            x = torch.cat([delta, blocks.rows(features, idx)], -1)
+        weight, bias = blocks.weight_of(self.mapping_func2), self.mapping_func2.get_parameter("bias")
+        # coordinates beside features make 3 channels more than whole vectors: zeros fill the last one up
+        spare = -x.shape[-1] % 8
+        if spare:
+            x = torch.cat([x, x.new_zeros(1).expand(*x.shape[:-1], spare)], -1)
+            weight, bias = F.pad(weight, (0, 0, 0, spare)), F.pad(bias, (0, spare))
+        x = blocks.norm_act_max(F.linear(relation, weight, bias) * x, self.bn_rsconv)
         return blocks.linear_norm_act(x, self.cr_mapping, self.bn_channel_raising)
 
     @staticmethod
