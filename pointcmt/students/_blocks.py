@@ -233,10 +233,11 @@ def _linear_then(x: Tensor, conv: Conv, bn: nn.Module, slope: float, highest: bo
         return normalise(y, *found, slope)
     # a batch's own statistics take the bias out again: it is left out of the product, shifts the running
     # mean, and has a gradient of exactly zero
-    out = normalise(y, *found._replace(bias=found.bias + 0 * conv.bias), slope)
-    if found.running_mean is not None:
+    mean = None if found.running_mean is None else found.running_mean.clone()
+    out = normalise(y, *found._replace(bias=found.bias + 0 * conv.bias, running_mean=mean), slope)
+    if mean is not None and found.running_mean is not None:
         with torch.no_grad():
-            found.running_mean.add_(conv.bias, alpha=found.momentum)
+            found.running_mean.copy_(mean + found.momentum * conv.bias)
     return out
 
 

@@ -55,7 +55,8 @@ class RSConv(nn.Module):
         else:
             assert features is not None
             x = torch.cat([delta, blocks.rows(features, idx)], -1)
-        weight, bias = blocks.weight_of(self.mapping_func2), self.mapping_func2.get_parameter("bias")
+        weight: Tensor = blocks.weight_of(self.mapping_func2)
+        bias: Tensor = self.mapping_func2.get_parameter("bias")
         # coordinates beside features make 3 channels more than whole vectors: zeros fill the last one up
         spare = -x.shape[-1] % 8
         if spare:

@@ -117,18 +117,24 @@ def test_adapter_is_ours_and_true(small, variant, clouds):
     assert report.conclusive and report.feature_shape == (4, 64)
 
 
-def test_compiles(small, clouds):
-    points = clouds(2, 64)
-    student = warmed(small(), points)
+@pytest.mark.slow
+def test_compiles(small, variant, clouds):
+    if variant in ("pointmlp", "pointnet2-msg"):
+        pytest.skip("the layers of its smaller sibling, many times over")
+    points = clouds(3, 48)
+    student = small(dropout=0.0)
+    twin = copy.deepcopy(student)
     torch.compiler.reset()
-    compiled = torch.compile(student, backend="aot_eager")
-    torch.testing.assert_close(compiled(points), student(points), rtol=1e-4, atol=1e-5)
-    compiled.train()
-    compiled(points).sum().backward()
+    compiled = torch.compile(twin, backend="aot_eager")
+    expected, got = student(points), compiled(points)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    got.sum().backward()
+    for (name, value), other in zip(student.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_autocast(small, clouds):
-    points = clouds(24, 64)
+    points = clouds(16, 32)
     student = warmed(small(), points)
     expected = student(points)
     with torch.autocast("cpu", dtype=torch.bfloat16):
