@@ -1,0 +1,146 @@
+"""How fast do the reference students train, next to the public code of the same networks?
+
+    python -m benchmarks.students --repos DIR
+
+DIR holds checkouts of the public repositories, in folders of any name; a repository that is not there is
+skipped by name. Both sides do the same work in the same run, in turns: forward, cross-entropy, backward on
+the same batch of real or random clouds, with the same weights. Beside the ratio stand the largest
+difference of their logits in eval mode and both parameter counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks._harness import RESULTS, interleave, record, show
+from benchmarks._public_students import PUBLIC_STUDENTS, PublicStudent
+
+QUESTION = "How fast do the reference students train, next to the public code of the same networks?"
+CLASSES = 40
+
+
+def clouds(batch: int, points: int, modelnet40: str | None) -> tuple[Tensor, str]:
+    """[B, N, 3] in the unit sphere and what they are: real shapes where a folder is given."""
+    generator = torch.Generator().manual_seed(0)
+    if modelnet40 is not None:
+        from pointcmt.data import ModelNet40
+
+        data = ModelNet40(modelnet40, "test", num_points=points)
+        chosen = torch.randperm(len(data), generator=generator)[:batch]
+        return torch.stack([torch.as_tensor(data[int(i)][0]) for i in chosen]), "ModelNet40 test shapes"
+    directions = torch.randn(batch, points, 3, generator=generator)
+    stretch = 0.3 + 0.7 * torch.rand(batch, 1, 3, generator=generator)
+    return F.normalize(directions, dim=-1) * stretch, "random ellipsoids"
+
+
+def step(run: Callable[[Tensor], Tensor], module: nn.Module, points: Tensor, labels: Tensor) -> None:
+    """One training step without the optimiser, which is the same for both."""
+    module.zero_grad(set_to_none=True)
+    F.cross_entropy(run(points), labels).backward()
+
+
+def compare(
+    public: PublicStudent, checkout: Path, points: Tensor, repeats: int, seconds: float
+) -> dict[str, Any]:
+    """One line of the table."""
+    torch.manual_seed(0)
+    device = points.device
+    theirs = public.build(checkout, CLASSES).to(device)
+    ours = public.ours(CLASSES).to(device)
+    ours.load_state_dict(theirs.state_dict())
+    labels = torch.arange(len(points), device=device) % CLASSES
+
+    with torch.no_grad():
+        plain, quick = copy.deepcopy(theirs).eval(), copy.deepcopy(ours).eval()
+        some = points[:4]
+        expected, got = public.run(plain, some), quick(some)
+        if public.repository.startswith("yanx27/"):  # it returns log-probabilities
+            got = got.log_softmax(-1)
+        difference = (expected - got).abs().max().item()
+
+    theirs.train()
+    ours.train()
+    times = interleave(
+        {
+            "public": lambda: step(lambda p: public.run(theirs, p), theirs, points, labels),
+            "ours": lambda: step(ours, ours, points, labels),
+        },
+        repeats,
+        device=device,
+        seconds=seconds,
+    )
+    return {
+        "student": public.name,
+        "repository": public.repository,
+        "ratio": times["public"].over(times["ours"]),
+        "public": times["public"],
+        "ours": times["ours"],
+        "max difference": difference,
+        "parameters public": sum(p.numel() for p in theirs.parameters()),
+        "parameters ours": sum(p.numel() for p in ours.parameters()),
+        "replaced in public": public.replaced,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=QUESTION)
+    parser.add_argument("--repos", type=Path, help="folder that holds checkouts of the public repositories")
+    parser.add_argument("--modelnet40", help="folder of ModelNet40; random clouds without it")
+    parser.add_argument("--students", nargs="*", help="only these, of: " + ", ".join(_names()))
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--points", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=60.0, help="per student, once three rounds are done")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", help="the JSON file; benchmarks/results/students-<device>.json by default")
+    options = parser.parse_args(argv)
+
+    unknown = set(options.students or ()) - set(_names())
+    if unknown:
+        parser.error(f"no such student: {', '.join(sorted(unknown))}; choose of {', '.join(_names())}")
+    points, source = clouds(options.batch, options.points, options.modelnet40)
+    points = points.to(options.device)
+    rows: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
+    for public in PUBLIC_STUDENTS:
+        if options.students and public.name not in options.students:
+            continue
+        checkout = None if options.repos is None else public.find(options.repos)
+        if checkout is None:
+            skipped[public.name] = f"no checkout of {public.repository} (--repos DIR)"
+            continue
+        rows.append(compare(public, checkout, points, options.repeats, options.seconds))
+    record(
+        options.out or RESULTS / f"students-{points.device.type}.json",
+        QUESTION,
+        rows,
+        skipped=skipped,
+        notes={
+            "batch": options.batch,
+            "points": options.points,
+            "clouds": source,
+            "device": options.device,
+            "work": "forward, cross-entropy and backward, both from the same weights",
+        },
+    )
+    if rows:
+        show(rows)
+    for name, reason in skipped.items():
+        print(f"skipped {name}: {reason}")
+    return 0
+
+
+def _names() -> list[str]:
+    return [public.name for public in PUBLIC_STUDENTS]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
