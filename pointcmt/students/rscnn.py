@@ -48,10 +48,9 @@ class RSConv(nn.Module):
     def forward(self, xyz: Tensor, features: Tensor | None, centres: Tensor, idx: Tensor) -> Tensor:
         """xyz [B, N, 3], features [B, N, C] or None, centres [B, M, 3], idx [B, M, S] -> [B, M, C']."""
         delta = blocks.rows(xyz, idx) - centres[:, :, None]
-        relation = blocks.linear_norm_act(self.relation(delta), self.mapping_func1, self.bn_mapping)
+        relation = self.relation(delta)
         if self.xyz_raising is not None:
-            x = delta if features is None else torch.cat([delta, blocks.rows(features, idx)], -1)
-            x = blocks.linear_norm_act(x, self.xyz_raising, self.bn_xyz_raising)
+            x = self.raised(xyz, features, centres, idx)
         else:
             assert features is not None
             x = torch.cat([delta, blocks.rows(features, idx)], -1)
@@ -65,11 +64,30 @@ class RSConv(nn.Module):
         x = blocks.norm_act_max(F.linear(relation, weight, bias) * x, self.bn_rsconv)
         return blocks.linear_norm_act(x, self.cr_mapping, self.bn_channel_raising)
 
-    @staticmethod
-    def relation(delta: Tensor) -> Tensor:
-        """h_ij of the public code from x_j - x_i: [..., 3] -> [..., 10]; see the head of this file."""
+    def relation(self, delta: Tensor) -> Tensor:
+        """First layer of the mapping, on h_ij: x_j - x_i [..., 3] -> [..., middle].
+
+        With x_i = 0 and x_j = x_j - x_i (see the head of this file) six of h_ij's ten channels are the same
+        three twice, and three are zero: their weights are added up instead.
+        """
+        weight = blocks.weight_of(self.mapping_func1)
         distance = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
-        return torch.cat([distance, torch.zeros_like(delta), delta, delta], -1)
+        return blocks.linear_norm_act(
+            torch.cat([distance, delta], -1),
+            self.mapping_func1,
+            self.bn_mapping,
+            weight=torch.cat([weight[:, :1], weight[:, 4:7] + weight[:, 7:]], -1),
+        )
+
+    def raised(self, xyz: Tensor, features: Tensor | None, centres: Tensor, idx: Tensor) -> Tensor:
+        """[x_j - x_i, f_j] lifted by a linear layer, which is applied per point, then gathered."""
+        assert self.xyz_raising is not None
+        weight = blocks.weight_of(self.xyz_raising)
+        of_points = blocks.project(xyz, weight[:, :3])
+        if features is not None:
+            of_points = of_points + blocks.project(features, weight[:, 3:])
+        of_centres = self.xyz_raising.get_parameter("bias") - blocks.project(centres, weight[:, :3])
+        return blocks.gather_norm_act(of_points, of_centres, idx, self.bn_xyz_raising)
 
 
 def _wrap(name: str, module: nn.Module) -> nn.Sequential:
