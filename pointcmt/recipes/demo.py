@@ -37,19 +37,19 @@ class Demo:
     seeds: int = 2
     """Students of each kind, with different seeds."""
     data: DataOptions = field(
-        default_factory=lambda: DataOptions(num_points=256, view_points=1024, per_class=40, test_per_class=40)
+        default_factory=lambda: DataOptions(num_points=256, view_points=1024, per_class=25, test_per_class=40)
     )
     views: ViewOptions = field(default_factory=lambda: ViewOptions(size=48))
     backbone_options: tuple[str, ...] = ("layers=(1, 1, 1, 1)", "stem_stride=2")
     """Arguments of the teacher's backbone (simpleview_resnet), as NAME=VALUE."""
-    teacher_epochs: int = 20
+    teacher_epochs: int = 30
     """Epochs of the teacher."""
-    generator_epochs: int = 20
+    generator_epochs: int = 40
     """Epochs of the generator."""
-    epochs: int = 25
+    epochs: int = 30
     """Epochs of each student."""
     student: StudentOptions = field(
-        default_factory=lambda: StudentOptions("pointnet2", width=0.25, feature_dim=128)
+        default_factory=lambda: StudentOptions("dgcnn", width=0.25, feature_dim=128)
     )
     method: MethodOptions = field(default_factory=lambda: MethodOptions(fe_weight=3.0, ce_weight=0.03))
     machine: MachineOptions = field(default_factory=MachineOptions)
@@ -73,7 +73,12 @@ def demo(options: Demo) -> dict[str, Any]:
             backbone_options=options.backbone_options,
             feature_dim=options.student.feature_dim or 512,
             loop=LoopOptions(
-                epochs=options.teacher_epochs, optimizer="adamw", lr=3e-3, weight_decay=5e-2, warmup=1
+                epochs=options.teacher_epochs,
+                optimizer="adamw",
+                lr=3e-3,
+                weight_decay=5e-2,
+                warmup=1,
+                eval_every=5,
             ),
             machine=machine,
             resume=True,

@@ -432,6 +432,11 @@ def _one_epoch(
                 losses = task.step(wrapped, batch, step / steps)
             accelerator.backward(losses["loss"] / options.accumulate)
         if moves:
+            if task.extras is not None and accelerator.num_processes > 1:
+                # not wrapped for several processes, because they have no forward pass of their own
+                for parameter in task.extras.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad = accelerator.reduce(parameter.grad, "mean")
             if options.clip:
                 accelerator.clip_grad_norm_(
                     [p for group in optimizer.param_groups for p in group["params"]], options.clip

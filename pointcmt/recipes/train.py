@@ -232,7 +232,8 @@ def train(options: Train) -> dict[str, Any]:
             features = caches["train"][torch.arange(len(splits.train))].to(accelerator.device)
             objectives = make_objectives(
                 options.method.fe_weight,
-                options.method.ce_weight,
+                # CE is a sum over the batch, of which each process has a part, and gradients are averaged
+                options.method.ce_weight * accelerator.num_processes,
                 options.method.objectives,
                 options.method.fe_distance,
             )

@@ -4,7 +4,10 @@ one."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -484,3 +487,24 @@ def test_all_stages_on_real_modelnet40(modelnet40_root, tmp_path):
     results = read(tmp_path / "pointcmt")
     assert results["shapes"] == {"train": 80, "heldout": 40, "test": 40} and len(results["classes"]) == 40
     assert 0 <= results["last"]["test_oa"] <= 100 and (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_student(stages, tmp_path):
+    """Gradients and metrics are joined: both processes end with one model, whose accuracy is that on all
+    shapes."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    arguments = ["train", "--out", tmp_path / "r", *taught(stages), *DATA, *CPU, *SMALL, "--guard", "none"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "--module", "pointcmt", *map(str, arguments)],
+        env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "r", "environment.json")["processes"] == 2
+    assert [r["epoch"] for r in read_metrics(tmp_path / "r")] == [1, 2]
+    run("evaluate", tmp_path / "r", "--json", tmp_path / "e.json", "--device", "cpu")
+    assert json.loads((tmp_path / "e.json").read_text())["oa"] == read(tmp_path / "r")["last"]["test_oa"]
+    # one process sees the same shapes in each step: losses differ by batch statistics and dropout only
+    one, two = (read_metrics(f)[0]["classifier_enhancement"] for f in (stages / "pointcmt", tmp_path / "r"))
+    assert two == pytest.approx(one / 2, rel=0.5)
