@@ -147,7 +147,10 @@ def save_curves(curves: Sequence[Curve], path: Path) -> Path:
     emd = [c for c in curves if any("test_emd" in r for r in c.records)]
     panels: list[tuple[str, str, list[Curve]]] = []
     if accuracy:
-        panels += [("loss", "training loss", accuracy), ("test_oa", "test overall accuracy (%)", accuracy)]
+        panels += [
+            ("loss", "training loss (cross-entropy)", accuracy),
+            ("test_oa", "test overall accuracy (%)", accuracy),
+        ]
     if emd:
         panels += [("test_emd", "generator: test EMD", emd)]
     if not panels:
@@ -158,7 +161,12 @@ def save_curves(curves: Sequence[Curve], path: Path) -> Path:
     for axes, (key, title, shown) in zip(grid, panels, strict=True):
         labelled: set[str] = set()
         for curve in shown:
-            points = [(r["epoch"], r[key]) for r in curve.records if key in r]
+            # of a taught student the task's part of the loss, which is what can be compared
+            points = [
+                (r["epoch"], r["task"] if key == "loss" and "task" in r else r[key])
+                for r in curve.records
+                if key in r
+            ]
             if not points:
                 continue
             epochs, values = np.array(points, dtype=float).T
@@ -312,9 +320,18 @@ def save_rows(rows: Sequence[Row], path: Path) -> Path:
                 axes.scatter(values, spots, s=8, color="white", edgecolors=INK, linewidths=0.6, zorder=3)
             if test == "test" and row.paper is not None:
                 axes.scatter([row.paper], [place], marker="D", s=22, color=COLOURS["teacher"], zorder=4)
+                axes.annotate(
+                    f"paper {row.paper:.1f}",
+                    (row.paper, place),
+                    xytext=(6, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7.5,
+                    color=MUTED,
+                )
             interval = row.difference.get(test)
             text = f"{mean:.1f}" + (f"  ({interval[0]:+.1f} ± {interval[1]:.1f})" if interval else "")
-            right = max([*values, row.paper or 0.0] if test == "test" else values)
+            right = max(values)
             axes.annotate(
                 text,
                 (right, place),
