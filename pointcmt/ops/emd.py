@@ -24,7 +24,7 @@ from pointcmt.ops._extension import compiled_ops, use_compiled
 DEFAULT_EPS = 0.002
 DEFAULT_MAX_ROUNDS = 10_000
 
-# eps scaling, as in csrc/emd_constants.h: the first increment, of the clouds' scale, and the factor between phases.
+# eps scaling, as in csrc/emd_constants.h: the first increment, in the clouds' scale; the factor per phase
 _FIRST_EPS = 0.1
 _EPS_FACTOR = 4.0
 _WARM_FRACTION = 16  # a warm start begins where at most N / 16 of its points are ill matched
