@@ -39,8 +39,13 @@ class Demo:
     data: DataOptions = field(
         default_factory=lambda: DataOptions(num_points=256, view_points=1024, per_class=25, test_per_class=40)
     )
-    views: ViewOptions = field(default_factory=lambda: ViewOptions(size=48))
-    backbone_options: tuple[str, ...] = ("layers=(1, 1, 1, 1)", "stem_stride=2")
+    views: ViewOptions = field(default_factory=lambda: ViewOptions(size=32))
+    backbone_options: tuple[str, ...] = (
+        "width=0.5",
+        "layers=(1, 1, 1)",
+        "stem_kernel=4",
+        "stem_stride=4",
+    )
     """Arguments of the teacher's backbone (simpleview_resnet), as NAME=VALUE."""
     teacher_epochs: int = 30
     """Epochs of the teacher."""
