@@ -1,0 +1,112 @@
+"""Writes docs/performance.md and the README's results from benchmarks/results/, so that no figure is typed.
+
+A record is what :func:`benchmarks._harness.record` writes. Times stay in the records; the page shows what
+was measured side by side: ratios, gaps, agreement, and how far the timings spread. ``runs-*.json``, by
+:mod:`benchmarks.runs`, hold accuracies and go to the README.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks._harness import RESULTS, ROOT
+
+PAGE = ROOT / "docs" / "performance.md"
+HEAD = """# Performance
+
+Generated from the records in [`benchmarks/results/`](../benchmarks/results) by `python -m benchmarks.tables`;
+`make bench` measures again and rewrites this page. Every figure is a ratio of medians measured side by side,
+in turns, in one run; *spread* is the distance between the quartiles as a part of the median, the larger of
+the two.
+"""
+README = ROOT / "README.md"
+BEGIN, END = "<!-- begin:results -->", "<!-- end:results -->"
+
+
+def is_timing(value: Any) -> bool:
+    """Whether a cell is a recorded ``Timing``."""
+    return isinstance(value, Mapping) and {"median", "spread"} <= value.keys()
+
+
+def cell(value: Any) -> str:
+    """One value as text."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {cell(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return " × ".join(map(cell, value))
+    return str(value).replace("|", "\\|")
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a Markdown table; timings become one column, their spread."""
+    flat = []
+    for row in rows:
+        timings = [value for value in row.values() if is_timing(value)]
+        line = {key: cell(value) for key, value in row.items() if not is_timing(value)}
+        if timings:
+            line["spread"] = f"{max(timing['spread'] for timing in timings):.0%}"
+        flat.append(line)
+    columns = list(dict.fromkeys(key for line in flat for key in line))
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(line.get(column, "") for column in columns) + " |" for line in flat]
+    return "\n".join(lines)
+
+
+def section(path: Path) -> str:
+    """One record as a section of the page."""
+    record = json.loads(path.read_text())
+    machine = record["machine"]
+    where = (
+        machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads"
+    )
+    commit = (record["commit"] or "unknown")[:10]
+    text = [f"## {record['question']}", ""]
+    text += [f"{where}; torch {machine['versions'].get('torch')}; commit `{commit}`; {record['date'][:10]}."]
+    settings = ", ".join(f"{key}: {cell(value)}" for key, value in record["notes"].items())
+    text += [f"Settings: {settings}.", ""] if settings else [""]
+    text += [markdown(record["rows"])]
+    if record["skipped"]:
+        text += ["", "Not measured: " + "; ".join(f"{k} ({v})" for k, v in record["skipped"].items()) + "."]
+    return "\n".join(text)
+
+
+def results() -> str:
+    """The README's tables: one for each record of runs."""
+    parts = []
+    for path in sorted(RESULTS.glob("runs-*.json")):
+        record = json.loads(path.read_text())
+        machine = record["machine"]
+        where = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
+        rows = [{k: v for k, v in row.items() if k != "OA by seed"} for row in record["rows"]]
+        text = f"{record['question']} `{record['notes']['command']}`, on {where}, {record['date'][:10]}:"
+        parts.append(f"{text}\n\n{markdown(rows)}")
+    return "\n\n".join(parts)
+
+
+def main() -> int:
+    """Rewrite the page and the README's results from all records."""
+    records = [path for path in sorted(RESULTS.glob("*.json")) if not path.name.startswith("runs-")]
+    body = [section(path) for path in records]
+    notes = ROOT / "benchmarks" / "notes.md"
+    body += [notes.read_text().rstrip()] if notes.exists() else []
+    PAGE.write_text("\n\n".join([HEAD.rstrip(), *body]) + "\n")
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"{README} lacks the lines {BEGIN} and {END}, between which the results stand")
+    README.write_text(f"{before}{BEGIN}\n\n{results()}\n\n{END}{after}")
+    print(f"{PAGE.relative_to(ROOT)} and README.md: {len(records)} benchmarks")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
