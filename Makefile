@@ -1,6 +1,7 @@
 # make demo   the main job on embedded synthetic shapes: teacher, generator, plain and PointCMT student, report
 # make test   set-up, lint, and the whole suite
-# make bench  speed, as ratios against peers measured in the same run
+# make bench  speed, as ratios against peers measured in the same run; REPOS=folder of checkouts of the public
+#             repositories and MODELNET40=folder of its clouds add the peers and the data that need them
 # Every target does its own set-up in .venv.
 
 PYTHON ?= python3
@@ -45,7 +46,7 @@ test: lint cuda-compile
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(if $(REPOS),--repos $(REPOS)) $(if $(MODELNET40),--modelnet40 $(MODELNET40))
 
 clean:
 	rm -rf build $(VENV) pointcmt/*.so *.egg-info
