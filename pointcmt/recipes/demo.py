@@ -28,7 +28,7 @@ from pointcmt.report import HEADINGS, Entry, compare, find_runs, write_report
 class Demo:
     """All stages at a size for two cores: teacher, generator, plain and PointCMT student, and the report.
 
-    The weights of FE and CE are for this budget: larger ones (three times FE's, ten times CE's) ended about two
+    FE and CE have weights for this budget: larger ones (three times FE's, ten times CE's) ended about two
     points below the plain student, on one seed each, and these did not. That they help is not claimed: two
     seeds cannot show it. The paper's 30 and 0.3 belong to its hundreds of thousands of steps under a much
     stronger teacher.
