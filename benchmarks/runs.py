@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks._harness import RESULTS, record
+from pointcmt.recipes.demo import measure_together
 from pointcmt.report import HEADINGS, compare, find_runs
 
 
@@ -22,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--what", help="one sentence on the runs; default: the command")
     parser.add_argument("--out", type=Path, help="the record; default: benchmarks/results/runs-<folder>.json")
     options = parser.parse_args(argv)
+    # each run timed its own student, at another minute of the machine: time them in turns
+    measure_together([run.path for run in find_runs(options.folder) if run.command == "train"])
     entries = compare(find_runs(options.folder))
     rows = [
         dict(zip(HEADINGS, entry.cells(), strict=True)) | {"seeds": len(entry.oa), "OA by seed": entry.oa}
