@@ -192,12 +192,19 @@ def _check_values(x: Tensor, y: Tensor, initial: Tensor | None) -> None:
             )
 
 
-@torch.compiler.disable
-@torch.no_grad()
 def _reference_auction(
     x: Tensor, y: Tensor, eps: float, max_rounds: int, initial: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Assignment int64 [B, N] and statistics int64 [B, 4]: the fields of EmdStatistics."""
+    # to torch.compile the twin is one operator: its loops depend on values, and are no part of any graph
+    run = _opaque_auction if torch.compiler.is_compiling() else _auction
+    return run(x, y, eps, max_rounds, initial)
+
+
+@torch.no_grad()
+def _auction(
+    x: Tensor, y: Tensor, eps: float, max_rounds: int, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
     _check_values(x, y, initial)
     batch, n, _ = x.shape
     device = x.device
@@ -288,6 +295,20 @@ def _reference_auction(
         better = complete & (_mean_cost(cost, initial.clamp_min(0)) < _mean_cost(cost, holds))
         holds = torch.where(better[:, None], initial, holds)
     return holds, statistics
+
+
+# not torch.compiler.disable, which imports the compiler: seconds of every import of this package
+_opaque_auction = torch.library.custom_op(
+    "pointcmt::reference_auction",
+    _auction,
+    mutates_args=(),
+    schema="(Tensor x, Tensor y, float eps, int max_rounds, Tensor? initial) -> (Tensor, Tensor)",
+)
+
+
+@_opaque_auction.register_fake
+def _(x: Tensor, y: Tensor, eps: float, max_rounds: int, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:2], dtype=torch.int64), x.new_empty((x.shape[0], 4), dtype=torch.int64)
 
 
 def _mean_cost(cost: Tensor, assignment: Tensor) -> Tensor:

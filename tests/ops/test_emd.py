@@ -219,6 +219,16 @@ def test_under_compile_autocast_and_deterministic_mode():
     torch.testing.assert_close(cast.grad, plain.grad)
 
 
+def test_the_twin_is_one_operator_of_a_compiled_graph():
+    x, y = clouds(13, 2, 20)
+    plain = x.clone().requires_grad_()
+    reference_emd(plain, y)[0].sum().backward()
+    compiled = torch.compile(lambda a, b: reference_emd(a, b)[0].sum(), fullgraph=True, backend="aot_eager")
+    traced = x.clone().requires_grad_()
+    compiled(traced, y).backward()
+    torch.testing.assert_close(traced.grad, plain.grad)
+
+
 @needs_kernel
 def test_same_result_on_any_number_of_threads():
     x, y = clouds(14, 6, 80)

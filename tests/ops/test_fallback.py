@@ -43,6 +43,14 @@ torch.save(results, sys.argv[1])
 """
 
 
+def test_importing_does_not_wait_for_the_compiler() -> None:
+    """torch._dynamo takes longer to import than torch itself; only those who compile should wait for it."""
+    names = "pointcmt.ops, pointcmt.objectives, pointcmt.students, pointcmt.training"
+    code = f"import sys, {names}; sys.exit('torch._dynamo' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
 @pytest.mark.slow
 def test_twins_serve_with_one_warning(tmp_path: Path) -> None:
     import torch
