@@ -24,13 +24,15 @@ class Row:
 
 
 HEADER = (
-    "| codebase | checked | class | adapter | feature | parameters | ran on |",
-    "|---|---|---|---|---|---|---|",
+    "| codebase | checked | class | adapter | feature | parameters | CPU | GPU |",
+    "|---|---|---|---|---|---|---|---|",
 )
+DEVICES = ("cpu", "cuda")  # one column each, the last ones
+NOT_RUN = "not yet"
 
 
 def cells(row: Row) -> list[str]:
-    device = {"cuda": "GPU"}.get(row.device, row.device.upper())
+    ran = f"passed{row.how}"
     return [
         row.codebase,
         f"`{row.commit}`",
@@ -38,19 +40,19 @@ def cells(row: Row) -> list[str]:
         f"`{row.adapter}`",
         row.feature,
         f"{row.parameters / 1e6:.2f} M",
-        f"{device}{row.how}",
+        *(ran if row.device == device else NOT_RUN for device in DEVICES),
     ]
 
 
 def merged(before: list[list[str]], rows: list[Row]) -> list[list[str]]:
     """What passed now takes the place of what passed before; a device adds to others of the same commit."""
+    n = len(DEVICES)
     table = {(old[0], old[2]): old for old in before}
     for row in rows:
         new = cells(row)
         old = table.get((row.codebase, row.label))
-        if old is not None and old[:-1] == new[:-1]:
-            devices = [*old[-1].split(", "), new[-1]]
-            new[-1] = ", ".join(sorted(set(devices)))
+        if old is not None and old[:-n] == new[:-n]:
+            new[-n:] = [b if b != NOT_RUN else a for a, b in zip(old[-n:], new[-n:], strict=True)]
         table[row.codebase, row.label] = new
     return [table[key] for key in sorted(table)]
 
