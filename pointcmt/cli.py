@@ -96,8 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro: 2 for wrong usage, 0 after --help
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
+        again = "the same command" if command == "ablate" else "--resume"
         print(
-            f"\npointcmt {command}: interrupted; --resume goes on from the last whole epoch", file=sys.stderr
+            f"\npointcmt {command}: interrupted; {again} goes on from the last whole epoch", file=sys.stderr
         )
         return 130
     except (ValueError, OSError, RuntimeError, ImportError) as error:

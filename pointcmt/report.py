@@ -288,6 +288,8 @@ class Row:
     """Paired difference to the baseline by test set: mean and half-width of its 95 % interval."""
     paper: float | None = None
     """OA that the paper reports."""
+    teacher_oa: float | None = None
+    """OA of the teacher on the same test shapes."""
 
 
 def save_rows(rows: Sequence[Row], path: Path) -> Path:

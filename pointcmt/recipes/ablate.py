@@ -7,54 +7,58 @@ A configuration (YAML)::
     teachers:                       # one entry trains and shares one teacher and its generator
       few: {teacher: {loop: {epochs: 40}}, generator: {loop: {epochs: 40}}}
       all: {data: {per_class: null}}          # this teacher learns from all labels
-    students:
+    students:                       # options of the student, and of pointcmt train for this student alone
       pointnet2: {student: pointnet2, width: 0.25}
+      dgcnn: {student: dgcnn, width: 0.25, train: {loop: {lr: 2e-3}}}
     methods:                        # options of pointcmt train; `none` is trained once, not once per teacher
       none: {method: none}
       FE+CE: {fe_weight: 3, ce_weight: 0.03}
       Hinton: {fe_weight: 0, ce_weight: 0, objectives: ["soft_labels=1"]}
     seeds: [0, 1, 2, 3, 4]
     train: {loop: {epochs: 60}}     # further options of pointcmt train, for every cell
-    tests:                          # evaluated after training, beside the data's own test shapes
+    tests:                          # pointcmt evaluate after training, beside the data's own test shapes
       hard: {dataset: modelnet40hard}
+      voted: {votes: 10}
     paper: {pointnet2: {none: 93.4, FE+CE: 94.4}}
+
+In the folder of the study: ``records/CELL.json``, one for each finished cell, and ``records/teachers/``;
+these are all that a table needs: a cell that has a record is not done again, whatever else of it is there.
+``cells/CELL`` and ``teachers/`` are run folders; ``logs/`` holds the output of cells.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
-import json
 import os
-import queue
-import subprocess
-import sys
-import threading
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import yaml
 from rich import box
 from rich.table import Table
-from scipy import stats
 
 from pointcmt.checkpoint import atomic_write
 from pointcmt.recipes.build import StudentOptions
-from pointcmt.recipes.engine import MachineOptions, OutOfTime, out_of_time
+from pointcmt.recipes.engine import MachineOptions, OutOfTime
 from pointcmt.recipes.evaluate import Evaluate, evaluate
+from pointcmt.recipes.features import CacheFeatures, cache_features
 from pointcmt.recipes.options import DataOptions, ViewOptions
 from pointcmt.recipes.progress import console, say, warn
 from pointcmt.recipes.run import environment, read_json, to_json, write_json
+from pointcmt.recipes.study_table import markdown, notes, read_records, rows_of, table_of
 from pointcmt.recipes.train import MethodOptions, Train, train
 from pointcmt.recipes.train_generator import TrainGenerator, train_generator
 from pointcmt.recipes.train_teacher import TrainTeacher, train_teacher
-from pointcmt.report import Row, save_rows
+from pointcmt.recipes.workers import Job, cores, run_jobs, slots
+from pointcmt.report import save_rows
 
 SECTIONS = (
     "data",
@@ -78,8 +82,15 @@ class Ablate:
     """YAML file; the module pointcmt.recipes.ablate shows one."""
     out: Path | None = None
     """Folder; default: runs/ and the name of the file. A study that was killed goes on where it stood."""
+    data: str | None = None
+    """Folder of the data set, in place of the one that the configuration names."""
     only: str | None = None
     """Run the cells whose name contains this, and no others."""
+    jobs: int = 1
+    """Cells at a time, each in a process of its own: on the CPU, which share its cores, or on each GPU."""
+    keep: Literal["student", "all"] = "student"
+    """What stays of a finished cell's run folder: all, or student.safetensors with results, metrics and
+    configuration but not the training state and other checkpoints."""
     table: bool = False
     """Only make table and chart of the cells that are finished."""
     machine: MachineOptions = field(default_factory=MachineOptions)
@@ -107,12 +118,30 @@ class Study:
     views: ViewOptions
     teachers: dict[str, dict[str, Any]]
     students: dict[str, StudentOptions]
+    student_train: dict[str, dict[str, Any]]
     methods: dict[str, MethodOptions]
     seeds: list[int]
     train: dict[str, Any]
     tests: dict[str, dict[str, Any]]
     paper: dict[str, dict[str, float]]
     baseline: str
+
+    def fixed(self) -> dict[str, Any]:
+        """What all cells share, but where the files lie."""
+        data = dataclasses.asdict(self.data)
+        data["synthetic"] = data.pop("data") == "synthetic"
+        data.pop("data_cache")
+        return to_json({"data": data, "views": self.views, "train": self.train})
+
+    def named(self) -> dict[str, dict[str, Any]]:
+        """What a study can be extended by."""
+        students = {
+            name: dataclasses.asdict(options) | {"train": self.student_train[name]}
+            for name, options in self.students.items()
+        }
+        return to_json(
+            {"teachers": self.teachers, "students": students, "methods": self.methods, "tests": self.tests}
+        )
 
     def cells(self) -> list[Cell]:
         """Every cell; seed by seed, so that a study that is stopped has paired cells."""
@@ -188,14 +217,17 @@ def read_study(path: Path) -> Study:
             raise ValueError(
                 f"{path}: teachers.{name} has {', '.join(unknown)}; expected data, teacher, generator"
             )
-    return Study(
+    students, student_train = {}, {}
+    for name, values in raw["students"].items():
+        values = dict(values or {})
+        student_train[name] = dict(values.pop("train", None) or {})
+        students[name] = override(StudentOptions(), values, f"students.{name}")
+    study = Study(
         data=override(DataOptions(), raw.get("data"), "data"),
         views=override(ViewOptions(), raw.get("views"), "views"),
         teachers={name: dict(values or {}) for name, values in teachers.items()},
-        students={
-            name: override(StudentOptions(), values, f"students.{name}")
-            for name, values in raw["students"].items()
-        },
+        students=students,
+        student_train=student_train,
         methods=methods,
         seeds=[int(seed) for seed in raw["seeds"]],
         train=dict(raw.get("train") or {}),
@@ -203,49 +235,74 @@ def read_study(path: Path) -> Study:
         paper=dict(raw.get("paper") or {}),
         baseline=baseline,
     )
+    check_options(study)
+    return study
+
+
+def check_options(study: Study) -> None:
+    """A mistake in any section is found before anything is trained."""
+    for name, values in study.teachers.items():
+        override(study.data, values.get("data"), f"teachers.{name}.data")
+        override(TrainTeacher(Path()), values.get("teacher"), f"teachers.{name}.teacher")
+        override(TrainGenerator(Path(), Path()), values.get("generator"), f"teachers.{name}.generator")
+    for name in study.students:
+        training(Train(Path()), study, name)
+    for name, values in study.tests.items():
+        override(Evaluate(Path()), values, f"tests.{name}")
+    if study.teachers:
+        feature_dim(study)
+
+
+def training(plan: Train, study: Study, student: str) -> Train:
+    """A plan with the study's options of training in it, then the student's own."""
+    plan = override(plan, study.train, "train")
+    return override(plan, study.student_train[student], f"students.{student}.train")
 
 
 def ablate(options: Ablate) -> dict[str, Any]:
-    """Run the cells that are not finished, then write table and chart; returns the rows."""
+    """Run the cells that are not finished, then write table and chart; returns the rows.
+
+    Raises:
+        RuntimeError: cells failed; the others are finished, and the message names those with their logs.
+    """
     study = read_study(options.config)
+    if options.data is not None:
+        study.data.data = options.data
     out = options.out or Path("runs") / options.config.stem
     out.mkdir(parents=True, exist_ok=True)
     check_unchanged(out / "study.json", study)
     cells = [cell for cell in study.cells() if options.only is None or options.only in cell.name]
-    todo = [cell for cell in cells if not record_path(out, cell).exists()]
+    todo = [cell for cell in cells if not finished(study, cell, out)]
+    failures: list[str] = []
     if not options.table and todo:
-        say(f"{len(cells)} cells, {len(todo)} to do")
-        try:
-            for name in {cell.teacher for cell in todo if cell.teacher is not None}:
-                prepare(study, name, out, options.machine)
-            devices = torch.cuda.device_count() if options.machine.device != "cpu" else 0
-            if devices > 1 and len(todo) > 1:
-                run_on_devices(options, out, todo, devices)
-            else:
-                for number, cell in enumerate(todo, 1):
-                    if out_of_time(options.machine):
-                        raise OutOfTime(
-                            f"{len(todo) - number + 1} cells are left; run the same command again"
-                        )
-                    say(f"[{number}/{len(todo)}] {cell.name}")
-                    run_cell(study, cell, out, options.machine)
-        except OutOfTime as stop:
-            say(f"out of time: {stop}")
-    return summarise(study, out)
+        failures = run_cells(options, study, out, cells, todo)
+    rows = summarise(study, out)
+    if failures:
+        raise RuntimeError(f"{len(failures)} failed:\n" + "\n".join(failures))
+    return rows
 
 
 def check_unchanged(path: Path, study: Study) -> None:
     """Cells of two configurations in one folder would be compared as if they were of one."""
     # more seeds, students, methods, teachers or tests extend a study; the rest must stay
-    fixed = to_json({"data": study.data, "views": study.views, "train": study.train})
-    named = to_json({"teachers": study.teachers, "students": study.students, "methods": study.methods})
+    fixed, named = study.fixed(), study.named()
     if path.exists():
         before = read_json(path)
-        changed = [name for name, value in fixed.items() if before["fixed"].get(name) != value]
+        # options that came with a newer version of the package were at their defaults then
+        resolved = ("data", "views", "students", "methods")
+
+        def same(section: str, old: Any, new: Any) -> bool:
+            if section in resolved:
+                new = {key: value for key, value in new.items() if key in old}
+            return old == new
+
+        changed = [name for name in fixed if not same(name, before["fixed"].get(name, {}), fixed[name])]
         for section, entries in named.items():
             earlier = before["named"].get(section, {})
             changed += [
-                f"{section}.{name}" for name in entries if earlier.get(name, entries[name]) != entries[name]
+                f"{section}.{name}"
+                for name in entries.keys() & earlier.keys()
+                if not same(section, earlier[name], entries[name])
             ]
             entries |= {name: value for name, value in earlier.items() if name not in entries}
         if changed:
@@ -253,82 +310,250 @@ def check_unchanged(path: Path, study: Study) -> None:
                 f"{path.parent} holds cells of a configuration with other {', '.join(changed)}: "
                 "give another --out, or put the configuration back"
             )
-    write_json(path, {"fixed": fixed, "named": named})
+    described = {
+        "baseline": study.baseline,
+        "paper": study.paper,
+        "fixed": fixed,
+        "named": named,
+    }
+    if not path.exists() or read_json(path) != to_json(described):
+        write_json(path, described)
 
 
 def record_path(out: Path, cell: Cell) -> Path:
     return out / "records" / f"{cell.name}.json"
 
 
-def prepare(study: Study, name: str, out: Path, machine: MachineOptions) -> None:
-    """Train the teacher of that name and its generator, where they are not there yet."""
+def finished(study: Study, cell: Cell, out: Path) -> bool:
+    """Whether there is nothing to do: it has a record, with all tests where its student is still there."""
+    path = record_path(out, cell)
+    if not path.exists():
+        return False
+    lacking = study.tests.keys() - read_json(path)["tests"].keys()
+    return not lacking or not (out / "cells" / cell.name / "student.safetensors").exists()
+
+
+def run_cells(options: Ablate, study: Study, out: Path, cells: list[Cell], todo: list[Cell]) -> list[str]:
+    """Run cells, and first what they need; a line for each that ends. Returns what failed, with its log."""
+    places = slots(options.machine, options.jobs)
+    teachers = list(dict.fromkeys(cell.teacher for cell in todo if cell.teacher is not None))
+    jobs = [Job(f"teacher-{name}", prepare, (study, name, out, options.machine)) for name in teachers] + [
+        Job(
+            cell.name,
+            run_cell,
+            (study, cell, out, options.machine, options.keep),
+            () if cell.teacher is None else (f"teacher-{cell.teacher}",),
+        )
+        for cell in todo
+    ]
+    say(
+        f"{len(cells)} cells, {len(todo)} to do, {len(places)} at a time with {places[0].threads} threads "
+        "each" + (f"; their output is in {out / 'logs'}" if len(places) > 1 else "")
+    )
+    by_name = {cell.name: cell for cell in todo}
+    waiting, done, failures = dict(by_name), len(cells) - len(todo), []
+    running = run_jobs(jobs, places, options.machine, out / "logs")
+    try:
+        with contextlib.closing(running):
+            for outcome in running:
+                name = outcome.job.name
+                waiting.pop(name, None)
+                if outcome.failure is not None:
+                    log = f" ({outcome.log})" if outcome.log else ""
+                    failures.append(f"{name}: {outcome.failure}{log}")
+                    warn(f"{name} failed: {outcome.failure}")
+                elif name in by_name:
+                    done += 1
+                    left = time_left(read_records(out), list(waiting.values()), len(places))
+                    say(f"[{done}/{len(cells)}] {name}: {told(outcome.result)}; {left}")
+                else:
+                    say(f"{name}: {outcome.result}")
+    except OutOfTime as stop:
+        say(f"out of time: {stop}")
+    return failures
+
+
+def told(record: Mapping[str, Any]) -> str:
+    """A finished cell in a few words."""
+    scores = [f"test {record['last']['test_oa']:.2f}"]
+    scores += [f"{name} {values['oa']:.2f}" for name, values in record["tests"].items()]
+    return f"{', '.join(scores)}, {record['seconds']:.0f} s"
+
+
+def time_left(records: list[dict[str, Any]], waiting: list[Cell], places: int) -> str:
+    """How long cells will take, by what those of the same student and method took, else the same student."""
+
+    def expected(cell: Cell) -> float:
+        for same in (
+            [r for r in records if (r["student"], r["method"]) == (cell.student, cell.method)],
+            [r for r in records if r["student"] == cell.student],
+            records,
+        ):
+            if same:
+                return sum(r["seconds"] for r in same) / len(same)
+        return 0.0
+
+    minutes = sum(map(expected, waiting)) / places / 60
+    hours, rest = divmod(round(minutes), 60)
+    return f"{len(waiting)} left, about " + (f"{hours} h {rest:02d} min" if hours else f"{minutes:.1f} min")
+
+
+class Cost:
+    """Wall and CPU time of a piece of work, over all its parts where it was interrupted.
+
+    What a part took is added up in a file when it ends, unless it is killed outright.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Cost:
+        self.began, self.cpu = time.perf_counter(), _cpu_seconds()
+        self.before = read_json(self.path) if self.path.exists() else {}
+        return self
+
+    def so_far(self) -> dict[str, Any]:
+        """``seconds``, ``cpu_seconds`` of all threads and child processes, and in how many parts."""
+        return {
+            "seconds": round(self.before.get("seconds", 0) + time.perf_counter() - self.began, 1),
+            "cpu_seconds": round(self.before.get("cpu_seconds", 0) + _cpu_seconds() - self.cpu, 1),
+            "parts": self.before.get("parts", 0) + 1,
+        }
+
+    def __exit__(self, *_: object) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.so_far())
+
+
+def _cpu_seconds() -> float:
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
+
+
+def described_environment(machine: MachineOptions) -> dict[str, Any]:
+    """Hardware, versions and commit; no path and no name of this machine."""
+    on_gpu = torch.cuda.is_available() and machine.device != "cpu"
+    known = environment("cuda" if on_gpu else "cpu")
+    left_out = ("command", "platform", "processes")
+    return {key: value for key, value in known.items() if key not in left_out} | {"cores": cores()}
+
+
+def prepare(study: Study, name: str, out: Path, machine: MachineOptions) -> str:
+    """Train the teacher of that name and its generator, and compute its features of the students' shapes,
+    where that is not done yet; returns what to say of it."""
     values = study.teachers[name]
     where = f"teachers.{name}"
     data = override(study.data, values.get("data"), f"{where}.data")
     folder = out / "teachers" / name
-    plan = TrainTeacher(folder / "teacher", data=data, views=study.views, machine=machine, resume=True)
-    train_teacher(override(plan, values.get("teacher"), f"{where}.teacher"))
-    if any(method.method != "none" and method.fe_weight for method in study.methods.values()):
-        made = TrainGenerator(
-            folder / "generator", teacher=folder / "teacher", data=data, machine=machine, resume=True
-        )
-        train_generator(override(made, values.get("generator"), f"{where}.generator"))
+    made_now = not (folder / "teacher" / "results.json").exists()
+    with Cost(out / "costs" / f"teacher-{name}.json") as cost:
+        plan = TrainTeacher(folder / "teacher", data=data, views=study.views, machine=machine, resume=True)
+        results = train_teacher(override(plan, values.get("teacher"), f"{where}.teacher"))
+        generator = None
+        if any(method.method != "none" and method.fe_weight for method in study.methods.values()):
+            made = TrainGenerator(
+                folder / "generator", teacher=folder / "teacher", data=data, machine=machine, resume=True
+            )
+            made_now |= not (folder / "generator" / "results.json").exists()
+            generator = train_generator(override(made, values.get("generator"), f"{where}.generator"))
+        # once and before the cells: several at a time would all build them
+        sets = [training(Train(Path(), data=study.data), study, student).data for student in study.students]
+        for shapes in {repr(shapes): shapes for shapes in sets}.values():
+            cache_features(CacheFeatures(folder / "teacher", data=shapes, machine=machine))
+        if made_now:
+            record = {
+                "teacher": name,
+                "last": results["last"],
+                "best": results["best"],
+                "parameters": results["parameters"],
+                "views": results["views"],
+                "shapes": results["shapes"],
+                "epochs": results["epochs"],
+                "generator": None if generator is None else generator["last"],
+                "inputs": inputs_of(folder / "teacher"),
+                **cost.so_far(),
+                "environment": described_environment(machine),
+            }
+            (out / "records/teachers").mkdir(parents=True, exist_ok=True)
+            write_json(out / "records/teachers" / f"{name}.json", record)
+    return f"test {results['last']['test_oa']:.2f}"
 
 
-def run_cell(study: Study, cell: Cell, out: Path, machine: MachineOptions) -> dict[str, Any]:
+def inputs_of(run: Path) -> dict[str, str]:
+    """The first letters of the fingerprints of what a run started from."""
+    return {name: value[:16] for name, value in read_json(run / "config.json")["inputs"].items()}
+
+
+def run_cell(
+    study: Study, cell: Cell, out: Path, machine: MachineOptions, keep: str = "all"
+) -> dict[str, Any]:
     """Train and test one cell and write its record; goes on where a kill left it."""
-    began = time.perf_counter()
-    taught = cell.teacher is not None
-    folder = out / "cells" / cell.name
-    teachers = out / "teachers" / str(cell.teacher)
-    method = study.methods[cell.method]
-    plan = Train(
-        folder,
-        student=copy.deepcopy(study.students[cell.student]),
-        method=method,
-        teacher=teachers / "teacher" if taught else None,
-        generator=teachers / "generator" if taught and method.fe_weight else None,
-        data=study.data,
-        machine=machine,
-        resume=True,
-    )
-    plan = override(plan, study.train, "train")
-    plan.loop.seed = cell.seed
-    if plan.student.feature_dim is None and study.teachers:
-        # the plain student is the one that the teachers' students are
-        plan.student.feature_dim = feature_dim(study)
-    results = train(plan)
-    tests = {}
-    for name, values in study.tests.items():
-        asked = override(Evaluate(folder, machine=machine), values, f"tests.{name}")
-        measured = evaluate(asked, quiet=True)
-        tests[name] = {key: measured[key] for key in ("oa", "macc", "shapes")}
-    record = {
-        **dataclasses.asdict(cell),
-        "last": results["last"],
-        "best": results["best"],
-        "tests": tests,
-        "parameters": results["parameters"],
-        "milliseconds_per_cloud": results["milliseconds_per_cloud"],
-        "teacher_check": results.get("teacher_check"),
-        "teacher_oa": read_json(teachers / "teacher" / "results.json")["last"]["test_oa"] if taught else None,
-        "shapes": results["shapes"],
-        "epochs": results["epochs"],
-        "training_seconds": results["seconds"],
-        "seconds": round(time.perf_counter() - began, 1),
-        "environment": environment(
-            "cuda" if torch.cuda.is_available() and machine.device != "cpu" else "cpu"
-        ),
-    }
-    write_json(record_path(out, cell), record)
+    with Cost(out / "costs" / f"{cell.name}.json") as cost:
+        taught = cell.teacher is not None
+        folder = out / "cells" / cell.name
+        teachers = out / "teachers" / str(cell.teacher)
+        method = study.methods[cell.method]
+        plan = Train(
+            folder,
+            student=copy.deepcopy(study.students[cell.student]),
+            method=method,
+            teacher=teachers / "teacher" if taught else None,
+            generator=teachers / "generator" if taught and method.fe_weight else None,
+            data=study.data,
+            machine=machine,
+            resume=True,
+        )
+        plan = training(plan, study, cell.student)
+        plan.loop.seed = cell.seed
+        if plan.student.feature_dim is None and study.teachers:
+            # the plain student is the one that the teachers' students are
+            plan.student.feature_dim = feature_dim(study)
+        results = train(plan)
+        tests = {}
+        for name, values in study.tests.items():
+            asked = override(Evaluate(folder, machine=machine), values, f"tests.{name}")
+            measured = evaluate(asked, quiet=True)
+            tests[name] = {key: measured[key] for key in ("oa", "macc", "shapes")}
+        check = dict(results.get("teacher_check") or {})
+        check.pop("verdict", None)  # words, and paths
+        record = {
+            **dataclasses.asdict(cell),
+            "last": results["last"],
+            "best": results["best"],
+            "tests": tests,
+            "parameters": results["parameters"],
+            "milliseconds_per_cloud": results["milliseconds_per_cloud"],
+            "teacher_check": check or None,
+            "teacher_oa": read_json(teachers / "teacher" / "results.json")["last"]["test_oa"]
+            if taught
+            else None,
+            "shapes": results["shapes"],
+            "epochs": results["epochs"],
+            "steps": results["steps"],
+            "inputs": inputs_of(folder),
+            "training_seconds": results["seconds"],
+            **cost.so_far(),
+            "environment": described_environment(machine),
+        }
+        (out / "records").mkdir(exist_ok=True)
+        write_json(record_path(out, cell), record)
+    if keep == "student":
+        forget_training(folder)
     return record
+
+
+def forget_training(folder: Path) -> None:
+    """Delete what only resuming and looking back need; student.safetensors and the JSON files stay."""
+    for name in ("state.pt", "last.safetensors", "best.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
 def feature_dim(study: Study) -> int:
     """The teachers' feature size; all must have one, for the students to be the same network."""
     sizes = {
-        override(TrainTeacher(Path()), values.get("teacher"), "teacher").feature_dim
-        for values in study.teachers.values()
+        override(TrainTeacher(Path()), values.get("teacher"), f"teachers.{name}.teacher").feature_dim
+        for name, values in study.teachers.items()
     }
     if len(sizes) > 1:
         raise ValueError(
@@ -337,181 +562,29 @@ def feature_dim(study: Study) -> int:
     return sizes.pop()
 
 
-def run_on_devices(options: Ablate, out: Path, todo: list[Cell], devices: int) -> None:
-    """One process per cell, one cell per GPU at a time."""
-    waiting: queue.Queue[Cell] = queue.Queue()
-    for cell in todo:
-        waiting.put(cell)
-    failed: list[str] = []
-
-    def work(device: int) -> None:
-        while not out_of_time(options.machine):
-            try:
-                cell = waiting.get_nowait()
-            except queue.Empty:
-                return
-            command = [
-                sys.executable, "-m", "pointcmt.recipes.ablate", str(options.config), str(out), cell.name,
-                json.dumps(to_json(options.machine)),
-            ]  # fmt: skip
-            log = out / "logs" / f"{cell.name}.txt"
-            log.parent.mkdir(exist_ok=True)
-            with log.open("a") as file:
-                done = subprocess.run(
-                    command, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(device)}, stdout=file, stderr=file
-                )
-            say(f"GPU {device}: {cell.name} {'done' if done.returncode == 0 else f'failed, see {log}'}")
-            if done.returncode:
-                failed.append(cell.name)
-
-    threads = [threading.Thread(target=work, args=(device,)) for device in range(devices)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise RuntimeError(f"{len(failed)} cells failed: {', '.join(failed)}; see {out / 'logs'}")
-
-
-# what the records say
-
-
-def read_records(out: Path) -> list[dict[str, Any]]:
-    """The records of all finished cells."""
-    return [json.loads(path.read_text()) for path in sorted((out / "records").glob("*.json"))]
-
-
-def paired_interval(differences: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:
-    """Mean and half-width of Student's t-interval of paired differences; None for fewer than two."""
-    if len(differences) < 2:
-        return None
-    error = differences.std(ddof=1) / len(differences) ** 0.5
-    return float(differences.mean()), float(stats.t.ppf(0.5 + level / 2, len(differences) - 1) * error)
-
-
-def rows_of(study: Study, records: list[dict[str, Any]]) -> list[Row]:
-    """One row per student, method and teacher, with the paired difference to the baseline of the same
-    seeds."""
-    tests = ["test", *study.tests]
-
-    def value(record: Mapping[str, Any], test: str) -> float:
-        return record["last"]["test_oa"] if test == "test" else record["tests"][test]["oa"]
-
-    rows = []
-    for student in study.students:
-        plain = {r["seed"]: r for r in records if r["student"] == student and r["method"] == study.baseline}
-        for method, method_options in study.methods.items():
-            for teacher in [None] if method_options.method == "none" else list(study.teachers):
-                mine = {
-                    r["seed"]: r
-                    for r in records
-                    if (r["student"], r["method"], r["teacher"]) == (student, method, teacher)
-                }
-                if not mine:
-                    continue
-                both = sorted(set(mine) & set(plain)) if method != study.baseline else []
-                ordered = sorted(mine)
-                known = {
-                    test: [s for s in ordered if test == "test" or test in mine[s]["tests"]] for test in tests
-                }
-                rows.append(
-                    Row(
-                        student,
-                        method,
-                        teacher if len(study.teachers) > 1 else None,
-                        {
-                            test: [value(mine[s], test) for s in seeds]
-                            for test, seeds in known.items()
-                            if seeds
-                        },
-                        [mine[s]["best"]["test_oa"] for s in ordered],
-                        {
-                            test: paired_interval(
-                                np.array([value(mine[s], test) - value(plain[s], test) for s in both])
-                            )
-                            for test in tests
-                            if both and all(test == "test" or test in plain[s]["tests"] for s in both)
-                        },
-                        study.paper.get(student, {}).get(method),
-                    )
-                )
-    return rows
-
-
 def summarise(study: Study, out: Path) -> dict[str, Any]:
     """Table on the terminal; table.md, summary.json and chart.png in the folder."""
     records = read_records(out)
     if not records:
         warn("no cell is finished yet")
         return {"rows": []}
-    rows = rows_of(study, records)
-    headings, lines = table_of(rows, ["test", *study.tests])
+    tests = ["test", *study.tests]
+    rows = rows_of(
+        records, list(study.students), list(study.methods), list(study.teachers), study.baseline,
+        study.paper, tests,
+    )  # fmt: skip
+    headings, lines = table_of(rows, tests)
     table = Table(*headings, box=box.SIMPLE, pad_edge=False)
     for column in table.columns[3:]:
         column.justify = "right"
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(text.replace("**", "") for text in line))
     console.print(table)
-    chosen = records[0]["best"]["chosen_by"]
-    notes = [
-        f"Overall accuracy in %, last epoch, mean ± standard deviation over the seeds; difference to "
-        f"{study.baseline}, "
-        "paired by seed, with the 95 % t-interval.",
-        f"Best epoch: chosen by {chosen}.",
-    ]
-    if study.paper:
-        notes.append("Paper: Yan et al. 2022, full data and schedule; not the setting of this study.")
-    text = markdown(headings, lines) + "\n" + "\n".join(f"{note}\n" for note in notes)
+    text = markdown(headings, lines) + "\n"
+    text += "\n".join(f"{note}\n" for note in notes(records, study.baseline, bool(study.paper)))
     with atomic_write(out / "table.md") as temporary:
         temporary.write_text(text)
     write_json(out / "summary.json", {"rows": rows, "cells": len(records)})
     save_rows(rows, out / "chart.png")
     say(f"{out / 'table.md'}, {out / 'chart.png'}")
     return {"rows": rows}
-
-
-def table_of(rows: list[Row], tests: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the table, as the terminal and table.md show it."""
-    headings = ["student", "method", "teacher", "seeds"]
-    for test in tests:
-        headings += [f"{test} OA %", "difference"]
-    headings += ["best epoch OA %", "paper"]
-    lines = []
-    for row in rows:
-        line = [row.student, row.method, row.teacher or "", str(len(row.best))]
-        for test in tests:
-            values = row.oa.get(test)
-            line.append(mean_sd(values) if values else "–")
-            interval = row.difference.get(test)
-            line.append(f"{interval[0]:+.2f} ± {interval[1]:.2f}" if interval else "–")
-        line += [mean_sd(row.best), "–" if row.paper is None else f"{row.paper:.1f}"]
-        lines.append(line)
-    if not any(row.teacher for row in rows):
-        headings.pop(2)
-        for line in lines:
-            line.pop(2)
-    return headings, lines
-
-
-def mean_sd(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.2f}"
-    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
-
-
-def markdown(headings: list[str], lines: list[list[str]]) -> str:
-    """A table in Markdown."""
-    rows = [headings, ["---"] * len(headings), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def main(arguments: list[str]) -> None:
-    """One cell in a process of its own, for ``run_on_devices``: CONFIG OUT CELL MACHINE."""
-    config, out, name, machine = arguments
-    study = read_study(Path(config))
-    [cell] = [cell for cell in study.cells() if cell.name == name]
-    run_cell(study, cell, Path(out), MachineOptions(**json.loads(machine)))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -38,6 +38,8 @@ class Evaluate:
     """What is in the folder; modelnet40hard makes hard scans of the run's own shapes."""
     split: Literal["test", "heldout", "train"] = "test"
     """Which shapes."""
+    test_per_class: int | None = None
+    """Test shapes per class; default: as in the run."""
     votes: int = 1
     """Passes over clouds stretched by chance by 0.85 … 1.15 along each axis, whose probabilities are
     averaged;
@@ -107,7 +109,11 @@ def evaluate(options: Evaluate, quiet: bool = False) -> dict[str, Any]:
         data.data, data.dataset = options.data, "auto"
     if options.dataset is not None:
         data.dataset = options.dataset
-    part = data.load().parts().get(options.split)
+    if options.test_per_class is not None:
+        data.test_per_class = options.test_per_class
+    if described["command"] == "train" or data.named() == "modelnet40hard":
+        data.view_points = None  # students see no views, and those of hard scans are of the scans themselves
+    part = data.part(options.split)
     if part is None:
         raise ValueError(
             f"--split {options.split}: the run has no such shapes (it was trained with --holdout 0)"

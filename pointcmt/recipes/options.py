@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -76,9 +77,22 @@ class DataOptions:
         teacher that
         learns from all labels and a student that learns from few have the same shapes held out.
         """
+        return _kept(("all", repr(self)), self._load)
+
+    def part(self, name: str) -> PointDataset | None:
+        """One part of :meth:`load`; None where there is none of that name. Test shapes alone are quick."""
+        if name == "test":
+            return _kept(("test", repr(self)), self._test)
+        return self.load().parts().get(name)
+
+    def _test(self) -> PointDataset:
+        return self.config("test", self.test_per_class).build("test")
+
+    def _load(self) -> Splits[PointDataset]:
         if not 0 <= self.holdout < 1:
             raise ValueError(f"--holdout is {self.holdout}; expected a part of the training shapes in [0, 1)")
-        test = self.config("test", self.test_per_class).build("test")
+        test = self.part("test")
+        assert test is not None
         if not self.holdout:
             return Splits(self.config("train", self.per_class).build("train"), None, test)
         # synthetic shapes are made, not drawn: there is no whole to draw from
@@ -102,6 +116,32 @@ class DataOptions:
                 "out: use more shapes, or --holdout 0"
             )
         return Splits(kept, held, test)
+
+
+_loaded: dict[tuple[str, str], Any] | None = None
+
+
+@contextlib.contextmanager
+def shared_shapes() -> Iterator[None]:
+    """Inside, data sets that are loaded stay in memory and are loaded once: for many runs in one process."""
+    global _loaded
+    before = _loaded
+    _loaded = {} if before is None else before
+    try:
+        yield
+    finally:
+        _loaded = before
+
+
+Made = TypeVar("Made")
+
+
+def _kept(key: tuple[str, str], make: Callable[[], Made]) -> Made:
+    if _loaded is None:
+        return make()
+    if key not in _loaded:
+        _loaded[key] = make()
+    return _loaded[key]
 
 
 Shapes = TypeVar("Shapes", PointDataset, MultiViewImages)

@@ -1,5 +1,4 @@
-"""The three stages, evaluation, demo and ablation, through the command line, at the smallest size that is
-one."""
+"""The three stages, evaluation and demo, through the command line, at the smallest size that is one."""
 
 from __future__ import annotations
 
@@ -17,7 +16,6 @@ from safetensors.torch import load_file
 
 from pointcmt.cli import main
 from pointcmt.data import SyntheticShapes
-from pointcmt.recipes import ablate as study
 from pointcmt.recipes import train as stage3
 from pointcmt.recipes.evaluate import load_student
 from pointcmt.recipes.metrics import class_accuracies, overall_accuracy, scores
@@ -317,89 +315,6 @@ def test_accuracies_against_counting():
         class_accuracies(predicted, labels, 5), [*(100 * r.mean() for r in right), np.nan]
     )
     assert scores(logits, labels, "x")["x_macc"] == pytest.approx(100 * np.mean([r.mean() for r in right]))
-
-
-ABLATION = """
-data: {per_class: 4, test_per_class: 2, num_points: 64, holdout: 0.25}
-views: {size: 16}
-teachers:
-  only:
-    teacher: {feature_dim: 32, backbone_options: ["layers=(1,1)", "stem_stride=2"], loop: {epochs: 1}}
-    generator: {loop: {epochs: 1}}
-students:
-  net: {student: pointnet2, width: 0.125}
-methods:
-  none: {method: none}
-  FE: {ce_weight: 0}
-  Hinton: {fe_weight: 0, ce_weight: 0, objectives: ["soft_labels=1"]}
-seeds: [0, 1]
-train: {loop: {epochs: 1, batch_size: 16}}
-tests:
-  few: {votes: 2}
-paper: {net: {none: 93.4}}
-"""
-
-
-@pytest.mark.slow
-def test_ablate_runs_every_cell_once_and_compares_in_pairs(tmp_path, capsys, monkeypatch):
-    config, out = tmp_path / "study.yaml", tmp_path / "out"
-    config.write_text(ABLATION)
-    command = ["ablate", "--config", config, "--out", out, "--device", "cpu", "--no-tensorboard"]
-    original, done = study.run_cell, []
-
-    def stumbling(plan, cell, *rest):
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(cell.name)
-        return original(plan, cell, *rest)
-
-    monkeypatch.setattr(study, "run_cell", stumbling)
-    assert main([str(word) for word in command]) == 130
-    monkeypatch.undo()
-    records = {path.name: path.read_text() for path in (out / "records").iterdir()}
-    assert len(records) == 2
-    teacher = (out / "teachers/only/teacher/teacher.safetensors").stat().st_mtime_ns
-    run(*command)
-    assert len(list((out / "records").iterdir())) == 6
-    for name, text in records.items():  # finished cells, and the teacher, were not done again
-        assert (out / "records" / name).read_text() == text
-    assert (out / "teachers/only/teacher/teacher.safetensors").stat().st_mtime_ns == teacher
-    table = (out / "table.md").read_text()
-    assert "| net | FE | 2 |" in table and "93.4" in table and (out / "chart.png").exists()
-    rows = json.loads((out / "summary.json").read_text())["rows"]
-    cells = [json.loads(path.read_text()) for path in (out / "records").iterdir()]
-    gain = [
-        next(c for c in cells if (c["method"], c["seed"]) == ("FE", s))["last"]["test_oa"]
-        - next(c for c in cells if (c["method"], c["seed"]) == ("none", s))["last"]["test_oa"]
-        for s in (0, 1)
-    ]
-    assert rows[1]["difference"]["test"][0] == pytest.approx(np.mean(gain))
-    config.write_text(ABLATION.replace("num_points: 64", "num_points: 32"))
-    assert main([str(word) for word in command]) == 1
-    assert "a configuration with other data" in capsys.readouterr().err
-
-
-def test_the_paired_interval_against_the_textbook():
-    # n = 5, t(0.975, 4) = 2.776; differences 1 … 5: mean 3, sd 1.5811
-    mean, half = study.paired_interval(np.array([1.0, 2, 3, 4, 5]))
-    assert mean == 3 and half == pytest.approx(2.776 * 1.5811 / 5**0.5, rel=1e-3)
-    assert study.paired_interval(np.array([1.0])) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("studnets: {}", "unknown section studnets"),
-        ("students: {a: {}}\nmethods: {none: {method: none}}", "'seeds' is missing"),
-        ("students: {a: {widht: 1}}\nmethods: {none: {}}\nseeds: [0]", "no option 'widht'"),
-        ("students: {a: {}}\nmethods: {b: {}}\nseeds: [0]", "the baseline 'none' is not among"),
-        ("[", "is not YAML"),
-    ],
-)
-def test_a_wrong_configuration_is_named(text, words, tmp_path):
-    (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ValueError, match=words):
-        study.read_study(tmp_path / "c.yaml")
 
 
 @pytest.mark.slow

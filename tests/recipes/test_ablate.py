@@ -1,0 +1,220 @@
+"""Studies: every cell once, alone or several at a time; records that stand on their own; tables."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from pointcmt.cli import main
+from pointcmt.recipes import ablate as study
+from pointcmt.recipes import study_table
+from pointcmt.recipes.evaluate import Evaluate, evaluate
+from pointcmt.recipes.study_table import paired_interval, read_records, rows_of, table_of
+
+ABLATION = """
+data: {per_class: 4, test_per_class: 2, num_points: 64, holdout: 0.25}
+views: {size: 16}
+teachers:
+  only:
+    teacher: {feature_dim: 32, backbone_options: ["layers=(1,1)", "stem_stride=2"], loop: {epochs: 1}}
+    generator: {loop: {epochs: 1}}
+students:
+  net: {student: pointnet2, width: 0.125, train: {loop: {lr: 5e-3}}}
+methods:
+  none: {method: none}
+  FE: {ce_weight: 0}
+  Hinton: {fe_weight: 0, ce_weight: 0, objectives: ["soft_labels=1"]}
+seeds: [0, 1]
+train: {loop: {epochs: 1, batch_size: 16}}
+tests:
+  few: {votes: 2}
+paper: {net: {none: 93.4}}
+"""
+
+
+def words(config: Path, out: Path, *more: object) -> list[str]:
+    command = ["ablate", "--config", config, "--out", out, "--device", "cpu", "--no-tensorboard", *more]
+    return [str(word) for word in command]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.json")}
+
+
+@pytest.mark.slow
+def test_every_cell_is_run_once_and_compared_in_pairs(tmp_path, capsys, monkeypatch):
+    config, out = tmp_path / "study.yaml", tmp_path / "out"
+    config.write_text(ABLATION)
+    original, done = study.run_cell, []
+
+    def stumbling(plan, cell, *rest):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(cell.name)
+        return original(plan, cell, *rest)
+
+    monkeypatch.setattr(study, "run_cell", stumbling)
+    assert main(words(config, out)) == 130
+    monkeypatch.undo()
+    records = contents(out / "records")
+    assert len(records) == 2 + 1  # with the teacher's
+    teacher = (out / "teachers/only/teacher/teacher.safetensors").stat().st_mtime_ns
+    assert main(words(config, out, "--debug")) == 0
+    assert len(list((out / "records").glob("*.json"))) == 6
+    for name, text in records.items():  # finished cells, and the teacher, were not done again
+        assert (out / "records" / name).read_text() == text
+    assert (out / "teachers/only/teacher/teacher.safetensors").stat().st_mtime_ns == teacher
+    cells = read_records(out)
+    table = (out / "table.md").read_text()
+    assert f"| net | FE | only | {cells[0]['teacher_oa']:.1f} | 2 |" in table
+    assert "93.4" in table and (out / "chart.png").exists()
+    rows = json.loads((out / "summary.json").read_text())["rows"]
+    gain = [
+        next(c for c in cells if (c["method"], c["seed"]) == ("FE", s))["last"]["test_oa"]
+        - next(c for c in cells if (c["method"], c["seed"]) == ("none", s))["last"]["test_oa"]
+        for s in (0, 1)
+    ]
+    assert rows[1]["difference"]["test"][0] == pytest.approx(np.mean(gain))
+
+    # what a record holds: enough to judge by, nothing of where it was made
+    cell = out / "cells/net-FE-only-0"
+    record = json.loads((out / "records/net-FE-only-0.json").read_text())
+    assert record["cpu_seconds"] > 0 and record["parts"] == 1 and record["environment"]["cores"] >= 1
+    assert json.loads((cell / "config.json").read_text())["config"]["loop"]["lr"] == 5e-3
+    assert (
+        record["inputs"]["teacher"]
+        == json.loads((cell / "config.json").read_text())["inputs"]["teacher"][:16]
+    )
+    for text in contents(out / "records").values():
+        assert str(tmp_path) not in text and str(Path.home()) not in text and len(text) < 4000
+    # what stays of a cell: its student, not its training state
+    assert {file.name for file in cell.iterdir()} == {
+        "student.safetensors", "config.json", "environment.json", "results.json", "metrics.jsonl",
+        "shapes.json",
+    }  # fmt: skip
+    assert evaluate(Evaluate(cell), quiet=True)["oa"] == pytest.approx(record["last"]["test_oa"])
+
+    # a test that is added is measured on the students that are there, without training them again
+    more = ABLATION.replace("  few: {votes: 2}", "  few: {votes: 2}\n  held: {split: heldout}")
+    config.write_text(more)
+    student = (cell / "student.safetensors").stat().st_mtime_ns
+    assert main(words(config, out, "--debug")) == 0
+    after = {record["seed"]: record for record in read_records(out) if record["method"] == "FE"}
+    assert after[0]["tests"]["held"]["shapes"] == 16 and after[0]["last"] == record["last"]
+    assert after[0]["parts"] == 2 and (cell / "student.safetensors").stat().st_mtime_ns == student
+
+    # the records alone are the study: elsewhere nothing is done again, and the table is the same
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(out / "records", elsewhere / "records")
+    shutil.copy(out / "study.json", elsewhere)
+    assert main(words(config, elsewhere, "--debug")) == 0
+    assert (elsewhere / "table.md").read_text() == (out / "table.md").read_text()
+    assert not (elsewhere / "cells").exists() and not (elsewhere / "teachers").exists()
+
+    config.write_text(more.replace("num_points: 64", "num_points: 32"))
+    assert main(words(config, out)) == 1
+    assert "a configuration with other data" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_cells_at_a_time_with_one_that_fails(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text("def Net(num_classes):\n    raise ValueError('no such network')\n")
+    monkeypatch.chdir(tmp_path)
+    raw = yaml.safe_load(ABLATION)
+    raw["students"]["broken"] = {"student": "mine:Net"}
+    raw["methods"].pop("FE")
+    raw["tests"] = {}
+    raw["seeds"] = [0]
+    config, out = tmp_path / "study.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump(raw))
+    assert main(words(config, out, "--jobs", 2)) == 1
+    said = capsys.readouterr()
+    assert "2 failed" in said.err and "broken-none-0: ValueError: no such network" in said.err
+    assert str(out / "logs/broken-none-0.txt") in said.err.replace("\n", "")
+    assert "[1/4] net-none-0: test" in said.out and "left, about" in said.out
+    assert {record["method"] for record in read_records(out)} == {"none", "Hinton"}
+    assert "epoch 1/1" in (out / "logs/net-none-0.txt").read_text()
+    # what failed is tried again, what is done is not
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_classes, feature_dim=8):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = nn.Linear(3, feature_dim), nn.Linear(feature_dim, num_classes)\n"
+        "    def forward(self, points):\n"
+        "        return self.b(self.a(points).relu().amax(1))\n"
+    )
+    before = contents(out / "records")
+    assert main(words(config, out, "--debug")) == 0
+    assert len(read_records(out)) == 4
+    assert before.items() <= contents(out / "records").items()
+
+
+def record(student, method, teacher, seed, oa, hard=None, seconds=10.0, **more):
+    return {
+        "student": student, "method": method, "teacher": teacher, "seed": seed,
+        "last": {"test_oa": oa}, "best": {"test_oa": oa + 1, "chosen_by": "held-out shapes"},
+        "tests": {} if hard is None else {"hard": {"oa": hard}}, "seconds": seconds, **more,
+    }  # fmt: skip
+
+
+def test_rows_pair_seeds_and_show_each_teachers_accuracy():
+    records = [record("net", "none", None, seed, oa, oa - 30) for seed, oa in enumerate((60.0, 62, 64))]
+    records += [record("net", "FE", "weak", s, oa, teacher_oa=50.04) for s, oa in ((0, 59.0), (2, 60.0))]
+    records += [record("net", "FE", "strong", s, 65.0 + s, 40.0, teacher_oa=90) for s in (0, 1, 2, 3)]
+    rows = rows_of(records, ["net", "absent"], ["none", "FE"], ["weak", "strong"])
+    assert [(r.method, r.teacher, r.teacher_oa) for r in rows] == [
+        ("none", None, None),
+        ("FE", "weak", 50.04),
+        ("FE", "strong", 90),
+    ]
+    weak, strong = rows[1:]
+    assert weak.oa == {"test": [59.0, 60.0]} and weak.difference["test"][0] == pytest.approx(-2.5)
+    # seed 3 has no plain student: it counts in the mean, not in the difference
+    assert len(strong.best) == 4 and strong.difference["test"][0] == pytest.approx(4.0)
+    assert strong.difference["hard"][0] == pytest.approx(8.0)
+    headings, lines = table_of(rows, ["test", "hard"])
+    assert headings[:5] == ["student", "method", "teacher", "teacher OA %", "seeds"]
+    assert "paper" not in headings
+    assert [line[3] for line in lines] == ["–", "50.0", "90.0"]
+    difference = lines[2][headings.index("difference")]
+    assert study_table.excludes_zero(strong.difference["test"]) == difference.startswith("**+4.00")
+
+
+def test_the_time_left_follows_the_same_student_and_method():
+    records = [record("a", "none", None, 0, 1.0, seconds=60), record("a", "FE", "t", 0, 1.0, seconds=300)]
+    cells = [study.Cell("a", "FE", 1, "t"), study.Cell("a", "Hinton", 1, "t"), study.Cell("b", "FE", 1, "t")]
+    # 300 known; 180 the student's mean; 180 the mean of all: 660 s on two places
+    assert study.time_left(records, cells, 2) == "3 left, about 5.5 min"
+    assert study.time_left(records, cells[:1] * 36, 1) == "36 left, about 3 h 00 min"
+
+
+def test_the_paired_interval_against_the_textbook():
+    # n = 5, t(0.975, 4) = 2.776; differences 1 … 5: mean 3, sd 1.5811
+    mean, half = paired_interval(np.array([1.0, 2, 3, 4, 5]))
+    assert mean == 3 and half == pytest.approx(2.776 * 1.5811 / 5**0.5, rel=1e-3)
+    assert paired_interval(np.array([1.0])) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("studnets: {}", "unknown section studnets"),
+        ("students: {a: {}}\nmethods: {none: {method: none}}", "'seeds' is missing"),
+        ("students: {a: {widht: 1}}\nmethods: {none: {}}\nseeds: [0]", "no option 'widht'"),
+        ("students: {a: {}}\nmethods: {b: {}}\nseeds: [0]", "the baseline 'none' is not among"),
+        ("[", "is not YAML"),
+        (ABLATION.replace("lr: 5e-3", "lrr: 5e-3"), r"students.net.train.loop: there is no option 'lrr'"),
+        (ABLATION.replace("votes", "vote"), "tests.few: there is no option 'vote'"),
+        (ABLATION.replace("feature_dim: 32", "feature_dmi: 32"), "teachers.only.teacher: there is no option"),
+    ],
+)
+def test_a_wrong_configuration_is_named(text, words, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        study.read_study(tmp_path / "c.yaml")
