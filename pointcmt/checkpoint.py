@@ -94,6 +94,8 @@ def read_config(path: PathLike, kind: str) -> dict[str, Any]:
 def load_module(path: PathLike, kind: str, cls: type[Module]) -> Module:
     """Build ``cls(**config)`` from a checkpoint of ``save_module`` and load its weights: eval mode, CPU.
 
+    Draws no random numbers: a training script that is seeded goes on as it would without the module.
+
     Raises:
         FileNotFoundError: nothing at ``path``.
         ValueError: not a safetensors file, a truncated one, one of another kind, or weights that do not
@@ -101,7 +103,8 @@ def load_module(path: PathLike, kind: str, cls: type[Module]) -> Module:
     """
     config, tensors = _open(path, kind, weights=True)
     try:
-        module = cls(**config)
+        with torch.random.fork_rng(devices=[]):  # initial weights, which are about to be replaced
+            module = cls(**config)
     except TypeError as error:
         raise ValueError(
             f"{path}: {cls.__name__} does not take the configuration in this checkpoint ({config}): {error}. "

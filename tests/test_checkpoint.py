@@ -60,6 +60,14 @@ def test_round_trip(saved):
         assert torch.equal(value, loaded.state_dict()[name])
 
 
+def test_loading_draws_no_random_numbers(saved):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    load_module(saved[1], "teacher", Small)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_tied_weights_and_transposed_views_are_saved(tmp_path):
     module = Small(3)
     module.other = nn.Linear(3, 3)
