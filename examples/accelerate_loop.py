@@ -1,9 +1,12 @@
-"""PointCMT in an accelerate loop: CPU, one GPU, several (``accelerate launch``), mixed precision.
+"""PointCMT in an accelerate loop: CPU, one GPU, several processes, mixed precision.
 
     pointcmt train-teacher   --feature-dim 128 --out runs/teacher
     pointcmt train-generator --teacher runs/teacher --out runs/generator
     accelerate launch examples/accelerate_loop.py --teacher runs/teacher/teacher.safetensors \
         --generator runs/generator/generator.safetensors
+
+Two processes on a CPU: ``ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 2 examples/accelerate_loop.py …``.
+Without that variable each would train alone; ``accelerate launch --cpu --num_processes 2`` starts only one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m pointcmt``, and ``accelerate launch -m pointcmt`` for several GPUs."""
+"""``python -m pointcmt``; ``torchrun --nproc-per-node N -m pointcmt`` for several processes."""
 
 from pointcmt.cli import main
 

@@ -53,7 +53,7 @@ def usage() -> str:
         "",
         "pointcmt COMMAND --help explains every option.",
         "--debug, after any command, shows the whole traceback of an error.",
-        "Several GPUs: accelerate launch -m pointcmt COMMAND [OPTIONS]",
+        "Several processes (GPUs, or CPUs): torchrun --nproc-per-node N -m pointcmt COMMAND [OPTIONS]",
     ]
     return "\n".join(lines)
 

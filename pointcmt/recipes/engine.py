@@ -65,7 +65,7 @@ class MachineOptions:
     """Where to run."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes the GPU where there is one. Several GPUs: accelerate launch -m pointcmt …"""
+    """auto takes the GPU where there is one. Several: torchrun --nproc-per-node N -m pointcmt …"""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
     workers: int = 0

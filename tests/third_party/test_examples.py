@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,29 @@ def test_the_accelerate_loop_runs(trained, capsys):
     accuracy = load("accelerate_loop.py").main(trained)
     assert 0 <= accuracy <= 1
     assert "feature_enhancement" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_accelerate_loop_runs_in_two_processes(trained):
+    """By the command of its docstring."""
+    script = EXAMPLES / "accelerate_loop.py"
+    assert (
+        "ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 2 examples/accelerate_loop.py" in script.read_text()
+    )
+    trained[trained.index("--per-class") + 1] = "4"  # a batch for each process
+    environment = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+        + trained,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = done.stdout.splitlines()  # of two that train alone, each would print
+    assert sum("feature_enhancement" in line for line in lines) == 1
+    assert sum(line.startswith("accuracy") for line in lines) == 1
 
 
 def test_the_lightning_loop_runs(trained, tmp_path, monkeypatch):
