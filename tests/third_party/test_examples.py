@@ -110,9 +110,9 @@ def test_the_accelerate_loop_runs_in_two_processes(trained):
     )
     trained[trained.index("--per-class") + 1] = "4"  # a batch for each process
     environment = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-        + trained,
+        [*launch, str(script), *trained],
         capture_output=True,
         text=True,
         timeout=240,
