@@ -23,6 +23,7 @@ from pointcmt.borrowed import Lent, UntouchedStatistics, device_of
 from pointcmt.capture import Captured, StudentCapture
 from pointcmt.guard import Guard
 from pointcmt.objectives import ClassifierEnhancement, FeatureEnhancement, Objective
+from pointcmt.ops._deferred import deferred
 from pointcmt.types import StudentState, TeacherOutput
 
 _active: weakref.WeakKeyDictionary[nn.Module, CrossModalTraining] = weakref.WeakKeyDictionary()
@@ -51,6 +52,9 @@ class CrossModalTraining:
       Lightning Fabric. A compiled student is compiled again on entering and on leaving.
     * Losses are computed in float32 whatever the autocast state. Scale the sum by your ``GradScaler`` as
       ever.
+    * Features that are NaN or infinite are an error: at once on a CPU; on a GPU, where no step waits for the
+      device, at a later step or on leaving. After a forward pass in float16 it is a warning on the GPU,
+      because a ``GradScaler`` skips the step.
 
     Args:
         teacher: ``views [B, V, C, H, W] -> TeacherOutput``, with ``classify(feature [B, D]) -> logits [B,
@@ -151,6 +155,10 @@ class CrossModalTraining:
             capture.close()
         if lent is not None:
             lent.give_back()
+        if error is None:
+            deferred.look(wait=True)
+        else:
+            deferred.forget()
 
     def _prove(self, args: tuple, kwargs: dict[str, Any]) -> None:
         capture = self._entered("the adapter's proof")

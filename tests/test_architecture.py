@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "borrowed": set(),
     "capture": {"adapters", "borrowed"},
     "guard": set(),
-    "training": {"guard", "objectives", "adapters", "borrowed", "capture", "generator"},
+    "training": {"guard", "objectives", "adapters", "borrowed", "capture", "generator", "ops"},
     "integrations": {"training", "objectives", "adapters"},
     "report": {"checkpoint", "data", "views"},
     "recipes": {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pointcmt.objectives.base import Objective, check_features, full_precision
 from pointcmt.objectives.cloud_distances import DISTANCES
 from pointcmt.ops import emd, unit_cube
+from pointcmt.ops._deferred import deferred
 from pointcmt.types import StudentState, TeacherOutput
 
 CloudDistance = Callable[[Tensor, Tensor], Tensor]
@@ -102,8 +103,10 @@ class FeatureEnhancement(Objective):
                 f"have size {student.feature.shape[1]}; train the generator with this teacher (pointcmt "
                 "train-generator)"
             )
+        # a forward pass in float16 that overflowed is for the GradScaler to skip, and no error
+        overflow = torch.float16 in (student.feature.dtype, student.logits.dtype)
         # half precision would cost the matching more accuracy than it saves time
-        with torch.autocast(student.feature.device.type, enabled=False):
+        with torch.autocast(student.feature.device.type, enabled=False), deferred.tolerated(overflow):
             dtype = next((p.dtype for p in self.generator.parameters()), torch.float32)
             ours = unit_cube(full_precision(self.generator(student.feature.to(dtype))))
             with torch.no_grad():

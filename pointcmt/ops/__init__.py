@@ -1,5 +1,6 @@
 """Point-cloud operators: compiled kernels where they were built, PyTorch twins everywhere else."""
 
+from pointcmt.ops._deferred import check_deferred
 from pointcmt.ops.edges import norm_act, norm_act_max
 from pointcmt.ops.emd import EmdStatistics, emd, emd_statistics
 from pointcmt.ops.grouping import gather_points, group_points, three_interpolate
@@ -10,6 +11,7 @@ from pointcmt.ops.sampling import furthest_point_sample
 __all__ = [
     "EmdStatistics",
     "ball_query",
+    "check_deferred",
     "emd",
     "emd_statistics",
     "furthest_point_sample",

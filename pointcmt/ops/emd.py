@@ -19,10 +19,18 @@ import torch
 from torch import Tensor
 
 from pointcmt.ops._checks import check_xyz, common_float
+from pointcmt.ops._deferred import can_watch, deferred
 from pointcmt.ops._extension import compiled_ops, use_compiled
 
 DEFAULT_EPS = 0.002
 DEFAULT_MAX_ROUNDS = 10_000
+_NOT_FINITE = (
+    "emd: an earlier call on the GPU was given NaN or infinite coordinates in {count} pairs, whose distance "
+    "is therefore NaN; EMD needs finite points. (The host does not wait for the GPU, so it hears of this "
+    "late.) In training, the student's features or the clouds made from them are not finite: look for NaN in "
+    "the input, lower the learning rate or clip gradients; torch.autograd.set_detect_anomaly(True) finds the "
+    "operation"
+)
 
 # eps scaling, as in csrc/emd_constants.h: the first increment, in the clouds' scale; the factor per phase
 _FIRST_EPS = 0.1
@@ -67,14 +75,20 @@ def emd(
 
     Raises:
         ValueError: wrong shapes, dtypes, eps, max_rounds or initial; NaN or infinite coordinates.
-            On CUDA the values are not looked at from the host, which would stall the step: there a
-            pair with NaN or infinite coordinates gets distance NaN and some permutation, and entries
-            of ``initial`` that are out of range or repeated count as -1.
+            On CUDA the host does not wait for the values, which would stall the step: there a pair
+            with NaN or infinite coordinates gets distance NaN and some permutation, and the
+            ``ValueError`` comes from a later call, from :func:`pointcmt.ops.check_deferred` or on
+            leaving ``PointCMT`` (not from inside a compiled or captured graph); entries of
+            ``initial`` that are out of range or repeated count as -1.
 
     Sources: "EMD" as PointCMT (Yan et al., NeurIPS 2022) and the point-cloud literature use it;
     auction: Bertsekas, Annals of Operations Research 14 (1988).
     """
+    if watched := can_watch(x):
+        deferred.look()
     distance, assignment, statistics = _emd(x, y, eps, max_rounds, initial)
+    if watched:
+        deferred.watch(distance.detach().isnan().sum(), _NOT_FINITE)
     if not torch.compiler.is_compiling() and statistics.device.type == "cpu" and statistics[:, 3].any():
         _warn_bound_met(max_rounds)
     return distance, assignment

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from pointcmt.ops import emd, emd_statistics
+from pointcmt.ops import check_deferred, emd, emd_statistics
 from pointcmt.ops._extension import compiled_ops
 from pointcmt.ops.emd import DEFAULT_EPS
 
@@ -145,6 +145,8 @@ def test_values_that_are_not_finite_give_nan_in_their_pair_alone(bad):
     distance, assignment = emd(x, y)
     assert distance.isnan().tolist() == [False, True, False]
     assert torch.equal(assignment.sort(1).values.cpu(), torch.arange(128).expand(3, -1))
+    with pytest.raises(ValueError, match="in 1 pairs"):  # heard of later
+        check_deferred()
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 7])
