@@ -354,6 +354,67 @@ def save_rows(rows: Sequence[Row], path: Path) -> Path:
 
 
 @dataclass
+class RobustnessCurve:
+    """Accuracy of one student under one method, over its seeds, at growing corruption."""
+
+    student: str
+    name: str
+    method: str
+    mean: Mapping[str, Sequence[float]]
+    """By corruption: mean OA in % at each severity."""
+    sd: Mapping[str, Sequence[float]]
+    """Standard deviation over the seeds; zeros for one seed."""
+
+
+AXES = {
+    "dropout": "part of the points lost",
+    "jitter": "standard deviation of the noise",
+    "rotation_up": "rotation about the vertical, up to (°)",
+    "rotation": "rotation about any axis, up to (°)",
+    "scale": "stretch of each axis, up to (factor)",
+}
+
+
+def save_robustness(
+    curves: Sequence[RobustnessCurve], severities: Mapping[str, Sequence[float]], path: Path
+) -> Path:
+    """One row of panels per student, one panel per corruption; bands are one standard deviation."""
+    students = list(dict.fromkeys(curve.student for curve in curves))
+    kinds = list(severities)
+    figure = new_figure(2.6 * len(kinds) + 0.6, 2.35 * len(students) + 0.5)
+    grid = figure.subplots(len(students), len(kinds), squeeze=False, sharey="row")
+    names = list(dict.fromkeys(curve.name for curve in curves))
+    others = [name for name in names if name not in COLOURS]
+    palette = (COLOURS["pointcmt"], *OTHERS, COLOURS["teacher"], COLOURS["generator"])
+    tint = {
+        name: COLOURS.get(name, palette[others.index(name) % 7] if name in others else "") for name in names
+    }
+    for row, student in enumerate(students):
+        for column, kind in enumerate(kinds):
+            axes = grid[row, column]
+            for curve in curves:
+                if curve.student != student or kind not in curve.mean:
+                    continue
+                x, mean = np.asarray(severities[kind]), np.asarray(curve.mean[kind])
+                sd = np.asarray(curve.sd[kind])
+                axes.plot(x, mean, color=tint[curve.name], linewidth=1.7, marker="o", markersize=2.5,
+                          label=LABELS.get(curve.name, curve.name))  # fmt: skip
+                axes.fill_between(x, mean - sd, mean + sd, color=tint[curve.name], alpha=0.16, linewidth=0)
+            tidy(axes)
+            if row == 0:
+                axes.set_title(kind.replace("_", " "), fontsize=9.5, color=INK, loc="left")
+            if row == len(students) - 1:
+                axes.set_xlabel(AXES.get(kind, kind), fontsize=8, color=MUTED)
+        grid[row, 0].set_ylabel(f"{student}\nOA (%)", fontsize=8.5, color=INK)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False, fontsize=8.5,
+        labelcolor=INK,
+    )  # fmt: skip
+    return save_figure(figure, path)
+
+
+@dataclass
 class Section:
     """A part of the page: prose, a table, pictures."""
 

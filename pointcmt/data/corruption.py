@@ -9,13 +9,14 @@ from torch import Tensor
 
 from pointcmt.data.augmentation import check_points
 
-Corruption = Literal["dropout", "jitter", "rotation", "scale"]
+Corruption = Literal["dropout", "jitter", "rotation_up", "rotation", "scale"]
 
 # severities of a curve, from none on; in the units that `corrupt` documents
 SEVERITIES: dict[str, tuple[float, ...]] = {
     "dropout": (0.0, 0.25, 0.5, 0.75, 0.875, 0.9375),
     "jitter": (0.0, 0.01, 0.02, 0.03, 0.04, 0.05),
-    "rotation": (0.0, 10.0, 20.0, 30.0, 45.0, 60.0),
+    "rotation_up": (0.0, 15.0, 30.0, 60.0, 90.0, 180.0),
+    "rotation": (0.0, 15.0, 30.0, 60.0, 90.0, 180.0),
     "scale": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0),
 }
 
@@ -27,18 +28,20 @@ def corrupt(
     generator: torch.Generator | None = None,
     *,
     keep_count: bool = True,
+    up: Literal["x", "y", "z"] = "z",
 ) -> Tensor:
     """Clouds [B, N, C] after one corruption, drawn for each cloud by itself, on their device.
 
-    ========== ============================================================================ ============
-    kind       what happens                                                                 severity
-    ========== ============================================================================ ============
-    dropout    points are lost, spread evenly; survivors are repeated to keep N             part, 0 … 1
-    jitter     Gaussian noise on every coordinate                                           its standard
+    =========== =========================================================================== ============
+    kind        what happens                                                                severity
+    =========== =========================================================================== ============
+    dropout     points are lost, spread evenly; survivors are repeated to keep N            part, 0 … 1
+    jitter      Gaussian noise on every coordinate                                          its standard
                                                                                             deviation
-    rotation   a turn about an axis by chance, by U[-severity, severity]                    degrees
-    scale      x, y and z stretched, each by a factor exp U[-log severity, log severity]    factor ≥ 1
-    ========== ============================================================================ ============
+    rotation_up a turn about the axis that points up, by U[-severity, severity]             degrees
+    rotation    a turn about an axis by chance (of SO(3)), by U[-severity, severity]        degrees
+    scale       x, y and z stretched, each by a factor exp U[-log severity, log severity]   factor ≥ 1
+    =========== =========================================================================== ============
 
     The kinds are those of ModelNet-C (Ren et al., ICML 2022), in natural units instead of five levels;
     ``SEVERITIES`` gives a range of each. Normals, where there are any, turn with the cloud.
@@ -49,6 +52,7 @@ def corrupt(
         severity: see the table; at 0 (scale: 1) the clouds come back as they were.
         generator: draws the numbers, on any device; None uses torch's own.
         keep_count: False lets ``dropout`` return fewer points, [B, N', C] with N' ≥ 1.
+        up: the axis of ``rotation_up``.
 
     Raises:
         ValueError: another kind, a severity out of range, or points of another shape.
@@ -77,10 +81,12 @@ def corrupt(
     if kind == "jitter":
         noise = torch.randn(batch, count, 3, generator=generator, device=device).to(points)
         return torch.cat([points[..., :3] + severity * noise, points[..., 3:]], dim=-1)
-    if kind == "rotation":
+    if kind in ("rotation", "rotation_up"):
         axis = torch.randn(batch, 3, generator=generator, device=device, dtype=torch.float64).to(
             points.device
         )
+        if kind == "rotation_up":
+            axis = torch.eye(3, dtype=axis.dtype, device=axis.device)["xyz".index(up)].expand(batch, 3)
         angle = torch.deg2rad(severity * (2 * uniform(1) - 1))
         matrix = _rotation(torch.nn.functional.normalize(axis, dim=-1), angle).to(points.dtype)
         turned = points.reshape(batch, count, -1, 3) @ matrix.transpose(1, 2).unsqueeze(1)

@@ -40,7 +40,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from rich import box
 from rich.table import Table
@@ -52,12 +51,12 @@ from pointcmt.recipes.evaluate import Evaluate, evaluate
 from pointcmt.recipes.features import CacheFeatures, cache_features
 from pointcmt.recipes.options import DataOptions, ViewOptions
 from pointcmt.recipes.progress import console, say, warn
-from pointcmt.recipes.run import environment, read_json, to_json, write_json
+from pointcmt.recipes.run import described_environment, read_json, to_json, write_json
 from pointcmt.recipes.study_table import markdown, notes, read_records, rows_of, table_of
 from pointcmt.recipes.train import MethodOptions, Train, train
 from pointcmt.recipes.train_generator import TrainGenerator, train_generator
 from pointcmt.recipes.train_teacher import TrainTeacher, train_teacher
-from pointcmt.recipes.workers import Job, cores, run_jobs, slots
+from pointcmt.recipes.workers import Job, run_jobs, slots
 from pointcmt.report import save_rows
 
 SECTIONS = (
@@ -430,14 +429,6 @@ def _cpu_seconds() -> float:
     return spent.user + spent.system + spent.children_user + spent.children_system
 
 
-def described_environment(machine: MachineOptions) -> dict[str, Any]:
-    """Hardware, versions and commit; no path and no name of this machine."""
-    on_gpu = torch.cuda.is_available() and machine.device != "cpu"
-    known = environment("cuda" if on_gpu else "cpu")
-    left_out = ("command", "platform", "processes")
-    return {key: value for key, value in known.items() if key not in left_out} | {"cores": cores()}
-
-
 def prepare(study: Study, name: str, out: Path, machine: MachineOptions) -> str:
     """Train the teacher of that name and its generator, and compute its features of the students' shapes,
     where that is not done yet; returns what to say of it."""
@@ -472,7 +463,7 @@ def prepare(study: Study, name: str, out: Path, machine: MachineOptions) -> str:
                 "generator": None if generator is None else generator["last"],
                 "inputs": inputs_of(folder / "teacher"),
                 **cost.so_far(),
-                "environment": described_environment(machine),
+                "environment": described_environment(machine.device),
             }
             (out / "records/teachers").mkdir(parents=True, exist_ok=True)
             write_json(out / "records/teachers" / f"{name}.json", record)
@@ -533,7 +524,7 @@ def run_cell(
             "inputs": inputs_of(folder),
             "training_seconds": results["seconds"],
             **cost.so_far(),
-            "environment": described_environment(machine),
+            "environment": described_environment(machine.device),
         }
         (out / "records").mkdir(exist_ok=True)
         write_json(record_path(out, cell), record)
@@ -579,7 +570,8 @@ def summarise(study: Study, out: Path) -> dict[str, Any]:
         column.justify = "right"
     for line in lines:
         table.add_row(*(text.replace("**", "") for text in line))
-    console.print(table)
+    # a file has no width: no heading need be cut short
+    console.print(table, width=None if console.is_terminal else 200, crop=False)
     text = markdown(headings, lines) + "\n"
     text += "\n".join(f"{note}\n" for note in notes(records, study.baseline, bool(study.paper)))
     with atomic_write(out / "table.md") as temporary:

@@ -105,6 +105,23 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
+def described_environment(device: str = "auto") -> dict[str, Any]:
+    """Hardware, versions and commit for a record that is shown to others: no path, no name of the machine.
+
+    Args:
+        device: auto, cpu or cuda, as the option --device.
+    """
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    known = environment("cuda" if on_gpu else "cpu")
+    left_out = ("command", "platform", "processes")
+    return {key: value for key, value in known.items() if key not in left_out} | {"cores": cores()}
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -24,6 +24,7 @@ import torch
 from pointcmt.recipes import engine
 from pointcmt.recipes.engine import MachineOptions, OutOfTime, out_of_time
 from pointcmt.recipes.options import shared_shapes
+from pointcmt.recipes.run import cores
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,6 @@ class Outcome:
     """What went wrong, in one line; None where nothing did."""
     log: Path | None = None
     """The job's own output, where it has any outside the terminal."""
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def slots(machine: MachineOptions, jobs: int) -> list[Slot]:

@@ -102,6 +102,20 @@ def test_corruptions_start_at_none_and_are_seeded(kind: str, channels: int) -> N
         assert torch.equal(first, corrupt(points, kind, level, torch.Generator().manual_seed(1)))
 
 
+@pytest.mark.parametrize("up", ["x", "y", "z"])
+def test_a_turn_about_the_vertical_keeps_heights(up: str) -> None:
+    points = clouds(11)
+    axis = "xyz".index(up)
+    turned = corrupt(points, "rotation_up", 180.0, torch.Generator().manual_seed(2), up=up)
+    torch.testing.assert_close(turned[..., axis], points[..., axis])
+    torch.testing.assert_close(turned.norm(dim=-1), points.norm(dim=-1))
+    assert (turned - points).abs().amax((1, 2)).min() > 1e-3
+    # and the other turn does not
+    free = corrupt(points, "rotation", 180.0, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(free.norm(dim=-1), points.norm(dim=-1))
+    assert (free[..., axis] - points[..., axis]).abs().max() > 1e-2
+
+
 def test_dropout_keeps_the_part_it_says() -> None:
     points = clouds(5, 10, 64)
     less = corrupt(points, "dropout", 0.75, keep_count=False)

@@ -194,6 +194,24 @@ def test_the_time_left_follows_the_same_student_and_method():
     assert study.time_left(records, cells[:1] * 36, 1) == "36 left, about 3 h 00 min"
 
 
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_the_studies_of_the_repository_are_sound(name):
+    path = Path(__file__).resolve().parents[2] / f"benchmarks/configs/{name}.yaml"
+    made = study.read_study(path)
+    assert next(iter(made.students)) == "pointnet2" and len(made.students) == 4
+    assert made.data.dataset == "modelnet40" and not Path(made.data.data).is_absolute()
+    assert {"none", "FE+CE"} <= made.methods.keys() and "hard" in made.tests
+    assert len(made.seeds) >= 5
+    published = {"pointnet2": 94.4, "dgcnn": 93.5, "rscnn": 93.8}
+    assert {name: figures["FE+CE"] for name, figures in made.paper.items()} == published
+    if name == "cpu":
+        assert made.methods.keys() == {"none", "FE", "CE", "FE+CE", "Hinton"}
+        assert (made.data.num_points, made.data.per_class) == (512, 20)
+        assert made.teachers.keys() == {"few", "all"} and made.teachers["all"]["data"] == {"per_class": None}
+    else:
+        assert (made.data.num_points, made.data.per_class) == (1024, None)
+
+
 def test_the_paired_interval_against_the_textbook():
     # n = 5, t(0.975, 4) = 2.776; differences 1 … 5: mean 3, sd 1.5811
     mean, half = paired_interval(np.array([1.0, 2, 3, 4, 5]))
