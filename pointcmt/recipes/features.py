@@ -70,8 +70,12 @@ def features_of(
         teacher: frozen, in eval mode.
         file: its checkpoint; its run folder says how views are made.
         folder: of the caches; None: ``features`` beside the checkpoint.
-        images: folder of images, for a teacher of images; matched to the shapes by their ids.
+        images: folder of images, for a teacher of images; matched to the shapes by their ids. Not needed
+            where the features are there.
         batch_size, workers: for building.
+
+    Raises:
+        ValueError: features that are there were made from other images.
     """
     folder = folder or file.parent / "features"
     result = {}
@@ -85,6 +89,11 @@ def features_of(
         cache = FeatureCache.open(
             path, teacher_fingerprint=name_of_teacher, data_fingerprint=part.fingerprint()
         )
+        if images is not None and cache.views.get("images") != str(images.resolve()):
+            raise ValueError(
+                f"the features in {path} were made from {cache.views.get('images', 'projected points')}, and "
+                f"this run has --images {images.resolve()}; delete them, or keep these in another folder"
+            )
         result[name] = (path, cache)
     return result
 
@@ -110,7 +119,7 @@ def _build(
         config = run_config_beside(file)
         size = config["config"]["views"]["size"] if config is not None else None
         shapes = matching_images(images, part, "test" if name == "test" else "train", size, teacher.in_chans)
-        described = {"images": str(images), "size": size}
+        described = {"images": str(images.resolve()), "size": size}
     teacher = teacher.to(device).eval()
     cache = FeatureCache.create(
         path,
