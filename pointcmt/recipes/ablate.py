@@ -2,6 +2,9 @@
 
 A configuration (YAML)::
 
+    about: |                        # for the page of results: a title, and what the study is
+      Few labels on a CPU
+      Twenty labelled shapes of each class.
     data: {data: ../shared/data/modelnet40_ply_hdf5_1024, num_points: 512, view_points: 1024, per_class: 20}
     views: {size: 64}
     teachers:                       # one entry trains and shares one teacher and its generator
@@ -60,6 +63,7 @@ from pointcmt.recipes.workers import Job, run_jobs, slots
 from pointcmt.report import save_rows
 
 SECTIONS = (
+    "about",
     "data",
     "views",
     "teachers",
@@ -124,6 +128,7 @@ class Study:
     tests: dict[str, dict[str, Any]]
     paper: dict[str, dict[str, float]]
     baseline: str
+    about: str
 
     def fixed(self) -> dict[str, Any]:
         """What all cells share, but where the files lie."""
@@ -233,6 +238,7 @@ def read_study(path: Path) -> Study:
         tests=dict(raw.get("tests") or {}),
         paper=dict(raw.get("paper") or {}),
         baseline=baseline,
+        about=str(raw.get("about") or ""),
     )
     check_options(study)
     return study
@@ -310,6 +316,7 @@ def check_unchanged(path: Path, study: Study) -> None:
                 "give another --out, or put the configuration back"
             )
     described = {
+        "about": study.about,
         "baseline": study.baseline,
         "paper": study.paper,
         "fixed": fixed,

@@ -1,0 +1,434 @@
+"""Writes docs/results.md from the records of studies: ``python -m benchmarks.studies``. No figure is typed.
+
+A study is a folder of ``benchmarks/results`` as ``pointcmt ablate --out`` leaves it: ``study.json``,
+``records/`` and, by ``pointcmt robustness --out``, ``robustness.json``. :func:`keep` copies these from where
+a study was run: ``python -m benchmarks.studies --keep runs/cpu``. Charts are drawn beside the page; the page
+is the same byte for byte whenever the records are.
+
+``benchmarks/results/notes.md`` says what was tried, in words. Its figures are placeholders, filled in from
+records; a decimal or a per cent in its own words is an error:
+
+    {{difference STUDY student=S method=M teacher=T test=X}}    paired difference, with interval
+    {{oa STUDY student=S method=M teacher=T test=X}}            mean ± standard deviation
+    {{teacher STUDY NAME}}                                      the teacher's test accuracy
+    {{table STUDY}}                                             the whole table of a study
+    {{rows NAME}}                                               the rows of explore/NAME.json as a table
+    {{value NAME COLUMN KEY=VALUE …}}                           one cell of it: of the row with these values
+
+STUDY is a folder below ``benchmarks/results``; explorations lie in ``explore/``, where ``NAME.json`` is what
+:func:`benchmarks._harness.record` writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import tables
+from benchmarks._harness import RESULTS, ROOT
+from pointcmt.recipes.robustness import curves
+from pointcmt.recipes.study_table import (
+    accuracy,
+    excludes_zero,
+    interval_text,
+    markdown,
+    mean_sd,
+    notes,
+    paired_interval,
+    read_records,
+    read_teachers,
+    rows_of,
+    table_of,
+    test_sets,
+)
+from pointcmt.report import Row, save_robustness, save_rows
+
+PAGE = ROOT / "docs" / "results.md"
+HEAD = """# Results
+
+Generated from the records in [`benchmarks/results/`](../benchmarks/results) by
+`python -m benchmarks.studies`. Accuracy is that after the last epoch, in one pass, unless a column says
+otherwise; differences are paired by seed.
+"""
+
+
+class Kept:
+    """A study as its records tell it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, folder.name
+        described = json.loads((folder / "study.json").read_text())
+        self.about = str(described.get("about") or "")
+        self.fixed, self.named = described["fixed"], described["named"]
+        self.baseline, self.paper = described["baseline"], described["paper"]
+        self.records, self.teachers = read_records(folder), read_teachers(folder)
+        if not self.records:
+            raise ValueError(f"{folder} has a study.json and no record of a cell")
+        self.tests = test_sets(self.records)
+        self.students = [s for s in self.named["students"] if any(r["student"] == s for r in self.records)]
+        self.methods = list(self.named["methods"])
+        self.taught_by = [t for t in self.named["teachers"] if any(r["teacher"] == t for r in self.records)]
+
+    def rows(self, student: str | None = None) -> list[Row]:
+        students = self.students if student is None else [student]
+        return rows_of(
+            self.records, students, self.methods, self.taught_by, self.baseline, self.paper, self.tests
+        )
+
+    def row(self, student: str, method: str, teacher: str | None) -> Row:
+        for row in self.rows(student):
+            if (row.method, row.teacher) == (method, teacher):
+                return row
+        raise ValueError(
+            f"{self.name} has no record of student {student}, method {method}, teacher {teacher}"
+        )
+
+
+def section(study: Kept) -> str:
+    """One study as a part of the page."""
+    title, _, text = study.about.strip().partition("\n")
+    parts = [f"## {title or study.name}", text.strip(), setting(study), cost(study)]
+    parts += [teacher_table(study)] if study.teachers else []
+    for student in study.students:
+        headings, lines = table_of(study.rows(student), study.tests)
+        parts += [f"### {student}", markdown(headings[1:], [line[1:] for line in lines]).rstrip()]
+        parts += ["\n".join(f"- {sentence}" for sentence in verdicts(study, student))]
+    if len(study.students) > 1:
+        parts += ["### Over all students", over_students(study)]
+    parts += [
+        "\n".join(f"{note}  " for note in notes(study.records, study.baseline, bool(study.paper))).rstrip()
+    ]
+    parts += [f"![Accuracy of every student under every method](images/results-{study.name}.png)"]
+    if (study.folder / "robustness.json").exists():
+        parts += ["### Robustness", robustness_text(study)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def setting(study: Kept) -> str:
+    """What was trained on what, and by which command."""
+    data = study.fixed["data"]
+    shapes = one([record["shapes"] for record in study.records])
+    config = ROOT / "benchmarks" / "configs" / f"{study.name}.yaml"
+    counts = ", ".join(
+        f"{shapes[name]} {words}"
+        for name, words in (
+            ("train", "training shapes"),
+            ("heldout", "held out of training"),
+            ("test", "test shapes"),
+        )
+        if name in shapes
+    )
+    seeds = sorted({record["seed"] for record in study.records})
+    text = (
+        f"{data['num_points']} points; {counts}; {len(study.students)} "
+        f"student{'s' * (len(study.students) > 1)}; {len(study.records)} cells over {len(seeds)} seeds "
+        f"({', '.join(map(str, seeds))})."
+    )
+    if config.exists():
+        text += f"\n\n```\npointcmt ablate --config benchmarks/configs/{study.name}.yaml\n```"
+    return text
+
+
+def one(values: Sequence[Any]) -> Any:
+    """The value that all share.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if any(value != values[0] for value in values):
+        raise ValueError(f"expected one value in all records, found {values[0]} and others")
+    return values[0]
+
+
+def cost(study: Kept) -> str:
+    """Where it ran and what it took."""
+    everything = [*study.records, *study.teachers.values()]
+    places = []
+    for gpu in (False, True):
+        some = [r for r in everything if bool(r["environment"]["gpu"]) == gpu]
+        if not some:
+            continue
+        machines = sorted(
+            {
+                r["environment"]["gpu"]
+                or f"{r['environment']['processor']}, {r['environment']['cores']} cores"
+                for r in some
+            }
+        )
+        cells, teachers = (
+            sum(r["seconds" if gpu else "cpu_seconds"] for r in some if ("method" in r) == taught) / 60
+            for taught in (True, False)
+        )
+        unit = "device-minutes" if gpu else "core-minutes"
+        versions = sorted({str(r["environment"]["versions"]["torch"]) for r in some})
+        commits = sorted({str(r["environment"]["commit"])[:10] for r in some})
+        places.append(
+            f"On {' and '.join(machines)}; torch {', '.join(versions)}; "
+            f"commit{'s' * (len(commits) > 1)} {', '.join(f'`{c}`' for c in commits)}. "
+            f"Cost: {cells + teachers:.0f} {unit}, of which the teachers and generators {teachers:.0f}."
+        )
+    resumed = sum(record["parts"] > 1 for record in everything)
+    if resumed:
+        places.append(f"Runs that were stopped and resumed, or given a further test set later: {resumed}.")
+    per_student = []
+    for student in study.students:
+        mine = [r for r in study.records if r["student"] == student]
+        gpu = bool(mine[0]["environment"]["gpu"])
+        minutes = np.mean([r["seconds" if gpu else "cpu_seconds"] for r in mine]) / 60
+        per_student.append(f"{student} {minutes:.1f}")
+    unit = "device-minutes" if study.records[0]["environment"]["gpu"] else "core-minutes"
+    places.append(f"Mean cost of a cell in {unit}: {', '.join(per_student)}.")
+    return "\n".join(places)
+
+
+def teacher_table(study: Kept) -> str:
+    """The teachers and what they know."""
+    lines = []
+    for name in study.named["teachers"]:
+        if name not in study.teachers:
+            continue
+        record = study.teachers[name]
+        views = record["views"] or {}
+        generator = record["generator"] or {}
+        lines.append(
+            [
+                name,
+                str(record["shapes"]["train"]),
+                str(views.get("rig", "images")),
+                str(views.get("size", "")),
+                f"{record['last']['test_oa']:.1f}",
+                f"{record['best']['test_oa']:.1f}",
+                f"{generator['test_emd']:.4f}" if "test_emd" in generator else "–",
+            ]
+        )
+    headings = [
+        "teacher",
+        "labelled shapes",
+        "views",
+        "size",
+        "test OA %",
+        "best epoch OA %",
+        "generator's test EMD",
+    ]
+    return markdown(headings, lines).rstrip()
+
+
+def verdicts(study: Kept, student: str) -> list[str]:
+    """For each teacher and test set, whether FE+CE (else every method) differs from the baseline."""
+    rows = [row for row in study.rows(student) if row.difference]
+    both = [row for row in rows if row.method == "FE+CE"]
+    return [
+        sentence(row, test, interval, study.baseline)
+        for row in both or rows
+        for test, interval in row.difference.items()
+        if interval is not None
+    ]
+
+
+def sentence(row: Row, test: str, interval: tuple[float, float], baseline: str) -> str:
+    """Whether an interval excludes zero, and which way."""
+    if not excludes_zero(interval):
+        what = "includes zero: no difference is shown"
+    elif interval[0] > 0:
+        what = f"excludes zero: {row.method} is better"
+    else:
+        what = f"excludes zero: {row.method} is worse"
+    by = f", taught by `{row.teacher}`" if row.teacher else ""
+    return (
+        f"{row.method} minus {baseline}{by}, on {test}: {interval[0]:+.2f} ± {interval[1]:.2f}. "
+        f"The interval {what}."
+    )
+
+
+def over_students(study: Kept) -> str:
+    """Differences to the baseline averaged over the students, seed by seed."""
+    lines, said = [], []
+    for method in study.methods:
+        for teacher in (None, *study.taught_by):
+            line = [method, teacher or ""]
+            for test in study.tests:
+                gains = pooled(study, method, teacher, test)
+                interval = paired_interval(gains)
+                line += [str(len(gains)), interval_text(interval)]
+                if interval is not None and method == "FE+CE":
+                    said.append(
+                        "- " + sentence(Row("", method, teacher, {}, [], {}), test, interval, study.baseline)
+                    )
+            if any(text not in ("0", "–") for text in line[2:]):
+                lines.append(line)
+    headings = ["method", "teacher"]
+    for test in study.tests:
+        headings += ["seeds", f"{test}: difference"]
+    return (
+        "Mean difference to the baseline over all students, for the seeds that all of them have; the "
+        "interval is over seeds.\n\n" + markdown(headings, lines) + "\n" + "\n".join(said)
+    ).rstrip()
+
+
+def pooled(study: Kept, method: str, teacher: str | None, test: str) -> np.ndarray:
+    """The mean difference over the students, one for each seed that every student has."""
+    if method == study.baseline:
+        return np.zeros(0)
+    found = {(r["student"], r["seed"], r["method"], r["teacher"]): accuracy(r, test) for r in study.records}
+    gains = []
+    for seed in sorted({r["seed"] for r in study.records}):
+        pairs = [
+            (found.get((s, seed, method, teacher)), found.get((s, seed, study.baseline, None)))
+            for s in study.students
+        ]
+        if all(a is not None and b is not None for a, b in pairs):
+            gains.append(np.mean([a - b for a, b in pairs]))  # type: ignore[operator]
+    return np.array(gains)
+
+
+def robustness_text(study: Kept) -> str:
+    """The plot, and the mean accuracy at the hardest level of each corruption."""
+    content = json.loads((study.folder / "robustness.json").read_text())
+    lines = []
+    for curve in curves(content):
+        lines.append(
+            [curve.student, curve.name]
+            + [f"{curve.mean[k][-1]:.1f}" if k in curve.mean else "–" for k in content["severities"]]
+        )
+    headings = ["student", "method", *(f"{k} {v[-1]:g}" for k, v in content["severities"].items())]
+    shapes = one([run["shapes"] for run in content["runs"]])
+    counted: dict[tuple[Any, ...], int] = {}
+    for run in content["runs"]:
+        key = (run["student"], run["method"], run["teacher"])
+        counted[key] = counted.get(key, 0) + 1
+    return (
+        f"{shapes} test shapes, {min(counted.values())} to {max(counted.values())} seeds of each; "
+        f"corruptions drawn by seed {content['settings']['seed']}, the same for all. `pointcmt robustness` "
+        "with the folder of the study. OA in % at the hardest level of each corruption:\n\n"
+        + markdown(headings, lines)
+        + f"\n![Accuracy under corruption](images/robustness-{study.name}.png)"
+    )
+
+
+# placeholders of the notes
+
+
+def fill(text: str) -> str:
+    """Notes with their placeholders filled in.
+
+    Raises:
+        ValueError: an unknown placeholder, one whose records are not there, or a figure typed by hand.
+    """
+    typed = re.sub(r"\{\{.*?\}\}|`[^`]*`|\]\([^)]*\)", "", text, flags=re.S)
+    if found := re.search(r"\d+\.\d|\d\s*%|±", typed):
+        line = typed[: found.start()].count("\n") + 1
+        raise ValueError(
+            f"notes.md, line {line}: {found.group()!r} is typed by hand; a figure is a placeholder, a "
+            "setting is in `code`"
+        )
+    return re.sub(r"\{\{(.*?)\}\}", lambda match: placeholder(match.group(1)), text, flags=re.S)
+
+
+def placeholder(text: str) -> str:
+    """The value of one placeholder."""
+    kind, name, *rest = shlex.split(text)
+    given = dict(word.split("=", 1) for word in rest if "=" in word)
+    bare = [word for word in rest if "=" not in word]
+    kinds: dict[str, Callable[[], str]] = {
+        "difference": lambda: interval_text(wanted(name, given).difference.get(given.get("test", "test"))),
+        "oa": lambda: mean_sd(wanted(name, given).oa[given.get("test", "test")]),
+        "teacher": lambda: f"{Kept(RESULTS / name).teachers[bare[0]]['last']['test_oa']:.1f}",
+        "table": lambda: study_table(Kept(RESULTS / name)),
+        "rows": lambda: tables.markdown(exploration(name)),
+        "value": lambda: value(name, bare[0], given),
+    }
+    if kind not in kinds:
+        raise ValueError(f"notes.md: {{{{{text}}}}}: expected one of {', '.join(kinds)}")
+    try:
+        return kinds[kind]()
+    except (KeyError, IndexError, FileNotFoundError) as error:
+        raise ValueError(f"notes.md: {{{{{text}}}}} cannot be filled in: {error!r}") from error
+
+
+def wanted(name: str, given: Mapping[str, str]) -> Row:
+    return Kept(RESULTS / name).row(given["student"], given["method"], given.get("teacher"))
+
+
+def study_table(study: Kept) -> str:
+    return markdown(*table_of(study.rows(), study.tests)).rstrip()
+
+
+def exploration(name: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / "explore" / f"{name}.json").read_text())["rows"]
+
+
+def value(name: str, column: str, where: Mapping[str, str]) -> str:
+    """One cell of an exploration: of the only row that has these values."""
+    rows = [row for row in exploration(name) if all(str(row.get(k)) == v for k, v in where.items())]
+    if len(rows) != 1:
+        raise ValueError(
+            f"notes.md: {len(rows)} rows of explore/{name}.json have {dict(where)}; expected one"
+        )
+    return tables.cell(rows[0][column])
+
+
+def studies() -> list[Kept]:
+    """The studies that the page shows, the ones with a configuration in the repository first."""
+    order = {"cpu": 0, "gpu": 1}
+    folders = sorted(RESULTS.glob("*/study.json"), key=lambda path: (order.get(path.parent.name, 2), path))
+    return [Kept(path.parent) for path in folders]
+
+
+def page() -> str:
+    """docs/results.md."""
+    kept = studies()
+    parts = [HEAD.rstrip(), *(section(study) for study in kept)]
+    if not kept:
+        parts.append("There are no records of a study here yet.")
+    text = RESULTS / "notes.md"
+    parts += [fill(text.read_text()).strip()] if text.exists() else []
+    return "\n\n".join(parts) + "\n"
+
+
+def keep(run: Path, name: str | None = None) -> Path:
+    """Copy what the page needs of a study that was run into ``benchmarks/results``; returns where."""
+    folder = RESULTS / (name or run.resolve().name)
+    if not (run / "study.json").exists():
+        raise FileNotFoundError(f"{run} is not the folder of a study: it has no study.json")
+    for source in [run / "study.json", *sorted((run / "records").rglob("*.json")), run / "robustness.json"]:
+        if source.exists():
+            target = folder / source.relative_to(run)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite the page and its pictures from all records."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument(
+        "--keep", type=Path, nargs="*", default=[], help="folders of studies to copy records of"
+    )
+    parser.add_argument("--name", help="of the copy, where it is not the folder's name; one --keep alone")
+    options = parser.parse_args(argv)
+    for run in options.keep:
+        print(keep(run, options.name))
+    text = page()
+    images = PAGE.parent / "images"
+    for study in studies():
+        save_rows(study.rows(), images / f"results-{study.name}.png")
+        if (study.folder / "robustness.json").exists():
+            content = json.loads((study.folder / "robustness.json").read_text())
+            save_robustness(curves(content), content["severities"], images / f"robustness-{study.name}.png")
+    PAGE.write_text(text)
+    print(f"{PAGE}: {len(studies())} studies")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
