@@ -310,7 +310,14 @@ def save_rows(rows: Sequence[Row], path: Path) -> Path:
     for axes, test in zip(grid, tests, strict=True):
         shown = [(place, row) for place, row in enumerate(rows) if test in row.oa]
         everything = [value for _, row in shown for value in row.oa[test]]
-        everything += [row.paper for _, row in shown if test == "test" and row.paper is not None]
+        # a figure of another setting may lie far off: then it is told, not drawn to scale
+        reach = (min(everything) - 5, max(everything) + 5)
+        drawn = {
+            place: row.paper
+            for place, row in shown
+            if test == "test" and row.paper is not None and reach[0] <= row.paper <= reach[1]
+        }
+        everything += drawn.values()
         floor = max(0.0, 5 * math.floor((min(everything) - 5) / 5))
         top = max(everything)
         for place, row in shown:
@@ -320,7 +327,7 @@ def save_rows(rows: Sequence[Row], path: Path) -> Path:
             if len(values) > 1:
                 spots = place + np.linspace(-0.2, 0.2, len(values))
                 axes.scatter(values, spots, s=8, color="white", edgecolors=INK, linewidths=0.6, zorder=3)
-            if test == "test" and row.paper is not None:
+            if place in drawn and row.paper is not None:
                 axes.scatter([row.paper], [place], marker="D", s=22, color=COLOURS["teacher"], zorder=4)
                 axes.annotate(
                     f"paper {row.paper:.1f}",
@@ -333,6 +340,8 @@ def save_rows(rows: Sequence[Row], path: Path) -> Path:
                 )
             interval = row.difference.get(test)
             text = f"{mean:.1f}" + (f"  ({interval[0]:+.1f} ± {interval[1]:.1f})" if interval else "")
+            if test == "test" and row.paper is not None and place not in drawn:
+                text += f"   paper: {row.paper:.1f}"
             right = max(values)
             axes.annotate(
                 text,

@@ -11,7 +11,7 @@ from pointcmt.data.array_cache import cached_array
 from pointcmt.data.dataset import PointDataset, Split
 from pointcmt.data.modelnet40 import ModelNet40
 
-_TRIES = 50
+_TRIES = 50  # own choice; few shapes need more than some draws of the box
 _VERSION = 1  # to be raised when the shapes come out otherwise, so that kept files are made anew
 
 
@@ -32,6 +32,11 @@ class ModelNet40Hard(PointDataset):
     4. N points are drawn from what is kept, without repetition where there are enough.
     5. The *box*, not the object, is centred, and the farthest point scaled to distance 1: the object
        is off-centre by up to half its size.
+
+    From Uy et al. are what is done to the box (moved, turned, scaled), the half of T50, and that background
+    comes in. Own choices, since CAD shapes stand in no room: the range of S; the turn about the vertical
+    alone; floor, wall and neighbour, their distances, sizes and density; ``min_visible`` and that the box is
+    drawn again; to centre and scale by the box.
 
     The draw of a shape depends on ``seed``, the split and its shape id alone: the test set is fixed for
     good, and so is the training set (as the files of PB_T50_RS are), whatever ``per_class`` is; only the

@@ -25,7 +25,7 @@ _FILES: dict[str, tuple[str, str]] = {
 
 
 class ScanObjectNN(PointDataset):
-    """ScanObjectNN, 15 classes, 2048 points per scan.
+    """ScanObjectNN, 15 classes, 2048 points per scan; the y axis points up (views: ``up="y"``).
 
     ``root`` holds ``main_split`` and ``main_split_nobg`` (or ``h5_files``, which holds them), or is the
     folder with the wanted files itself.
@@ -38,10 +38,14 @@ class ScanObjectNN(PointDataset):
         num_points: N; clouds give their first N points, as the public training codes take them.
         per_class: keep this many shapes of each class, drawn by ``seed``; None keeps all.
         seed: draws the shapes of ``per_class``.
-        normalize: centre each cloud and scale it into the unit sphere. Off as in PointMLP's public code:
-            that objects are off-centre is part of the task.
+        normalize: centre each cloud and scale it into the unit sphere. Off, as in the public code of
+            PointMLP, RepSurf and Point-BERT, which take the files' coordinates as they are: that objects are
+            off-centre is part of the task.
         dense_points: also keep this many points of each scan as ``view_points``; None projects views from
             the clouds.
+
+    Source: files, fields and order of classes as the public code of PointMLP, Point-BERT, RepSurf and
+    openpoints (PointNeXt) reads them; the vertical axis as in openpoints (``gravity_dim = 1``).
 
     Raises:
         FileNotFoundError: the file of this variant and split is not there (the message says where it was

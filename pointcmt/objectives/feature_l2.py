@@ -13,11 +13,13 @@ class FeatureL2(Objective):
     """Mean squared difference of the two features, over batch and feature.
 
     Args:
-        weight: 100, as Tian et al. (ICLR 2020) set it for this loss.
+        weight: 100, as Tian et al. set it where they train with this loss beside the task's. Romero et al.
+            give no such weight: they train the hinted layers with this loss alone, and with labels after.
 
     Source: the hint loss of Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, equation 3, at the
-    shape feature and without a regressor, since both sizes are equal; weight and mean from Tian et al.,
-    "Contrastive Representation Distillation", ICLR 2020, appendix (FitNet).
+    shape feature and without a regressor, since both sizes are equal; weight and mean as in the public code
+    of Tian et al., "Contrastive Representation Distillation", ICLR 2020 (HobbitLong/RepDistiller:
+    distiller_zoo/FitNet.py, and ``--distill hint -b 100`` in scripts/run_cifar_distill.sh).
     """
 
     default_name = "feature_l2"

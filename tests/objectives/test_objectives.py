@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import wasserstein_distance
 from torch import nn
 
 from pointcmt.objectives import (
@@ -57,7 +58,7 @@ def test_default_weights_are_the_papers():
         FeatureEnhancement: 30.0,
         ClassifierEnhancement: 0.3,
         SoftLabels: 1.0,
-        NeuronSelectivityTransfer: 25.0,
+        NeuronSelectivityTransfer: 50.0,
         SoftmaxRegression: 1.0,
         FeatureL2: 100.0,
     }
@@ -321,6 +322,16 @@ def test_sinkhorn_is_near_the_optimal_transport():
     ):
         distances = np.linalg.norm(a[:, None] - b[None], axis=-1)
         assert ours == pytest.approx(distances[linear_sum_assignment(distances)].mean(), rel=0.02)
+
+
+def test_sliced_wasserstein_is_the_mean_transport_of_shadows():
+    x, y = clouds(4)
+    y = y**2 - 0.2  # another distribution, so that the distance is not noise
+    directions = np.random.default_rng(0).normal(size=(3000, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    for a, b, ours in zip(x.numpy(), y.numpy(), sliced_wasserstein(x, y, projections=3000), strict=True):
+        shadows = [wasserstein_distance(a @ u, b @ u) for u in directions]
+        assert ours.item() == pytest.approx(np.mean(shadows), rel=0.04)
 
 
 def test_sliced_wasserstein_of_a_shifted_cloud_is_the_mean_shadow_of_the_shift():
