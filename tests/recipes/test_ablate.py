@@ -205,7 +205,7 @@ def test_the_studies_of_the_repository_are_sound(name):
     published = {"pointnet2": 94.4, "dgcnn": 93.5, "rscnn": 93.8}
     assert {name: figures["FE+CE"] for name, figures in made.paper.items()} == published
     if name == "cpu":
-        assert made.methods.keys() == {"none", "FE", "CE", "FE+CE", "Hinton"}
+        assert {"none", "FE", "CE", "FE+CE", "Hinton"} <= made.methods.keys()
         assert (made.data.num_points, made.data.per_class) == (512, 20)
         assert made.teachers.keys() == {"few", "all"} and made.teachers["all"]["data"] == {"per_class": None}
     else:
