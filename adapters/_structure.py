@@ -7,6 +7,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 BATCH_NORM: type[nn.Module] = _BatchNorm  # also after nn.SyncBatchNorm.convert_sync_batchnorm
 
+# heads that many codebases took over, from PointNet++ …
+THREE_LAYERS = (nn.Linear, BATCH_NORM, nn.Module, nn.Dropout) * 2 + (nn.Linear,)
+# … and from DGCNN; what is in front of them tells whose network it is
+DGCNN_HEAD = {
+    "linear1": nn.Linear,
+    "bn6": BATCH_NORM,
+    "dp1": nn.Dropout,
+    "linear2": nn.Linear,
+    "bn7": BATCH_NORM,
+    "dp2": nn.Dropout,
+    "linear3": nn.Linear,
+}
+
 
 def has(module: nn.Module, **kinds: type | tuple[type, ...]) -> bool:
     """Whether ``module`` has attributes of these names and kinds."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pointcmt.adapters._structure import BATCH_NORM, has, lacks, layers
+from pointcmt.adapters._structure import BATCH_NORM, DGCNN_HEAD, has, lacks, layers
 from pointcmt.adapters.registry import register_adapter
 
 NEGATIVE_SLOPE = 0.2  # of every leaky ReLU in these networks, the paper's and the code's
@@ -17,16 +17,7 @@ NEGATIVE_SLOPE = 0.2  # of every leaky ReLU in these networks, the paper's and t
 
 def _is_dgcnn(module: nn.Module) -> bool:
     # others (PCT, GDANet, …) took over the head; the edge convolutions tell
-    return has(
-        module,
-        linear1=nn.Linear,
-        bn6=BATCH_NORM,
-        dp1=nn.Dropout,
-        linear2=nn.Linear,
-        bn7=BATCH_NORM,
-        dp2=nn.Dropout,
-        linear3=nn.Linear,
-    ) and all(
+    return has(module, **DGCNN_HEAD) and all(
         layers(getattr(module, f"conv{i}"), (nn.Conv1d, nn.Conv2d), BATCH_NORM, nn.LeakyReLU)
         for i in (1, 2, 3, 4, 5)
     )

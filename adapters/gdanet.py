@@ -8,22 +8,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pointcmt.adapters._structure import BATCH_NORM, has
+from pointcmt.adapters._structure import DGCNN_HEAD, has
 from pointcmt.adapters.registry import register_adapter
 
 
 def _is_gdanet(module: nn.Module) -> bool:
-    return has(
-        module,
-        SGCAM_1s=nn.Module,
-        linear1=nn.Linear,
-        bn6=BATCH_NORM,
-        dp1=nn.Dropout,
-        linear2=nn.Linear,
-        bn7=BATCH_NORM,
-        dp2=nn.Dropout,
-        linear3=nn.Linear,
-    )
+    return has(module, SGCAM_1s=nn.Module, **DGCNN_HEAD)
 
 
 @register_adapter(

@@ -8,24 +8,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pointcmt.adapters._structure import BATCH_NORM, has, lacks
+from pointcmt.adapters._structure import DGCNN_HEAD, has, lacks
 from pointcmt.adapters.registry import register_adapter
 
 
 def has_pct_parts(module: nn.Module) -> bool:
-    return has(
-        module,
-        gather_local_0=nn.Module,
-        pt_last=nn.Module,
-        conv_fuse=nn.Sequential,
-        linear1=nn.Linear,
-        bn6=BATCH_NORM,
-        dp1=nn.Dropout,
-        linear2=nn.Linear,
-        bn7=BATCH_NORM,
-        dp2=nn.Dropout,
-        linear3=nn.Linear,
-    )
+    return has(module, gather_local_0=nn.Module, pt_last=nn.Module, conv_fuse=nn.Sequential, **DGCNN_HEAD)
 
 
 @register_adapter(

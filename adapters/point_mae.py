@@ -8,23 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pointcmt.adapters._structure import BATCH_NORM, layers, run_from
+from pointcmt.adapters._structure import THREE_LAYERS, layers, run_from
 from pointcmt.adapters.registry import register_adapter
 
 
 def _is_point_mae(module: nn.Module) -> bool:
-    return layers(
-        module.cls_head_finetune,
-        nn.Linear,
-        BATCH_NORM,
-        nn.Module,
-        nn.Dropout,
-        nn.Linear,
-        BATCH_NORM,
-        nn.Module,
-        nn.Dropout,
-        nn.Linear,
-    )
+    return layers(module.cls_head_finetune, *THREE_LAYERS)
 
 
 @register_adapter(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pointcmt.adapters._structure import BATCH_NORM, has, lacks, layers, run_from
+from pointcmt.adapters._structure import THREE_LAYERS, has, lacks, layers, run_from
 from pointcmt.adapters.registry import register_adapter
 
 
@@ -19,18 +19,7 @@ def is_pointmlp(module: nn.Module) -> bool:
         local_grouper_list=nn.ModuleList,
         pre_blocks_list=nn.ModuleList,
         pos_blocks_list=nn.ModuleList,
-    ) and layers(
-        module.classifier,
-        nn.Linear,
-        BATCH_NORM,
-        nn.Module,
-        nn.Dropout,
-        nn.Linear,
-        BATCH_NORM,
-        nn.Module,
-        nn.Dropout,
-        nn.Linear,
-    )
+    ) and layers(module.classifier, *THREE_LAYERS)
 
 
 @register_adapter(

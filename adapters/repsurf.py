@@ -9,22 +9,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pointcmt.adapters._structure import BATCH_NORM, has, layers, run_from
+from pointcmt.adapters._structure import THREE_LAYERS, has, layers, run_from
 from pointcmt.adapters.registry import register_adapter
 
 
 def _is_repsurf(module: nn.Module) -> bool:
     return has(module, surface_constructor=nn.Module, sa1=nn.Module) and layers(
-        module.classfier,
-        nn.Linear,
-        BATCH_NORM,
-        nn.Module,
-        nn.Dropout,
-        nn.Linear,
-        BATCH_NORM,
-        nn.Module,
-        nn.Dropout,
-        nn.Linear,
+        module.classfier, *THREE_LAYERS
     )
 
 

@@ -1,32 +1,20 @@
-"""``_ext.pointnet2`` of Yochengliu/Relation-Shape-CNN: PointNet++'s functions, with RS-CNN's ball query."""
+"""``_ext.pointnet2`` of Yochengliu/Relation-Shape-CNN: OpenPoints' functions, but for the ball query."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pointcmt.compat._wrappers import (
-    furthest_point_sampling_wrapper,
-    gather_points_grad_wrapper,
-    gather_points_wrapper,
-    group_points_grad_wrapper,
-    group_points_wrapper,
-    three_interpolate_grad_wrapper,
-    three_interpolate_wrapper,
-    three_nn_wrapper,
-)
+from pointcmt.compat import pointnet2_batch_cuda as _same
 
-__all__ = [
-    "ball_query_wrapper",
-    "furthest_point_sampling_wrapper",
-    "gather_points_grad_wrapper",
-    "gather_points_wrapper",
-    "group_points_grad_wrapper",
-    "group_points_wrapper",
-    "three_interpolate_grad_wrapper",
-    "three_interpolate_wrapper",
-    "three_nn_wrapper",
-]
+furthest_point_sampling_wrapper = _same.furthest_point_sampling_wrapper
+gather_points_wrapper = _same.gather_points_wrapper
+gather_points_grad_wrapper = _same.gather_points_grad_wrapper
+group_points_wrapper = _same.group_points_wrapper
+group_points_grad_wrapper = _same.group_points_grad_wrapper
+three_nn_wrapper = _same.three_nn_wrapper
+three_interpolate_wrapper = _same.three_interpolate_wrapper
+three_interpolate_grad_wrapper = _same.three_interpolate_grad_wrapper
 
 _DISTANCES_AT_ONCE = 1 << 24  # bounds the memory: 64 MiB of float32
 
