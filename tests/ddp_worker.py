@@ -12,24 +12,25 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from pointcmt.training import PointCMT
-from tests.toys import BATCH, Generator, Student, Teacher, batch, hooks
+from tests.toys import BATCH, DeepHead, Generator, Student, Teacher, batch, deep_head_adapter, hooks
 
 
-def build():
+def build(deep: bool):
     torch.manual_seed(200)
     teacher = Teacher()
     torch.manual_seed(201)
     generator = Generator()
     torch.manual_seed(202)
-    return teacher, generator, Student(norm=False)
+    return teacher, generator, DeepHead(dropout=0.0) if deep else Student(norm=False)
 
 
-def run(wrap, backward, give_wrapper: bool) -> dict[str, torch.Tensor]:
-    teacher, generator, student = build()
+def run(wrap, backward, give_wrapper: bool, deep: bool = False) -> dict[str, torch.Tensor]:
+    teacher, generator, student = build(deep)
     wrapped = wrap(student)
     half = slice(distributed.get_rank() * BATCH // 2, (distributed.get_rank() + 1) * BATCH // 2)
     points, labels, views = (tensor[half] for tensor in batch(320))
-    with PointCMT(teacher, wrapped if give_wrapper else student, generator=generator) as cmt:
+    given, adapter = wrapped if give_wrapper else student, deep_head_adapter() if deep else None
+    with PointCMT(teacher, given, generator=generator, adapter=adapter) as cmt:
         loss = F.cross_entropy(wrapped(points), labels) + cmt.loss(views=views)
         backward(loss)
         assert cmt.report is not None
@@ -46,6 +47,7 @@ def main() -> None:
             torch.Tensor.backward,
             give_wrapper=False,
         ),
+        "ddp_deep": run(DistributedDataParallel, torch.Tensor.backward, give_wrapper=True, deep=True),
         "accelerate": run(accelerator.prepare_model, accelerator.backward, give_wrapper=True),
     }
     if distributed.get_rank() == 0:

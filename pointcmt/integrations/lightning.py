@@ -104,18 +104,18 @@ class PointCMTCallback(Callback):
         self._leave()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave()
+        self._leave(exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave()
 
-    def _leave(self) -> None:
+    def _leave(self, error: BaseException | None = None) -> None:
         training, module = self.training, self._module
         self.training = self._module = None
         if module is not None:
             module.__dict__.pop("training_step", None)
         if training is not None:
-            training.__exit__(None, None, None)
+            training.__exit__(None if error is None else type(error), error, None)
 
     def _student(self, module: LightningModule) -> nn.Module:
         if self._path is not None:
