@@ -13,6 +13,27 @@ import warnings
 
 import torch
 
+# what csrc has for the CPU; a library that lacks one of these was compiled from older sources
+CPU_OPS = frozenset(
+    {
+        "ball_query",
+        "emd",
+        "furthest_point_sample",
+        "gather_points",
+        "gather_points_backward",
+        "group_points",
+        "group_points_backward",
+        "knn",
+        "norm_act",
+        "norm_act_backward",
+        "norm_act_max",
+        "norm_act_max_backward",
+        "three_interpolate",
+        "three_interpolate_backward",
+        "three_interpolate_weight_backward",
+        "three_nn",
+    }
+)
 BUILD_COMMAND = "pip install --no-build-isolation -e .   # in a checkout of pointcmt, with a C++20 compiler"
 
 
@@ -65,6 +86,22 @@ def _warn_once() -> None:
     )
 
 
+def missing_ops() -> list[str]:
+    """Operators of csrc that the loaded library lacks on the CPU, so that their slow twins serve: it is
+    older than the sources. Empty where no library is loaded at all."""
+    return sorted(CPU_OPS - _COMPILED["cpu"]) if has_cpu_kernels() else []
+
+
+@functools.cache
+def _warn_stale() -> None:
+    warnings.warn(
+        f"pointcmt's compiled kernels are older than its sources and lack {', '.join(missing_ops())}; the "
+        f"slower pure-PyTorch twins of these serve instead. Build again: {BUILD_COMMAND}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
 def use_compiled(*tensors: torch.Tensor, op: str | None = None) -> bool:
     """Whether compiled kernels serve these tensors' device; warns once where none was built.
 
@@ -78,4 +115,8 @@ def use_compiled(*tensors: torch.Tensor, op: str | None = None) -> bool:
             _warn_once()
         return False
     ops = _COMPILED.get(tensors[0].device.type, frozenset())
+    if op in CPU_OPS and tensors[0].device.type == "cpu" and op not in ops:
+        if not torch.compiler.is_compiling():
+            _warn_stale()
+        return False
     return bool(ops) if op is None else op in ops

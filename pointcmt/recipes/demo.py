@@ -116,7 +116,7 @@ def demo(options: Demo) -> dict[str, Any]:
                     teacher=out / "teacher" if taught else None,
                     generator=out / "generator" if taught else None,
                     data=options.data,
-                    loop=LoopOptions(epochs=options.epochs, lr=2e-3, warmup=1, seed=seed, eval_every=5),
+                    loop=LoopOptions(epochs=options.epochs, lr=5e-3, warmup=1, seed=seed, eval_every=5),
                     machine=machine,
                     resume=True,
                 )

@@ -70,6 +70,11 @@ def trouble() -> tuple[list[str], list[str]]:
                 f"them again: "
                 f"{_extension.BUILD_COMMAND}"
             )
+    elif missing := _extension.missing_ops():
+        errors.append(
+            f"the compiled kernels are older than the sources and lack {', '.join(missing)}; their "
+            f"slow twins serve. Build again: {_extension.BUILD_COMMAND}"
+        )
     else:
         points = torch.rand(2, 2, 32, 3, generator=torch.Generator().manual_seed(0))
         difference = (emd(*points)[0] - reference_emd(*points)[0]).abs().max().item()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pointcmt.ops import _extension
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
@@ -96,3 +98,31 @@ def test_a_missing_compiler_is_a_warning_and_not_a_failed_install(tmp_path: Path
     strict = {**environment, "POINTCMT_REQUIRE_EXT": "1"}
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=strict, check=False)
     assert run.returncode != 0
+
+
+STALE = """
+import warnings
+import torch
+from pointcmt import ops
+from pointcmt.ops import _extension
+from pointcmt.recipes.doctor import trouble
+
+_extension._COMPILED["cpu"] -= {"knn", "norm_act"}
+xyz = torch.rand(1, 9, 3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    ops.knn(xyz, xyz, 2), ops.knn(xyz, xyz, 2)
+    ops.furthest_point_sample(xyz, 3)
+[found] = [str(w.message) for w in caught if w.category is RuntimeWarning]
+assert "older than its sources and lack knn, norm_act" in found and "pip install" in found, found
+assert any("lack knn, norm_act" in error for error in trouble()[0])
+"""
+
+
+@pytest.mark.skipif(not _extension.has_cpu_kernels(), reason="the kernels are not compiled here")
+def test_a_library_older_than_the_sources_is_told_of() -> None:
+    assert _extension.missing_ops() == []
+    assert _extension.compiled_ops("cpu") == _extension.CPU_OPS  # the list is csrc's
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", STALE], env=environment, check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
