@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pointcmt.guard import Decay, HeldOutAdvantage
+from pointcmt.guard import Decay, HeldOutAdvantage, ScheduleLength
 from pointcmt.training import PointCMT
 from tests.toys import Generator, Student, Teacher, batch
 
@@ -36,12 +36,19 @@ def test_the_teacher_falls_silent_as_the_student_catches_up():
         assert guard.factor("x") == pytest.approx(factor)
 
 
+def test_short_schedules_get_a_part_of_the_paper_s_weights():
+    assert ScheduleLength(300_000).factor("x") == ScheduleLength(10**6).factor("x") == 1.0
+    assert ScheduleLength(3_000).factor("x") == pytest.approx(0.1)
+    assert ScheduleLength(25, full=100, names=["a"]).factor("a") == 0.5
+    assert ScheduleLength(25, full=100, names=["a"]).factor("b") == 1.0
+
+
 def test_guards_multiply_and_know_their_objectives():
-    guard = HeldOutAdvantage(full=0.2) * Decay(end=0.5, names=["b"])
+    guard = HeldOutAdvantage(full=0.2, margin=0) * Decay(end=0.5, names=["b"])
     guard.observe(teacher_accuracy=0.9, student_accuracy=0.8, progress=0.25)
     assert guard.factor("a") == pytest.approx(0.5)
     assert guard.factor("b") == pytest.approx(0.25)
-    again = HeldOutAdvantage(full=0.2) * Decay(end=0.5, names=["b"])
+    again = HeldOutAdvantage(full=0.2, margin=0) * Decay(end=0.5, names=["b"])
     again.load_state_dict(guard.state_dict())
     assert again.factor("b") == guard.factor("b")
 
@@ -71,6 +78,7 @@ def test_training_multiplies_the_weights_by_the_guard():
         lambda: Decay(start=0.5, end=0.5),
         lambda: HeldOutAdvantage(full=0),
         lambda: HeldOutAdvantage(margin=-0.1),
+        lambda: ScheduleLength(0),
         lambda: Decay().observe(progress=1.5),
     ],
 )

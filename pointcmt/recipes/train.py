@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pointcmt.adapters import Adapter, find_adapter
 from pointcmt.checkpoint import save_module
 from pointcmt.data import Augmentation, FeatureCache, PointDataset
-from pointcmt.guard import HeldOutAdvantage
+from pointcmt.guard import Guard, HeldOutAdvantage, ScheduleLength
 from pointcmt.objectives import Objective
 from pointcmt.recipes.build import StudentOptions, make_objectives, make_student
 from pointcmt.recipes.engine import (
@@ -64,10 +64,10 @@ class MethodOptions:
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Weights of all objectives over their part of the run: constant, or falling to zero."""
 
-    guard: Literal["none", "heldout"] = "heldout"
-    """heldout scales all weights by how far the teacher is ahead of the student on the held-out shapes,
-    down to 0
-    where it is behind, so that a weak teacher does no harm; needs --holdout."""
+    guard: Literal["auto", "schedule", "heldout", "none"] = "auto"
+    """What scales the weights, so that a teacher does no harm. schedule: FE and CE by the square root of
+    this run's part of the paper's 300 000 steps. heldout: all by how far the teacher is ahead of the student
+    on the held-out shapes, down to 0 where it is 5 points behind; needs --holdout. auto: both."""
 
     def name(self) -> str:
         """What this method is called in tables."""
@@ -238,8 +238,9 @@ def train(options: Train) -> dict[str, Any]:
                 options.method.fe_distance,
             )
             guard = None
-            if options.method.guard == "heldout":
-                guard = make_guard(caches, splits, teacher_file, main)
+            if options.method.guard != "none":
+                steps = options.loop.epochs * (len(task.batches) // options.loop.accumulate)
+                guard = make_guard(options.method.guard, steps, caches, splits, teacher_file, main)
             cmt = stack.enter_context(
                 PointCMT(
                     teacher.to(accelerator.device),
@@ -250,7 +251,7 @@ def train(options: Train) -> dict[str, Any]:
                     guard=guard,
                 )
             )
-            if guard is not None:
+            if guard is not None and splits.heldout is not None:
                 task.observe = lambda metrics: guard.observe(student_accuracy=metrics["heldout_oa"] / 100)
             trained = [o for o in objectives if any(p.requires_grad for p in o.parameters())]
             task.extras = nn.ModuleList(trained) if trained else None
@@ -286,19 +287,29 @@ def train(options: Train) -> dict[str, Any]:
 
 
 def make_guard(
-    caches: dict[str, FeatureCache], splits: Splits[PointDataset], teacher_file: Path, show: bool
-) -> HeldOutAdvantage | None:
-    """A guard that knows the teacher's accuracy on the held-out shapes; None, and says so, where it is
-    not known."""
+    kind: str,
+    steps: int,
+    caches: dict[str, FeatureCache],
+    splits: Splits[PointDataset],
+    teacher_file: Path,
+    show: bool,
+) -> Guard | None:
+    """The guard for a run of so many steps; says so where the teacher's accuracy on held-out shapes cannot
+    be known, and leaves that part out."""
+    guard: Guard | None = None
+    if kind in ("auto", "schedule"):
+        guard = ScheduleLength(max(1, steps), names=["feature_enhancement", "classifier_enhancement"])
+    if kind not in ("auto", "heldout"):
+        return guard
     reason = why_not_comparable(splits, teacher_file)
     if reason is not None or splits.heldout is None:
-        warn(f"--guard heldout is off: {reason}", show)
-        return None
+        warn(f"--guard {kind} cannot compare teacher and student on held-out shapes: {reason}", show)
+        return guard
     accuracy = teacher_accuracy(caches["heldout"], splits.heldout)
     say(f"the teacher is right on {100 * accuracy:.1f} % of the {len(splits.heldout)} held-out shapes", show)
-    guard = HeldOutAdvantage()
-    guard.observe(teacher_accuracy=accuracy)
-    return guard
+    advantage = HeldOutAdvantage()
+    advantage.observe(teacher_accuracy=accuracy)
+    return advantage if guard is None else guard * advantage
 
 
 def teacher_accuracy(cache: FeatureCache, data: PointDataset) -> float:
@@ -347,7 +358,8 @@ def taught_step(
         taught = cmt.loss(image_features=features[batch.index])
         each = {name: torch.tensor(value) for name, value in cmt.losses.items()}
         if cmt.guard is not None:
-            each["guard"] = torch.tensor(cmt.guard.factor(objectives[0].name))
+            # what the held-out shapes say; the length of the schedule acts on FE and CE alone
+            each["guard"] = torch.tensor(cmt.guard.factor("any"))
         return {"loss": task_loss + taught, "task": task_loss, **each}
 
     return step
