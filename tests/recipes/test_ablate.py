@@ -212,6 +212,15 @@ def test_the_studies_of_the_repository_are_sound(name):
         assert (made.data.num_points, made.data.per_class) == (1024, None)
 
 
+@pytest.mark.parametrize("name", ["guard", "weights"])
+def test_the_side_studies_are_sound(name):
+    made = study.read_study(Path(__file__).resolve().parents[2] / f"benchmarks/configs/{name}.yaml")
+    main_study = study.read_study(Path(__file__).resolve().parents[2] / "benchmarks/configs/cpu.yaml")
+    assert made.data == main_study.data and made.views == main_study.views
+    assert made.students == {"pointnet2": main_study.students["pointnet2"]}  # so that they can be compared
+    assert "none" in made.methods and "hard" in made.tests
+
+
 def test_the_paired_interval_against_the_textbook():
     # n = 5, t(0.975, 4) = 2.776; differences 1 … 5: mean 3, sd 1.5811
     mean, half = paired_interval(np.array([1.0, 2, 3, 4, 5]))
