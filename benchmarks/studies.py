@@ -92,6 +92,30 @@ class Kept:
         )
 
 
+def summary(study: Kept) -> str:
+    """One study for the README: for each method, what it adds to every student on the data's own test set."""
+    title, _, text = study.about.strip().partition("\n")
+    plain = [study.row(student, study.baseline, None) for student in study.students]
+    lines = [[study.baseline, ""] + [mean_sd(row.oa["test"]) for row in plain]]
+    for method in study.methods:
+        for teacher in study.taught_by:
+            line = [method, f"{teacher}, {study.teachers[teacher]['last']['test_oa']:.1f}"]
+            for student in study.students:
+                found = [r for r in study.rows(student) if (r.method, r.teacher) == (method, teacher)]
+                line.append(interval_text(found[0].difference.get("test")) if found else "–")
+            if any(piece != "–" for piece in line[2:]):
+                lines.append(line)
+    seeds = [len(row.best) for row in plain]
+    headings = ["method", "teacher, its OA %", *study.students]
+    count = f"{min(seeds)}" if len(set(seeds)) == 1 else f"{min(seeds)} to {max(seeds)}"
+    return (
+        f"{title}. {text.strip()} `pointcmt ablate --config benchmarks/configs/{study.name}.yaml`; "
+        f"{count} seeds. First line: OA in % of the plain student; below: what a method adds to it, in points, paired by "
+        "seed, with the 95 % interval; bold where that excludes zero. All of it: "
+        "[docs/results.md](docs/results.md).\n\n" + markdown(headings, lines).rstrip()
+    )
+
+
 def section(study: Kept) -> str:
     """One study as a part of the page."""
     title, _, text = study.about.strip().partition("\n")

@@ -80,8 +80,12 @@ def section(path: Path) -> str:
 
 
 def results() -> str:
-    """The README's tables: one for each record of runs."""
+    """The README's tables: the study on the CPU where there is one, then each record of runs."""
+    from benchmarks import studies  # it writes its own page with this module's tables
+
     parts = []
+    if (RESULTS / "cpu" / "study.json").exists():
+        parts.append(studies.summary(studies.Kept(RESULTS / "cpu")))
     for path in sorted(RESULTS.glob("runs-*.json")):
         record = json.loads(path.read_text())
         machine = record["machine"]

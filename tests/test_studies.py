@@ -121,6 +121,15 @@ def test_the_page_follows_from_the_records_and_only_from_them(made, tmp_path):
     assert studies.page() != page
 
 
+def test_the_readme_s_summary(made):
+    run, records = made
+    text = studies.summary(studies.Kept(studies.keep(run)))
+    mean, half = paired_interval(gain(records, "dgcnn", "few"))
+    [line] = [line for line in text.splitlines() if line.startswith("| FE+CE | few, 71.0 |")]
+    assert abs(mean) > half and f"**{mean:+.2f} ± {half:.2f}**" in line
+    assert "4 seeds" in text and text.startswith("Mini. A study of nothing.")
+
+
 def test_notes_take_their_figures_from_records(made, tmp_path):
     run, records = made
     studies.keep(run)
