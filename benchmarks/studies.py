@@ -110,8 +110,8 @@ def summary(study: Kept) -> str:
     count = f"{min(seeds)}" if len(set(seeds)) == 1 else f"{min(seeds)} to {max(seeds)}"
     return (
         f"{title}. {text.strip()} `pointcmt ablate --config benchmarks/configs/{study.name}.yaml`; "
-        f"{count} seeds. First line: OA in % of the plain student; below: what a method adds to it, in points, "
-        "paired by seed, with the 95 % interval; bold where that excludes zero. All of it: "
+        f"{count} seeds. First line: OA in % of the plain student; below: what a method adds to it, in "
+        "points, paired by seed, with the 95 % interval; bold where that excludes zero. All of it: "
         "[docs/results.md](docs/results.md).\n\n" + markdown(headings, lines).rstrip()
     )
 
