@@ -53,6 +53,7 @@ def interleave(
     warmup: int = 1,
     device: torch.device | str = "cpu",
     seconds: float | None = None,
+    at_least: int = 3,
 ) -> dict[str, Timing]:
     """Times callables in turns.
 
@@ -61,7 +62,8 @@ def interleave(
         repeats: rounds; each round calls every candidate once.
         warmup: calls of each candidate before the first round.
         device: on CUDA, time is taken between synchronisations.
-        seconds: stop after the round in which this much time has passed (at least three rounds).
+        seconds: stop after the round in which this much time has passed.
+        at_least: rounds that are run however long they take.
 
     Returns:
         name → :class:`Timing`, in seconds.
@@ -87,7 +89,7 @@ def interleave(
                 run()
                 synchronise()
                 times[name].append(time.perf_counter() - begin)
-            if seconds is not None and done >= 3 and time.perf_counter() - started > seconds:
+            if seconds is not None and done >= at_least and time.perf_counter() - started > seconds:
                 break
     finally:
         if collecting:

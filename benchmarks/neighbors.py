@@ -230,17 +230,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--yanx27", metavar="DIR", help="a checkout of yanx27/Pointnet_Pointnet2_pytorch")
     parser.add_argument("--antao97", metavar="DIR", help="a checkout of antao97/dgcnn.pytorch")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--points", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=32, help="of 1024 points; fewer of larger clouds")
+    parser.add_argument("--points", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=60, help="per case, after at least three repeats")
+    parser.add_argument("--seconds", type=float, default=8, help="per case, after at least three repeats")
     parser.add_argument("--out", help="the JSON file; benchmarks/results/neighbors-<device>.json by default")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     peers = Peers(options.yanx27, options.antao97, device)
-    xyz, source = clouds(options.batch, options.points, device)
     rows: list[dict[str, Any]] = []
-    for case in cases(peers, xyz):
+    sources = set()
+    for n in options.points:
+        batch = max(1, min(options.batch, round(options.batch * (1024 / n) ** 2)))
+        xyz, source = clouds(batch, n, device)
+        sources.add(f"{source} of {n} points")
+        rows += compare(cases(peers, xyz), options.repeats, options.seconds, device)
+    show(rows)
+    for name, why in peers.skipped.items():
+        print(f"skipped {name}: {why}")
+    out = options.out or RESULTS / f"neighbors-{device.type}.json"
+    notes = {"clouds": ", ".join(sorted(sources)), "device": str(device)}
+    record(out, QUESTION, rows, skipped=peers.skipped, notes=notes)
+    return 0
+
+
+def compare(
+    measured: list[dict[str, Any]], repeats: int, seconds: float, device: torch.device
+) -> list[dict[str, Any]]:
+    """One row for each case and peer."""
+    rows: list[dict[str, Any]] = []
+    for case in measured:
         ours = case["ours"]
         result = ours()
         agreement = {
@@ -248,9 +267,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, check in case["agree"].items()
             if name in case["others"]
         }
-        timings = interleave(
-            {"ours": ours, **case["others"]}, options.repeats, device=device, seconds=options.seconds
-        )
+        timings = interleave({"ours": ours, **case["others"]}, repeats, device=device, seconds=seconds)
         for name in case["others"]:
             rows.append(
                 {
@@ -263,12 +280,7 @@ def main(argv: list[str] | None = None) -> int:
                     "agreement": agreement.get(name),
                 }
             )
-    show(rows)
-    for name, why in peers.skipped.items():
-        print(f"skipped {name}: {why}")
-    out = options.out or RESULTS / f"neighbors-{device.type}.json"
-    record(out, QUESTION, rows, skipped=peers.skipped, notes={"clouds": source, "device": str(device)})
-    return 0
+    return rows
 
 
 if __name__ == "__main__":

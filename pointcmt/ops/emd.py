@@ -22,7 +22,7 @@ from pointcmt.ops._checks import check_xyz, common_float
 from pointcmt.ops._deferred import can_watch, deferred
 from pointcmt.ops._extension import compiled_ops, use_compiled
 
-DEFAULT_EPS = 0.002
+DEFAULT_EPS = 0.0015
 DEFAULT_MAX_ROUNDS = 10_000
 _NOT_FINITE = (
     "emd: an earlier call on the GPU was given NaN or infinite coordinates in {count} pairs, whose distance "
