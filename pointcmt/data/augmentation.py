@@ -29,18 +29,37 @@ class Augmentation:
         if self.translation < 0:
             raise ValueError(f"translation is {self.translation}; expected 0 or more")
 
+    @classmethod
+    def of(cls, scale: float, shift: float, shuffle: bool = True) -> Augmentation:
+        """With factors between 1/``scale`` and ``scale`` (1: none) and shifts of up to ``shift``."""
+        return cls(None if scale == 1 else (1 / scale, scale), shift, shuffle)
+
     def __call__(self, points: Tensor, generator: torch.Generator | None = None) -> Tensor:
         check_points(points)
-        points = points.clone()
-        if self.scale is not None:
-            low, high = self.scale
-            points = _stretch(points, low + (high - low) * _uniform(points, 3, generator))
-        if self.translation:
-            points[..., :3] += self.translation * (2 * _uniform(points, 3, generator) - 1)
+        points = self.apply(points, *self.draw(points, generator))
         if self.shuffle:
             # sorting uniform numbers draws a permutation for every cloud at once
             order = _uniform(points, points.shape[1], generator).squeeze(1).argsort(1)
             points = points.gather(1, order.unsqueeze(-1).expand_as(points))
+        return points
+
+    def draw(self, points: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Factors [B, 1, 3] and shifts [B, 1, 3] for clouds [B, N, C], on their device."""
+        factors = torch.ones(len(points), 1, 3, dtype=points.dtype, device=points.device)
+        shifts = torch.zeros_like(factors)
+        if self.scale is not None:
+            low, high = self.scale
+            factors = low + (high - low) * _uniform(points, 3, generator)
+        if self.translation:
+            shifts = self.translation * (2 * _uniform(points, 3, generator) - 1)
+        return factors, shifts
+
+    def apply(self, points: Tensor, factors: Tensor, shifts: Tensor) -> Tensor:
+        """New clouds [B, N, C] in their order: stretched by factors and moved by shifts [B, 1, 3]."""
+        points = points.clone()
+        if self.scale is not None:
+            points = _stretch(points, factors)
+        points[..., :3] += shifts
         return points
 
 

@@ -293,12 +293,19 @@ def check_unchanged(path: Path, study: Study) -> None:
     fixed, named = study.fixed(), study.named()
     if path.exists():
         before = read_json(path)
-        # options that came with a newer version of the package were at their defaults then
-        resolved = ("data", "views", "students", "methods")
+        resolved = {
+            "data": DataOptions(),
+            "views": ViewOptions(),
+            "students": StudentOptions(),
+            "methods": MethodOptions(),
+        }
 
         def same(section: str, old: Any, new: Any) -> bool:
             if section in resolved:
-                new = {key: value for key, value in new.items() if key in old}
+                # options that came with a newer version of the package were at their defaults then
+                default = to_json(resolved[section])
+                old = {**{key: default[key] for key in new if key in default}, **old}
+                new = {**{key: old[key] for key in old if key not in new}, **new}
             return old == new
 
         changed = [name for name in fixed if not same(name, before["fixed"].get(name, {}), fixed[name])]
@@ -455,9 +462,22 @@ def prepare(study: Study, name: str, out: Path, machine: MachineOptions) -> str:
             made_now |= not (folder / "generator" / "results.json").exists()
             generator = train_generator(override(made, values.get("generator"), f"{where}.generator"))
         # once and before the cells: several at a time would all build them
-        sets = [training(Train(Path(), data=study.data), study, student).data for student in study.students]
-        for shapes in {repr(shapes): shapes for shapes in sets}.values():
-            cache_features(CacheFeatures(folder / "teacher", data=shapes, machine=machine))
+        plans = [training(Train(Path(), data=study.data), study, student) for student in study.students]
+        counts = sorted({0, *(method.draws for method in study.methods.values() if method.method != "none")})
+        wanted = [
+            CacheFeatures(
+                folder / "teacher",
+                data=plan.data,
+                draws=count,
+                augment_scale=plan.augment_scale,
+                augment_shift=plan.augment_shift,
+                machine=machine,
+            )
+            for plan in plans
+            for count in counts
+        ]
+        for each in {repr(each): each for each in wanted}.values():
+            cache_features(each)
         if made_now:
             record = {
                 "teacher": name,

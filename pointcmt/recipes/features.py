@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from pointcmt.data import FeatureCache, MultiViewImages, PointDataset
+from pointcmt.data import Augmentation, FeatureCache, MultiViewImages, PointDataset
 from pointcmt.recipes.engine import Batches, MachineOptions, make_accelerator
 from pointcmt.recipes.options import DataOptions, Splits, load_teacher, matching_images, views_of_teacher
 from pointcmt.recipes.progress import console, say
@@ -28,6 +31,12 @@ class CacheFeatures:
     data: DataOptions = field(default_factory=DataOptions)
     images: Path | None = None
     """Folder of images, for a teacher that was trained on images."""
+    draws: int = 0
+    """Also of so many augmented copies of each training shape, for train --draws."""
+    augment_scale: float = 1.5
+    """The copies' stretch, as of train."""
+    augment_shift: float = 0.2
+    """The copies' shift, as of train."""
     batch_size: int = 32
     """Shapes at once."""
     machine: MachineOptions = field(default_factory=MachineOptions)
@@ -48,6 +57,12 @@ def cache_features(options: CacheFeatures) -> dict[str, Any]:
         options.batch_size,
         options.machine.workers,
     )
+    if options.draws:
+        change = Augmentation.of(options.augment_scale, options.augment_shift)
+        draws_of(
+            options.draws, change, splits.train, teacher, file, accelerator, options.out,
+            batch_size=options.batch_size,
+        )  # fmt: skip
     return {name: str(path) for name, (path, _) in caches.items()}
 
 
@@ -96,6 +111,85 @@ def features_of(
             )
         result[name] = (path, cache)
     return result
+
+
+@dataclass
+class Draws:
+    """K augmented copies of n training shapes, and what the teacher makes of each."""
+
+    change: Augmentation
+    factors: Tensor
+    """[K, n, 1, 3] stretch of each copy."""
+    shifts: Tensor
+    """[K, n, 1, 3] its shift."""
+    features: Tensor
+    """[K, n, D]"""
+
+    def take(self, points: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """A copy, by chance, of each shape: points [B, N, C], shuffled, and the teacher's feature [B, D].
+
+        Args:
+            points: [B, N, C] the shapes as they are.
+            index: int64 [B] their rows.
+        """
+        copy = torch.randint(len(self.factors), index.shape, device=index.device)
+        points = self.change.apply(points, self.factors[copy, index], self.shifts[copy, index])
+        order = torch.rand(points.shape[:2], device=points.device).argsort(1)
+        return points.gather(1, order.unsqueeze(-1).expand_as(points)), self.features[copy, index]
+
+
+@torch.no_grad()
+def draws_of(
+    count: int,
+    change: Augmentation,
+    part: PointDataset,
+    teacher: ImageTeacher,
+    file: Path,
+    accelerator: Accelerator,
+    folder: Path | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Draws:
+    """``count`` augmented copies of every training shape with the teacher's features of views of each; the
+    features are read from disk, or computed first.
+
+    The copies depend on ``seed``, ``change`` and the shapes alone, so that runs of several seeds share them.
+    """
+    spec = views_of_teacher(file)
+    device = accelerator.device
+    generators = [torch.Generator().manual_seed(1_000_003 * seed + copy) for copy in range(count)]
+    points = torch.from_numpy(part.view_points)
+    drawn = [change.draw(points, generator) for generator in generators]
+    factors, shifts = (torch.stack(side) for side in zip(*drawn, strict=True))
+    described = {**spec.describe(), "copies": count, "change": repr(change), "seed": seed}
+    name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]
+    path = (folder or file.parent / "features") / f"train-{part.fingerprint()[:16]}-draws-{name}.safetensors"
+    n = len(part)
+    if not path.exists():
+        if accelerator.is_main_process:
+            teacher = teacher.to(device).eval()
+            cache = FeatureCache.create(
+                path,
+                teacher_fingerprint=teacher.fingerprint(),
+                data_fingerprint=part.fingerprint(),
+                views=described,
+                n=count * n,
+                feature_dim=teacher.feature_dim,
+                num_classes=teacher.num_classes,
+            )
+            with console.status(f"teacher features of {count} augmented copies of {n} train shapes"):
+                for rows in cache.missing().split(batch_size):
+                    copy, row = rows // n, rows % n
+                    changed = change.apply(points[row], factors[copy, row], shifts[copy, row])
+                    output = teacher(spec.project(changed.to(device)))
+                    cache.write(rows, output.feature, output.logits)
+                cache.finish()
+        accelerator.wait_for_everyone()
+    cache = FeatureCache.open(
+        path, teacher_fingerprint=teacher.fingerprint(), data_fingerprint=part.fingerprint()
+    )
+    features = cache[torch.arange(count * n)].view(count, n, -1)
+    return Draws(change, factors.to(device), shifts.to(device), features.to(device))
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from pointcmt.recipes.engine import (
     predict,
     seed_everything,
 )
-from pointcmt.recipes.features import features_of
+from pointcmt.recipes.features import Draws, draws_of, features_of
 from pointcmt.recipes.metrics import overall_accuracy, scores
 from pointcmt.recipes.options import DataOptions, Splits, load_generator, load_teacher
 from pointcmt.recipes.progress import say, warn
@@ -64,6 +64,10 @@ class MethodOptions:
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Weights of all objectives over their part of the run: constant, or falling to zero."""
 
+    draws: int = 0
+    """Augmented copies of each training shape. With them the teacher sees what the student sees: the student
+    is given one of them, by chance, and taught by the teacher's feature of that very copy. 0: every augmented
+    cloud is taught by the feature of the shape as it is, as in the paper."""
     guard: Literal["auto", "schedule", "heldout", "none"] = "auto"
     """What scales the weights, so that a teacher does no harm. schedule: FE and CE by the square root of
     this run's part of the paper's 300 000 steps. heldout: all by how far the teacher is ahead of the student
@@ -125,6 +129,13 @@ def check(options: Train) -> None:
     if method.fe_weight and options.generator is None:
         raise ValueError(
             "FE needs --generator: the run folder of `pointcmt train-generator`. --fe-weight 0 leaves FE out"
+        )
+    if method.draws < 0:
+        raise ValueError(f"--draws is {method.draws}; expected 0 or more")
+    if method.draws and options.images is not None:
+        raise ValueError(
+            "--draws needs views that are projected from the points, and this teacher has --images, which "
+            "show the shapes as they are: use --draws 0"
         )
     for name in ("fe_until", "ce_until"):
         if not 0 < getattr(method, name) <= 1:
@@ -207,10 +218,7 @@ def train(options: Train) -> dict[str, Any]:
             result |= scores(*predict(classifier(model, adapter), part, accelerator), name)
         return result
 
-    change = Augmentation(
-        None if options.augment_scale == 1 else (1 / options.augment_scale, options.augment_scale),
-        options.augment_shift,
-    )
+    change = Augmentation.of(options.augment_scale, options.augment_shift)
     best, means = splits.best_by()
     task = Task(
         model=student,
@@ -223,8 +231,9 @@ def train(options: Train) -> dict[str, Any]:
         headline=tuple(f"{name}_oa" for name in tests),
     )
 
-    def plain_step(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = adapter.logits(model(adapter.arrange(change(batch.inputs))))
+    def plain_step(model: nn.Module, batch: Batch, points: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        points = change(batch.inputs) if points is None else points
+        logits = adapter.logits(model(adapter.arrange(points)))
         return logits, F.cross_entropy(logits.float(), batch.labels, label_smoothing=options.label_smoothing)
 
     with contextlib.ExitStack() as stack:
@@ -255,7 +264,13 @@ def train(options: Train) -> dict[str, Any]:
                 task.observe = lambda metrics: guard.observe(student_accuracy=metrics["heldout_oa"] / 100)
             trained = [o for o in objectives if any(p.requires_grad for p in o.parameters())]
             task.extras = nn.ModuleList(trained) if trained else None
-            task.step = taught_step(plain_step, cmt, features, objectives, options.method)
+            draws = None
+            if options.method.draws:
+                draws = draws_of(
+                    options.method.draws, change, splits.train, teacher, teacher_file, accelerator,
+                    options.features,
+                )  # fmt: skip
+            task.step = taught_step(plain_step, cmt, features, objectives, options.method, draws)
         else:
 
             def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
@@ -346,6 +361,7 @@ def taught_step(
     features: Tensor,
     objectives: list[Objective],
     method: MethodOptions,
+    draws: Draws | None = None,
 ) -> Any:
     """A training step whose loss has the objectives' in it, their weights following the schedule."""
     until = {"feature_enhancement": method.fe_until, "classifier_enhancement": method.ce_until}
@@ -354,8 +370,12 @@ def taught_step(
     def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
         for objective, weight in zip(objectives, weights, strict=True):
             objective.weight = weight * factor(method.decay, done, until.get(objective.name, 1.0))
-        _, task_loss = plain_step(model, batch)
-        taught = cmt.loss(image_features=features[batch.index])
+        if draws is None:
+            points, image_features = None, features[batch.index]
+        else:
+            points, image_features = draws.take(batch.inputs, batch.index)
+        _, task_loss = plain_step(model, batch, points)
+        taught = cmt.loss(image_features=image_features)
         each = {name: torch.tensor(value) for name, value in cmt.losses.items()}
         if cmt.guard is not None:
             # what the held-out shapes say; the length of the schedule acts on FE and CE alone

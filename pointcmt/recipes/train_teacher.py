@@ -116,11 +116,7 @@ def train_teacher(options: TrainTeacher) -> dict[str, Any]:
         dropout=options.dropout,
         backbone_options=parse_assignments(options.backbone_options, "--backbone-options"),
     )
-    change = Augmentation(
-        scale=None if options.augment_scale == 1 else (1 / options.augment_scale, options.augment_scale),
-        translation=options.augment_shift,
-        shuffle=False,
-    )
+    change = Augmentation.of(options.augment_scale, options.augment_shift, shuffle=False)
 
     def to_views(batch: Batch, training: bool) -> Tensor:
         if options.images is not None:

@@ -18,8 +18,11 @@ from pointcmt.cli import main
 from pointcmt.data import SyntheticShapes
 from pointcmt.recipes import train as stage3
 from pointcmt.recipes.evaluate import load_student
+from pointcmt.recipes.features import Draws
 from pointcmt.recipes.metrics import class_accuracies, overall_accuracy, scores
+from pointcmt.recipes.options import DataOptions, views_of_teacher
 from pointcmt.recipes.run import read_metrics
+from pointcmt.teacher import ImageTeacher
 
 CPU = ["--device", "cpu", "--no-tensorboard", "--no-progress"]
 DATA = ["--per-class", "4", "--test-per-class", "2", "--num-points", "64", "--holdout", "0.25"]
@@ -297,6 +300,49 @@ def test_the_guard_silences_a_teacher_that_knows_no_more(stages, tmp_path, monke
         factors = [record["guard"] for record in read_metrics(folder)]
         assert factors == [1.0, expected, expected]
         assert ("feature_enhancement" in read_metrics(folder)[2]) == bool(expected)
+
+
+def test_with_draws_the_teacher_sees_what_the_student_sees(stages, tmp_path, monkeypatch):
+    """Features of a batch are those of views of its very points; the copies are one for all runs."""
+    seen = []
+    take = Draws.take
+
+    def watched(self, points, index):
+        made = take(self, points, index)
+        seen.append((self, points, index, *made))
+        return made
+
+    monkeypatch.setattr(Draws, "take", watched)
+    command = ["train", *taught(stages), *DATA, *CPU, *SMALL, "--guard", "none", "--draws", 3]
+    run(*command, "--out", tmp_path / "a")
+    first = len(seen)
+    run(*command, "--out", tmp_path / "b", "--seed", 5)
+    teacher = ImageTeacher.load(stages / "teacher/teacher.safetensors").eval()
+    spec = views_of_teacher(stages / "teacher/teacher.safetensors")
+    assert first == len(seen) - first > 0 and torch.equal(seen[0][0].factors, seen[-1][0].factors)
+    assert len({tuple(draws.factors[:, 0].flatten().tolist()) for draws, *_ in seen}) == 1
+    for draws, points, index, changed, feature in seen[:2]:
+        assert not torch.equal(points, changed)
+        for row in range(len(index)):
+            # the copy is the one that carries the points to the changed ones, in any order
+            moved = points[row] * draws.factors[:, index[row]] + draws.shifts[:, index[row]]
+            off = torch.cdist(
+                moved, changed[row].expand_as(moved), compute_mode="donot_use_mm_for_euclid_dist"
+            )
+            [copy] = (off.amin(2).amax(1) < 1e-4).nonzero().flatten().tolist()
+            assert torch.equal(feature[row], draws.features[copy, index[row]])
+    # the data has as many view points as the clouds have, so that the views can be made again
+    draws, points, index, changed, feature = seen[0]
+    whole = (
+        DataOptions(per_class=4, test_per_class=2, num_points=64, holdout=0.25)
+        .load()
+        .train.view_points[index.numpy()]
+    )
+    copies = (draws.features[:, index] == feature).all(-1).float().argmax(0)
+    views = spec.project(torch.from_numpy(whole) * draws.factors[copies, index] + draws.shifts[copies, index])
+    torch.testing.assert_close(teacher.encode(views).detach(), feature, atol=1e-5, rtol=1e-4)
+    assert main([*map(str, command), "--out", str(tmp_path / "c"), "--images", str(tmp_path)]) == 1
+    assert main([*map(str, command[:-1]), "-1", "--out", str(tmp_path / "d")]) == 1
 
 
 def test_weights_over_the_run():
