@@ -135,7 +135,7 @@ std::tuple<at::Tensor, at::Tensor> three_nn(const at::Tensor& unknown, const at:
 constexpr int64_t kDirectDims = 4;  // up to here differences cost no more than a product
 constexpr int64_t kTileVectors = 3;  // 4 queries × 3 vectors of accumulators fill 16 registers
 constexpr int64_t kTileQueries = 4;
-constexpr int64_t kRowBytes = 256 << 10;  // of scores per block of queries: they stay in the L2 cache
+constexpr int64_t kRowBytes = 128 << 10;  // of scores per block of queries: they stay in the L2 cache
 
 // The twin's sum of squared differences: eight interleaved partial sums, then a fixed tree.
 template <typename T>
