@@ -260,7 +260,7 @@ def test_without_a_held_out_part_the_best_epoch_is_called_what_it_is(tmp_path):
 
 
 def test_a_network_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "network_of_ones_own.py").write_text(
         "from torch import nn\n"
         "class Net(nn.Module):\n"
         "    def __init__(self, num_classes, hidden=8):\n"
@@ -277,7 +277,7 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch):
         "--method",
         "none",
         "--student",
-        "mine:Net",
+        "network_of_ones_own:Net",
         "--student-options",
         "hidden=12",
         *CPU,
