@@ -208,6 +208,8 @@ def test_two_processes_under_ddp_and_accelerate(teacher, generator, tmp_path):
     # rounding in another order may give FE's matching, which is good to its tolerance, other pairs
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None
+        if name in ("encoder.2.bias", "head.1.bias"):  # before a normalisation: nothing but rounding
+            continue
         apart = (deep[name] - parameter.grad).abs().max().item()
         assert apart <= 0.02 * parameter.grad.abs().max().item() + 1e-6, (name, apart)
 
