@@ -55,6 +55,23 @@ class PublicStudent:
                 return folder
         return None
 
+    @contextlib.contextmanager
+    def sharing_search(self, module: nn.Module) -> Iterator[None]:
+        """:meth:`share_search` inside, and the module's own search again after."""
+        before = [
+            (functions, name, functions[name])
+            for part in module.modules()
+            if (functions := getattr(type(part).forward, "__globals__", {}))
+            for name in self.search()
+            if name in functions
+        ]
+        self.share_search(module)
+        try:
+            yield
+        finally:
+            for functions, name, function in before:
+                functions[name] = function
+
     def share_search(self, module: nn.Module) -> None:
         """Lets the public module find neighbours with pointcmt's kernels.
 

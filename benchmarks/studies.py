@@ -112,7 +112,8 @@ def summary(study: Kept) -> str:
         f"{title}. {text.strip()} `pointcmt ablate --config benchmarks/configs/{study.name}.yaml`; "
         f"{count} seeds. First line: OA in % of the plain student; below: what a method adds to it, in "
         "points, paired by seed, with the 95 % interval; bold where that excludes zero. All of it: "
-        "[docs/results.md](docs/results.md).\n\n" + markdown(headings, lines).rstrip()
+        "[docs/results.md](docs/results.md).\n\n"
+        + "\n\n".join([markdown(headings, lines).rstrip(), *trained_again(study)])
     )
 
 
@@ -242,7 +243,27 @@ def teacher_table(study: Kept) -> str:
         "best epoch OA %",
         "generator's test EMD",
     ]
-    return markdown(headings, lines).rstrip()
+    return "\n\n".join([markdown(headings, lines).rstrip(), *trained_again(study)])
+
+
+def trained_again(study: Kept) -> list[str]:
+    """A sentence for each teacher that was trained more than once, from the fingerprints in the records."""
+    sentences = []
+    for name in study.taught_by:
+        copies: dict[str, dict[str, None]] = {}  # students by fingerprint, in order
+        scores = {}
+        for student in study.students:
+            for record in study.records:
+                if (record["student"], record["teacher"]) == (student, name):
+                    copy = record["inputs"]["teacher"]
+                    copies.setdefault(copy, {})[student] = None
+                    scores[copy] = record["teacher_oa"]
+        if len(copies) > 1:
+            each = "; ".join(
+                f"{', '.join(who)} by one with {scores[copy]:.1f}" for copy, who in copies.items()
+            )
+            sentences.append(f"`{name}` was trained {len(copies)} times by this recipe: taught were {each}.")
+    return sentences
 
 
 def verdicts(study: Kept, student: str) -> list[str]:

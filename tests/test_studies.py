@@ -28,6 +28,7 @@ def cell(student, method, teacher, seed, oa, hard):
         "tests": {"hard": {"oa": hard, "macc": hard, "shapes": 2468}},
         "shapes": {"train": 720, "heldout": 80, "test": 2468}, "seconds": 90.0, "cpu_seconds": 120.0,
         "parts": 1, "environment": environment(),
+        "inputs": {"teacher": f"{teacher}-{student if teacher == 'few' else ''}"},
     }  # fmt: skip
 
 
@@ -109,6 +110,8 @@ def test_the_page_follows_from_the_records_and_only_from_them(made, tmp_path):
     assert "Cost: 68 core-minutes, of which the teachers and generators 20." in page
     assert "A Processor, 2 cores" in page and "93.4" in page and "not the setting of this study" in page
     assert "| few | 720 | simpleview | 64 | 71.0 | 71.0 | 0.0712 |" in page and "## Mini" in page
+    assert "`few` was trained 2 times by this recipe: taught were pointnet2 by one with 71.0; dgcnn" in page
+    assert "`all` was trained" not in page
     for picture in ("results-mini.png", "robustness-mini.png"):
         assert f"images/{picture}" in page and (tmp_path / "docs/images" / picture).stat().st_size > 5000
     assert "| pointnet2 | FE+CE | 50.0 |" in page

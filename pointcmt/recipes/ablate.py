@@ -34,11 +34,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import errno
 import itertools
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -275,6 +276,37 @@ def ablate(options: Ablate) -> dict[str, Any]:
         study.data.data = options.data
     out = options.out or Path("runs") / options.config.stem
     out.mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if options.table else alone(out):
+        return run_study(options, study, out)
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the folder of a study: two commands at once would train the same cells into the same files.
+
+    Raises:
+        RuntimeError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise RuntimeError(
+                    f"another pointcmt ablate is at work in {out}: wait for it, stop it, or give another "
+                    "--out"
+                ) from None
+            # a file system without locks
+        yield  # the lock goes with the file, however the process ends
+
+
+def run_study(options: Ablate, study: Study, out: Path) -> dict[str, Any]:
+    """:func:`ablate` in a folder that no other command is at work in."""
     check_unchanged(out / "study.json", study)
     cells = [cell for cell in study.cells() if options.only is None or options.only in cell.name]
     todo = [cell for cell in cells if not finished(study, cell, out)]
@@ -301,6 +333,8 @@ def check_unchanged(path: Path, study: Study) -> None:
         }
 
         def same(section: str, old: Any, new: Any) -> bool:
+            if section == "methods" and old["method"] == new["method"] == "none":
+                return True  # the plain student has no use for the other options
             if section in resolved:
                 # options that came with a newer version of the package were at their defaults then
                 default = to_json(resolved[section])

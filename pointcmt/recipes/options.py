@@ -95,10 +95,17 @@ class DataOptions:
         assert test is not None
         if not self.holdout:
             return Splits(self.config("train", self.per_class).build("train"), None, test)
-        # synthetic shapes are made, not drawn: there is no whole to draw from
-        drawn = None if self.named() == "synthetic" else self.per_class
-        whole = self.config("train", self.per_class if drawn is None else None).build("train")
-        kept, held = holdout(whole, self.holdout, self.data_seed)
+        if self.named() == "synthetic":
+            # made one by one, not drawn: the first of a class are the same however many there are
+            drawn = None
+            whole = self.config("train", self.per_class).build("train")
+            each = len(whole) // len(whole.class_names)
+            first = np.arange(len(whole)) % each < min(max(1, round(self.holdout * each)), each - 1)
+            kept, held = subset(whole, ~first), subset(whole, first)
+        else:
+            drawn = self.per_class
+            whole = self.config("train", None).build("train")
+            kept, held = holdout(whole, self.holdout, self.data_seed)
         if drawn is not None:
             if drawn < 2:
                 raise ValueError(

@@ -116,9 +116,35 @@ def test_every_cell_is_run_once_and_compared_in_pairs(tmp_path, capsys, monkeypa
     assert (elsewhere / "table.md").read_text() == (out / "table.md").read_text()
     assert not (elsewhere / "cells").exists() and not (elsewhere / "teachers").exists()
 
+    # options of a newer version are at their defaults in older records; a plain student's do not matter
+    described = json.loads((elsewhere / "study.json").read_text())
+    for method in described["named"]["methods"].values():
+        del method["draws"]
+    described["named"]["methods"]["none"]["guard"] = "none"
+    (elsewhere / "study.json").write_text(json.dumps(described))
+    assert main(words(config, elsewhere, "--debug")) == 0
+    described["named"]["methods"]["FE"]["ce_weight"] = 1.0
+    (elsewhere / "study.json").write_text(json.dumps(described))
+    assert main(words(config, elsewhere)) == 1
+    assert "methods.FE" in capsys.readouterr().err
+
     config.write_text(more.replace("num_points: 64", "num_points: 32"))
     assert main(words(config, out)) == 1
     assert "a configuration with other data" in capsys.readouterr().err
+
+
+def test_two_commands_do_not_share_a_folder(tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    config, out = tmp_path / "study.yaml", tmp_path / "out"
+    config.write_text(ABLATION)
+    out.mkdir()
+    with study.alone(out):
+        assert main(words(config, out)) == 1
+        assert "another pointcmt ablate is at work" in capsys.readouterr().err
+        assert not (out / "cells").exists()
+        assert main(words(config, out, "--table")) == 0  # looks, and trains nothing
+    with study.alone(out):
+        pass
 
 
 @pytest.mark.slow

@@ -286,3 +286,29 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(tmp_path):
         fit(task, loop, MachineOptions(device="cpu", tensorboard=False), accelerator, run)
         weights.append(task.model.linear.weight.detach())
     torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
+
+
+def test_freed_memory_is_kept_for_the_next_step():
+    """Page faults of a loop that allocates and frees 8 MiB, in a process of its own."""
+    code = """
+import resource, sys, torch
+from pointcmt.recipes.engine import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**21)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+plain = faults()
+if not keep_freed_memory():
+    sys.exit(77)
+faults()
+print(plain, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip("the C library has no mallopt")
+    assert done.returncode == 0, done.stderr
+    plain, kept = map(int, done.stdout.split())
+    if plain < 20 * 100:
+        pytest.skip(f"the C library keeps freed memory as it is: {plain} page faults")
+    assert kept < plain / 10

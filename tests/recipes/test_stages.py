@@ -469,3 +469,13 @@ def test_two_processes_train_one_student(stages, tmp_path):
     # one process sees the same shapes in each step: losses differ by batch statistics and dropout only
     one, two = (read_metrics(f)[0]["classifier_enhancement"] for f in (stages / "pointcmt", tmp_path / "r"))
     assert two == pytest.approx(one / 2, rel=0.5)
+
+
+def test_synthetic_shapes_that_are_held_out_are_so_from_more_shapes_too():
+    """A teacher of more shapes of a class has not seen what a student of few is measured on."""
+    few, many = (DataOptions(per_class=count, test_per_class=1, num_points=16).load() for count in (10, 40))
+    assert few.heldout is not None and many.heldout is not None
+    assert set(few.heldout.shape_ids) <= set(many.heldout.shape_ids)
+    assert not set(few.heldout.shape_ids) & set(many.train.shape_ids)
+    assert len(few.heldout) == 16 and len(many.heldout) == 64 and len(few.train) == 144
+    assert set(few.train.labels) == set(few.heldout.labels) == set(range(16))

@@ -95,6 +95,22 @@ def test_eval_outputs_are_equal(pair, double):
 
 
 @pytest.mark.slow
+def test_eval_outputs_are_equal_on_real_clouds(pair, double, modelnet40_root):
+    """With the same neighbours: real clouds have points at exactly the same distance, of which either code
+    takes one."""
+    from pointcmt.data import ModelNet40
+
+    public, theirs, ours = pair
+    shapes = ModelNet40(modelnet40_root, "test", num_points=1024)
+    points = torch.stack([torch.as_tensor(shapes[row][0]) for row in (0, 700, 1400, 2100)])
+    points = points.to(torch.get_default_dtype())
+    with torch.no_grad(), public.sharing_search(theirs):
+        expected = public.run(theirs.eval(), points)
+        got = scores(public, ours.eval()(points))
+    assert (got - expected).abs().max() <= (1e-10 if double else 1e-5)
+
+
+@pytest.mark.slow
 def test_training_step_is_equal(pair, double):
     """Output, gradients and running statistics of one step; in float64, where it is not a matter of luck
     which of two nearly equal neighbours or maxima comes first."""
