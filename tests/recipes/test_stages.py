@@ -372,6 +372,8 @@ def test_the_demo_ends_with_table_and_report(tmp_path, capsys):
         "--seeds",
         1,
         *DATA,
+        "--teacher-per-class",
+        6,
         "--view-points",
         64,
         "--size",
@@ -394,6 +396,8 @@ def test_the_demo_ends_with_table_and_report(tmp_path, capsys):
     assert (tmp_path / "report.html").stat().st_size > 50_000
     for name in ("plain-0", "pointcmt-0"):
         assert read(tmp_path / name)["milliseconds_per_cloud"] > 0
+    assert read(tmp_path / "teacher")["shapes"]["train"] > read(tmp_path / "plain-0")["shapes"]["train"] == 48
+    assert read(tmp_path / "pointcmt-0")["teacher_check"]["heldout"] == 16
 
 
 @pytest.mark.slow
