@@ -2,7 +2,7 @@
 
 glibc gives large blocks back to the system as they are freed; the next step asks for the same again and gets
 them page by page, zeroed. Commands of pointcmt keep them (``keep_freed_memory`` in recipes/engine.py). Each
-network trains in two processes, one with it and one without, which take turns.
+piece of work is done in two processes, one with it and one without, which take turns.
 
     python -m benchmarks.memory
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import resource
+from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,38 +21,67 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks._harness import RESULTS, interleave, record, show
-from pointcmt import students
+from pointcmt import ops, students
 from pointcmt.recipes.engine import keep_freed_memory
 
 QUESTION = "What does it bring on a CPU that freed memory is kept for the next step?"
-# name -> factory of students, its options, points
-NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "PointNet++ SSG": ("pointnet2", {}, 1024),
-    "PointNet++ SSG, a quarter as wide": (
-        "pointnet2",
-        {"width": 0.25, "npoints": (128, 32), "nsamples": (16, 16)},
-        512,
-    ),
-    "DGCNN": ("dgcnn", {}, 1024),
-    "DGCNN, an eighth as wide, k 10": ("dgcnn", {"width": 0.125, "k": 10}, 512),
-    "RS-CNN": ("rscnn", {}, 1024),
-    "PointMLP-Elite": ("pointmlp", {"variant": "elite"}, 1024),
+
+
+def training(factory: str, points: int, **options: Any) -> Callable[[int], Callable[[], object]]:
+    """A training step of one of the students, without the optimiser."""
+
+    def make(batch: int) -> Callable[[], object]:
+        model = getattr(students, factory)(40, **options)
+        clouds, labels = torch.rand(batch, points, 3), torch.arange(batch) % 40
+
+        def step() -> None:
+            model.zero_grad(set_to_none=True)
+            F.cross_entropy(model(clouds), labels).backward()
+
+        return step
+
+    return make
+
+
+def grouping(batch: int) -> Callable[[], object]:
+    """Our kernel on [B, 64, 1024] features and [B, 512, 32] neighbours."""
+    features, neighbours = (
+        torch.rand(batch, 64, 1024),
+        torch.randint(1024, (batch, 512, 32), dtype=torch.int32),
+    )
+    return lambda: ops.group_points(features, neighbours)
+
+
+def indexing(batch: int) -> Callable[[], object]:
+    """The same by torch's indexing, on features [B, 1024, 64], as public code does it."""
+    features, neighbours = torch.rand(batch, 1024, 64), torch.randint(1024, (batch, 512, 32))
+    rows = torch.arange(batch)[:, None, None]
+    return lambda: features[rows, neighbours]
+
+
+WORK: dict[str, Callable[[int], Callable[[], object]]] = {
+    "PointNet++ SSG": training("pointnet2", 1024),
+    "DGCNN": training("dgcnn", 1024),
+    "RS-CNN": training("rscnn", 1024),
+    "PointMLP-Elite": training("pointmlp", 1024, variant="elite"),
+    "small PointNet++": training("pointnet2", 512, width=0.25, npoints=(128, 32), nsamples=(16, 16)),
+    "small RS-CNN": training("rscnn", 512, width=0.25, npoints=(128, 32), nsamples=(16, 16)),
+    "small DGCNN": training("dgcnn", 512, width=0.125, k=10),
+    "group_points": grouping,
+    "torch's indexing": indexing,
 }
 
 
 def serve(pipe: Connection, name: str, batch: int, threads: int, keep: bool) -> None:
-    """A process: one training step for each message; answers with its page faults."""
+    """A process: one step for each message; answers with its page faults."""
     torch.set_num_threads(threads)
     if keep and not keep_freed_memory():
         raise RuntimeError("this C library has no mallopt: there is nothing to compare")
-    factory, options, points = NETWORKS[name]
     torch.manual_seed(0)
-    model = getattr(students, factory)(40, **options)
-    clouds, labels = torch.rand(batch, points, 3), torch.arange(batch) % 40
+    step = WORK[name](batch)
     while pipe.recv():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        model.zero_grad(set_to_none=True)
-        F.cross_entropy(model(clouds), labels).backward()
+        step()
         pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
@@ -86,8 +116,7 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
             process.join(5)
             process.terminate()
     return {
-        "network": name,
-        "points": NETWORKS[name][2],
+        "work": name,
         "given back / kept": times["False"].over(times["True"]),
         "page faults a step, given back": faults[False],
         "page faults a step, kept": faults[True],
@@ -101,11 +130,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=20.0, help="per network, once three rounds are done")
-    parser.add_argument("--only", default="", help="only networks whose name contains this")
+    parser.add_argument("--seconds", type=float, default=20.0, help="per line, once three rounds are done")
+    parser.add_argument("--only", default="", help="only work whose name contains this")
     parser.add_argument("--out", default=RESULTS / "memory-cpu.json")
     options = parser.parse_args(argv)
-    rows = [compare(name, options) for name in NETWORKS if options.only in name]
+    rows = [compare(name, options) for name in WORK if options.only in name]
     record(options.out, QUESTION, rows, notes={"batch": options.batch, "threads": options.threads})
     show(rows)
     return 0

@@ -9,6 +9,7 @@ is the same byte for byte whenever the records are.
 records; a decimal or a per cent in its own words is an error:
 
     {{difference STUDY student=S method=M teacher=T test=X}}    paired difference, with interval
+    {{pooled STUDY method=M teacher=T test=X}}              the same, the mean over all students
     {{oa STUDY student=S method=M teacher=T test=X}}            mean ± standard deviation
     {{teacher STUDY NAME}}                                      the teacher's test accuracy
     {{table STUDY}}                                             the whole table of a study
@@ -96,17 +97,20 @@ def summary(study: Kept) -> str:
     """One study for the README: for each method, what it adds to every student on the data's own test set."""
     title, _, text = study.about.strip().partition("\n")
     plain = [study.row(student, study.baseline, None) for student in study.students]
-    lines = [[study.baseline, ""] + [mean_sd(row.oa["test"]) for row in plain]]
+    several = len(study.students) > 1
+    lines = [[study.baseline, ""] + [mean_sd(row.oa["test"]) for row in plain] + [""] * several]
     for method in study.methods:
         for teacher in study.taught_by:
             line = [method, f"{teacher}, {study.teachers[teacher]['last']['test_oa']:.1f}"]
             for student in study.students:
                 found = [r for r in study.rows(student) if (r.method, r.teacher) == (method, teacher)]
                 line.append(interval_text(found[0].difference.get("test")) if found else "–")
+            if several:
+                line.append(interval_text(paired_interval(pooled(study, method, teacher, "test"))))
             if any(piece != "–" for piece in line[2:]):
                 lines.append(line)
     seeds = [len(row.best) for row in plain]
-    headings = ["method", "teacher, its OA %", *study.students]
+    headings = ["method", "teacher, its OA %", *study.students] + ["mean of these"] * several
     count = f"{min(seeds)}" if len(set(seeds)) == 1 else f"{min(seeds)} to {max(seeds)}"
     return (
         f"{title}. {text.strip()} `pointcmt ablate --config benchmarks/configs/{study.name}.yaml`; "
@@ -384,6 +388,7 @@ def placeholder(text: str) -> str:
     bare = [word for word in rest if "=" not in word]
     kinds: dict[str, Callable[[], str]] = {
         "difference": lambda: interval_text(wanted(name, given).difference.get(given.get("test", "test"))),
+        "pooled": lambda: mean_gain(name, given),
         "oa": lambda: mean_sd(wanted(name, given).oa[given.get("test", "test")]),
         "teacher": lambda: f"{Kept(RESULTS / name).teachers[bare[0]]['last']['test_oa']:.1f}",
         "table": lambda: study_table(Kept(RESULTS / name)),
@@ -400,6 +405,15 @@ def placeholder(text: str) -> str:
 
 def wanted(name: str, given: Mapping[str, str]) -> Row:
     return Kept(RESULTS / name).row(given["student"], given["method"], given.get("teacher"))
+
+
+def mean_gain(name: str, given: Mapping[str, str]) -> str:
+    """The mean difference over all students."""
+    teacher, test = given.get("teacher"), given.get("test", "test")
+    interval = paired_interval(pooled(Kept(RESULTS / name), given["method"], teacher, test))
+    if interval is None:
+        raise ValueError(f"notes.md: {name} has not two seeds of {dict(given)} for every student")
+    return interval_text(interval)
 
 
 def study_table(study: Kept) -> str:

@@ -130,6 +130,8 @@ def test_the_readme_s_summary(made):
     mean, half = paired_interval(gain(records, "dgcnn", "few"))
     [line] = [line for line in text.splitlines() if line.startswith("| FE+CE | few, 71.0 |")]
     assert abs(mean) > half and f"**{mean:+.2f} ± {half:.2f}**" in line
+    both = paired_interval(np.mean([gain(records, student, "few") for student in STUDENTS], axis=0))
+    assert line.endswith(f"**{both[0]:+.2f} ± {both[1]:.2f}** |")
     assert "4 seeds" in text and text.startswith("Mini. A study of nothing.")
 
 
@@ -142,17 +144,21 @@ def test_notes_take_their_figures_from_records(made, tmp_path):
     notes.write_text(
         "With `0.3` it gains {{difference mini student=dgcnn method=FE+CE teacher=all test=test}}, reaching "
         "{{oa mini student=dgcnn method=FE+CE teacher=all}} under {{teacher mini all}}; twelve views give "
-        "{{value views OA views=12}}.\n\n{{rows views}}\n\n{{table mini}}\n"
+        "{{value views OA views=12}}. Over all, {{pooled mini method=FE+CE teacher=few test=hard}}."
+        "\n\n{{rows views}}\n\n{{table mini}}\n"
     )
     page = studies.page()
     mean, half = paired_interval(gain(records, "dgcnn", "all"))
     assert f"it gains **{mean:+.2f} ± {half:.2f}**, reaching" in page
+    both = paired_interval(np.mean([gain(records, student, "few", "hard") for student in STUDENTS], axis=0))
+    assert f"Over all, **{both[0]:+.2f} ± {both[1]:.2f}**." in page
     assert "under 82.0; twelve views give 89." in page and "| 6 | 88.2 |" in page
     for text, words in (
         ("It gains 3.9 points.", "typed by hand"),
         ("It gains 4 % then.", "typed by hand"),
         ("{{sum mini}}", "expected one of difference"),
         ("{{oa mini student=dgcnn method=CE}}", "has no record"),
+        ("{{pooled mini method=CE teacher=all}}", "has not two seeds"),
         ("{{rows nothing}}", "cannot be filled in"),
         ("{{value views OA views=7}}", "0 rows of explore/views.json"),
     ):
