@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> float:
         hits.append(accelerator.gather_for_metrics(hit))
     accuracy = torch.cat(hits).float().mean().item()
     accelerator.print(f"accuracy on the test shapes: {accuracy:.3f}")
+    accelerator.end_training()
     return accuracy
 
 

@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config=(tyro.conf.OmitArgPrefixes,),
         )
         result = function(options)
+        leave_processes()
         return result if isinstance(result, int) else 0
     except SystemExit as stop:  # tyro: 2 for wrong usage, 0 after --help
         return stop.code if isinstance(stop.code, int) else 2
@@ -109,6 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(f"pointcmt {command}: {error}\n(--debug shows where)", file=sys.stderr)
         return 1
+
+
+def leave_processes() -> None:
+    """Close torch.distributed where this is one of several processes: its threads may abort an exit."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -368,6 +368,7 @@ def fit(
             record: dict[str, Any] = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **losses}
             if (epoch + 1) % options.eval_every == 0 or epoch + 1 == options.epochs:
                 shown = average.module if average is not None else model
+                share_buffers(shown, accelerator)
                 metrics = evaluate(task, shown, accelerator)
                 if task.observe is not None:
                     task.observe(metrics)
@@ -421,6 +422,17 @@ def fit(
         "steps": steps,
         "seconds": round(spent, 1),
     }
+
+
+def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Give every process the first one's buffers, which are those that are saved.
+
+    Each updates BatchNorm's running statistics by its own part of the last batch, and DistributedDataParallel
+    makes them equal again only before the next step.
+    """
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def _one_epoch(
