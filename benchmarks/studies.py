@@ -353,8 +353,10 @@ def robustness_text(study: Kept) -> str:
     for run in content["runs"]:
         key = (run["student"], run["method"], run["teacher"])
         counted[key] = counted.get(key, 0) + 1
+    least, most = min(counted.values()), max(counted.values())
+    seeds = f"{most}" if least == most else f"{least} to {most}"
     return (
-        f"{shapes} test shapes, {min(counted.values())} to {max(counted.values())} seeds of each; "
+        f"{shapes} test shapes, {seeds} seeds of each; "
         f"corruptions drawn by seed {content['settings']['seed']}, the same for all. `pointcmt robustness` "
         "with the folder of the study. OA in % at the hardest level of each corruption:\n\n"
         + markdown(headings, lines)
