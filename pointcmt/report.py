@@ -415,13 +415,13 @@ def save_robustness(
             if row == len(students) - 1:
                 axes.set_xlabel(AXES.get(kind, kind), fontsize=8, color=MUTED)
         grid[row, 0].set_ylabel(f"{student}\nOA (%)", fontsize=8.5, color=INK)
-    shown = {}  # by label, of all students: not each has every method
+    shown: dict[str, Any] = {}  # by label, of all students: not each has every method
     for axes in grid.flat:
         shown |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    labels = list(shown)
+    handles, labels = list(shown.values()), list(shown)
     figure.legend(
-        list(shown.values()), labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False,
-        fontsize=8.5, labelcolor=INK,
+        handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False, fontsize=8.5,
+        labelcolor=INK,
     )  # fmt: skip
     return save_figure(figure, path)
 
