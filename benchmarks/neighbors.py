@@ -179,6 +179,37 @@ def cases(peers: Peers, xyz: Tensor) -> list[dict[str, Any]]:
         {"twin": near, "pointnet2_ops": near, "yanx27": turned},
     )
 
+    # a ball query with grouping: coordinates relative to their centre, then the features
+    others = {}
+    joined = torch.cat([slope[:, :3], slope], 1)
+    if yanx27 is not None:
+        joined_rows = joined.permute(0, 2, 3, 1).contiguous()
+
+        def group_yanx27(f: Tensor) -> Tensor:  # the lines of its sample_and_group behind the sampling
+            at = yanx27.query_ball_point(radius, samples, xyz, centres)
+            relative = yanx27.index_points(xyz, at) - centres[:, :, None]
+            return torch.cat([relative, yanx27.index_points(f, at)], -1)
+
+        others["yanx27"] = both(group_yanx27, rows, joined_rows)
+    if pointnet2 is not None:
+        theirs = pointnet2.QueryAndGroup(radius, samples)
+        others["pointnet2_ops"] = both(lambda f: theirs(xyz, centres, f), features, joined)
+
+    def in_passes(f: Tensor) -> Tensor:
+        at = ops.ball_query(radius, samples, xyz, centres)
+        planes = xyz.transpose(1, 2).contiguous()
+        relative = ops.group_points(planes, at) - centres.transpose(1, 2)[..., None]
+        return torch.cat([relative, ops.group_points(f, at)], 1)
+
+    others["ours in passes"] = both(in_passes, features, joined)
+    add(
+        "query_and_group with gradient",
+        f"{batch}x64x{n}->{m}x{samples}, r={radius}",
+        both(lambda f: ops.query_and_group(radius, samples, xyz, centres, f), features, joined),
+        others,
+        {"ours in passes": near, "pointnet2_ops": near, "yanx27": turned},
+    )
+
     # the whole of a set abstraction's front: sample, query, group
     if yanx27 is not None:
         add(
@@ -219,10 +250,8 @@ def cases(peers: Peers, xyz: Tensor) -> list[dict[str, Any]]:
 def sample_and_group(npoint: int, radius: float, nsample: int, xyz: Tensor, features: Tensor) -> Tensor:
     """Ours for yanx27's ``sample_and_group``: relative coordinates and features, [B, 3 + C, M, S]."""
     planes = xyz.transpose(1, 2).contiguous()
-    centres = ops.gather_points(planes, ops.furthest_point_sample(xyz, npoint))
-    idx = ops.ball_query(radius, nsample, xyz, centres.transpose(1, 2))
-    relative = ops.group_points(planes, idx) - centres[..., None]
-    return torch.cat([relative, ops.group_points(features, idx)], 1)
+    centres = ops.gather_points(planes, ops.furthest_point_sample(xyz, npoint)).transpose(1, 2)
+    return ops.query_and_group(radius, nsample, xyz, centres, features)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,9 +4,11 @@
 
 DIR holds checkouts of the public repositories, in folders of any name; a repository that is not there is
 skipped by name. Both sides do the same work in the same run, in turns: forward, cross-entropy, backward on
-the same batch of real or random clouds, with the same weights. Beside the ratio stand the largest
-difference of their logits in eval mode, each with its own search for neighbours and with the same
-neighbours, and both parameter counts.
+the same batch of real or random clouds, with the same weights. On a CPU each pair is timed twice: as any
+process starts, where the C library gives a step's memory back and faults it in again, and with that memory
+kept, as commands of pointcmt keep it (see benchmarks/memory.py). Beside the ratios stand the part of our
+step that its matrix products alone would take, the largest difference of the logits in eval mode, each with
+its own search for neighbours and with the same neighbours, and both parameter counts.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._harness import RESULTS, interleave, record, show
 from benchmarks._public_students import PUBLIC_STUDENTS, PublicStudent
+from pointcmt.recipes.engine import keep_freed_memory
 
 QUESTION = "How fast do the reference students train, next to the public code of the same networks?"
 CLASSES = 40
@@ -49,17 +54,32 @@ def step(run: Callable[[Tensor], Tensor], module: nn.Module, points: Tensor, lab
     F.cross_entropy(run(points), labels).backward()
 
 
-def compare(
-    public: PublicStudent, checkout: Path, points: Tensor, repeats: int, seconds: float
-) -> dict[str, Any]:
-    """One line of the table."""
+def matrix_rate(device: torch.device) -> float:
+    """Floating-point operations a second that a large matrix product of float32 reaches, the best of some."""
+    size = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=device)
+    times = interleave({"product": lambda: a @ b}, 9, warmup=2, device=device)
+    return 2 * size**3 / times["product"].low
+
+
+def operations(run: Callable[[Tensor, Tensor], None], points: Tensor, labels: Tensor, few: int = 4) -> float:
+    """Floating-point operations of a step's matrix products and convolutions, counted on a few clouds."""
+    with FlopCounterMode(display=False) as counter:
+        run(points[:few], labels[:few])
+    return counter.get_total_flops() * len(points) / few
+
+
+def models(public: PublicStudent, checkout: Path, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Theirs and ours, with the same weights."""
     torch.manual_seed(0)
-    device = points.device
     theirs = public.build(checkout, CLASSES).to(device)
     ours = public.ours(CLASSES).to(device)
     ours.load_state_dict(theirs.state_dict())
-    labels = torch.arange(len(points), device=device) % CLASSES
+    return theirs, ours
 
+
+def agreement(public: PublicStudent, theirs: nn.Module, ours: nn.Module, points: Tensor) -> dict[str, Any]:
+    """How far the logits are apart in eval mode, and the parameters of both."""
     # float64: rounding picks no other neighbours. Of two at exactly the same distance, which real clouds have
     # now and then at the last place of k, either code takes one, so once more with the same neighbours.
     torch.set_default_dtype(torch.float64)
@@ -72,17 +92,28 @@ def compare(
         own = (public.run(plain, some) - got).abs().max().item()
         with public.sharing_search(plain):
             shared = (public.run(plain, some) - got).abs().max().item()
-        del plain, quick
     torch.set_default_dtype(torch.float32)
+    return {
+        "max difference, float64, own search": own,
+        "same neighbours": shared,
+        "parameters public": sum(p.numel() for p in theirs.parameters()),
+        "parameters ours": sum(p.numel() for p in ours.parameters()),
+    }
 
+
+def compare(
+    public: PublicStudent, theirs: nn.Module, ours: nn.Module, points: Tensor, repeats: int, seconds: float
+) -> dict[str, Any]:
+    """The times of a training step, and what its matrix products alone would take of ours."""
+    device = points.device
+    labels = torch.arange(len(points), device=device) % CLASSES
     theirs.train()
     ours.train()
     candidates = {
         "public": lambda p, y: step(lambda p: public.run(theirs, p), theirs, p, y),
         "ours": lambda p, y: step(ours, ours, p, y),
     }
-    for run in candidates.values():  # a few clouds warm up as well: a whole batch may take minutes
-        run(points[:4], labels[:4])
+    count = {name: operations(run, points, labels) for name, run in candidates.items()}  # warms up as well
     times = interleave(
         {name: functools.partial(run, points, labels) for name, run in candidates.items()},
         repeats,
@@ -91,17 +122,14 @@ def compare(
         seconds=seconds,
         at_least=2,
     )
+    for model in (theirs, ours):
+        model.zero_grad(set_to_none=True)
     return {
-        "student": public.name,
-        "repository": public.repository,
         "ratio": times["public"].over(times["ours"]),
         "public": times["public"],
         "ours": times["ours"],
-        "max difference, float64, own search": own,
-        "same neighbours": shared,
-        "parameters public": sum(p.numel() for p in theirs.parameters()),
-        "parameters ours": sum(p.numel() for p in ours.parameters()),
-        "replaced in public": public.replaced,
+        "matrix products, part of ours": count["ours"] / matrix_rate(device) / times["ours"].median,
+        "their operations, times ours": count["public"] / count["ours"],
     }
 
 
@@ -113,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--points", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=45.0, help="per student, once two rounds are done")
+    parser.add_argument("--seconds", type=float, default=30.0, help="per line, once two rounds are done")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", help="the JSON file; benchmarks/results/students-<device>.json by default")
     options = parser.parse_args(argv)
@@ -123,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no such student: {', '.join(sorted(unknown))}; choose of {', '.join(_names())}")
     points, source = clouds(options.batch, options.points, options.modelnet40)
     points = points.to(options.device)
-    rows: list[dict[str, Any]] = []
+    found: list[tuple[PublicStudent, Path]] = []
     skipped: dict[str, str] = {}
     for public in PUBLIC_STUDENTS:
         if options.students and public.name not in options.students:
@@ -132,7 +160,31 @@ def main(argv: list[str] | None = None) -> int:
         if checkout is None:
             skipped[public.name] = f"no checkout of {public.repository} (--repos DIR)"
             continue
-        rows.append(compare(public, checkout, points, options.repeats, options.seconds))
+        found.append((public, checkout))
+    agreements: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
+    memories = ("given back", "kept") if points.device.type == "cpu" else ("",)
+    for memory in memories:
+        if memory == "kept" and not keep_freed_memory():
+            continue  # no C library that gives memory back
+        for public, checkout in found:
+            theirs, ours = models(public, checkout, points.device)
+            if public.name not in agreements:
+                agreements[public.name] = agreement(public, theirs, ours, points)
+            times = compare(public, theirs, ours, points, options.repeats, options.seconds)
+            rows.append(
+                {
+                    "student": public.name,
+                    "repository": public.repository,
+                    "freed memory": memory,
+                    **times,
+                    **agreements[public.name],
+                    "replaced in public": public.replaced,
+                }
+            )
+            print(f"{public.name}, freed memory {memory}: {times['ratio']:.2f} times as fast", flush=True)
+            del theirs, ours
+            gc.collect()
     record(
         options.out or RESULTS / f"students-{points.device.type}.json",
         QUESTION,

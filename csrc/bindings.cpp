@@ -1,7 +1,9 @@
-// Every operator's schema stands here; each <family>_cpu.cpp and <family>_cuda.cu registers its
-// kernels against them with TORCH_LIBRARY_IMPL. Fake kernels and autograd are in pointcmt/ops/.
+// The Python module, and the library that every operator belongs to: <family>_cpu.cpp and
+// <family>_cuda.cu register their kernels against the schemas with TORCH_LIBRARY_IMPL.
 #include <Python.h>
 #include <torch/library.h>
+
+#include "schemas.h"
 
 // An empty module: importing pointcmt._C loads this library, and with it the registrations below.
 PyMODINIT_FUNC PyInit__C(void) {
@@ -9,38 +11,4 @@ PyMODINIT_FUNC PyInit__C(void) {
   return PyModule_Create(&module);
 }
 
-TORCH_LIBRARY(pointcmt, m) {
-  // emd
-  m.def(
-      "emd(Tensor x, Tensor y, float eps, int max_rounds, Tensor? initial=None) -> "
-      "(Tensor distance, Tensor assignment, Tensor statistics)");
-  // sampling
-  m.def("furthest_point_sample(Tensor xyz, SymInt npoint) -> Tensor");
-  // neighbors
-  m.def("ball_query(float radius, SymInt nsample, Tensor xyz, Tensor new_xyz) -> Tensor");
-  m.def("knn(Tensor queries, Tensor points, SymInt k) -> (Tensor, Tensor)");
-  m.def("three_nn(Tensor unknown, Tensor known) -> (Tensor, Tensor)");
-  // grouping
-  m.def("gather_points(Tensor features, Tensor idx) -> Tensor");
-  m.def("gather_points_backward(Tensor grad, Tensor idx, SymInt n) -> Tensor");
-  m.def("group_points(Tensor features, Tensor idx) -> Tensor");
-  m.def("group_points_backward(Tensor grad, Tensor idx, SymInt n) -> Tensor");
-  m.def("three_interpolate(Tensor features, Tensor idx, Tensor weight) -> Tensor");
-  m.def("three_interpolate_backward(Tensor grad, Tensor idx, Tensor weight, SymInt m) -> Tensor");
-  m.def("three_interpolate_weight_backward(Tensor grad, Tensor features, Tensor idx) -> Tensor");
-  // edges
-  m.def(
-      "norm_act(Tensor x, Tensor? centres, Tensor? idx, Tensor weight, Tensor bias, Tensor? running_mean, "
-      "Tensor? running_var, float eps, float slope) -> (Tensor out, Tensor mean, Tensor var)");
-  m.def(
-      "norm_act_backward(Tensor grad, Tensor x, Tensor? centres, Tensor? idx, Tensor weight, Tensor bias, "
-      "Tensor mean, Tensor var, float eps, float slope, bool training) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "norm_act_max(Tensor x, Tensor? centres, Tensor? idx, Tensor weight, Tensor bias, Tensor? running_mean, "
-      "Tensor? running_var, float eps, float slope) -> "
-      "(Tensor out, Tensor chosen, Tensor which, Tensor total, Tensor mean, Tensor var)");
-  m.def(
-      "norm_act_max_backward(Tensor grad, Tensor x, Tensor? centres, Tensor? idx, Tensor weight, Tensor bias, "
-      "Tensor chosen, Tensor which, Tensor total, Tensor mean, Tensor var, float eps, float slope, "
-      "bool training) -> (Tensor, Tensor, Tensor, Tensor)");
-}
+TORCH_LIBRARY(pointcmt, m) { pointcmt::define_schemas(m); }

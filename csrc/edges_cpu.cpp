@@ -25,19 +25,6 @@ using namespace simd;
 
 constexpr int64_t kBlocks = 64;  // of partial sums: fixed, so that results do not depend on the threads
 
-// The rows of one call: groups of `samples` rows with `channels` numbers each.
-template <typename T>
-struct Rows {
-  const T* x;
-  const T* centres = nullptr;    // null: dense, row r of x is row r
-  const int32_t* idx = nullptr;  // else row r is x[idx[r]] of its cloud plus its group's centre
-  int64_t groups, samples, channels;
-  int64_t n = 0, groups_per_cloud = 1;
-
-  int64_t count() const { return groups * samples; }
-  const T* cloud(int64_t group) const { return x + group / groups_per_cloud * n * channels; }
-};
-
 // Calls f(group, first channel, row) with row(s) → the NV vectors of sample s of the group.
 template <typename T, bool GATHERED, int NV>
 struct Reader {
@@ -392,53 +379,9 @@ void gathered_select_backward(const Rows<T>& rows, const T* slopes, const int32_
 
 // ------------------------------------------------------------------------------------ the operators
 
-struct Inputs {
-  at::Tensor x, centres, idx;
-  std::vector<int64_t> groups;  // the shape before S and C
-
-  Inputs(const char* op, const at::Tensor& x_, const OptionalTensor& centres_, const OptionalTensor& idx_,
-         const at::Tensor& weight, const at::Tensor& bias, bool grouped) {
-    check_edges(op, x_, centres_, idx_, weight, bias);
-    TORCH_CHECK_VALUE(x_.size(-1) % 8 == 0, op, ": the number of channels must be a multiple of 8, got ", x_.size(-1));
-    x = x_.contiguous();
-    if (idx_) {
-      centres = centres_->contiguous();
-      const at::Tensor wide = idx_->contiguous();
-      const bool inside = wide.numel() == 0 || (wide.min().item<int64_t>() >= 0 && wide.max().item<int64_t>() < x.size(1));
-      TORCH_CHECK_INDEX(inside, op, ": an index is out of range for ", x.size(1), " points");
-      idx = wide.to(at::kInt);
-      groups = {idx.size(0), idx.size(1)};
-    } else {
-      TORCH_CHECK_VALUE(!grouped || x.dim() >= 3, op, ": x must be [..., S, C], got ", x.sizes());
-      groups = x.sizes().slice(0, x.dim() - (grouped ? 2 : 1)).vec();
-    }
-    TORCH_CHECK_VALUE(x.numel() > 0 && (!idx_ || idx.numel() > 0), op, ": there must be at least one row");
-  }
-
-  template <typename T>
-  Rows<T> rows(bool grouped) const {
-    const int64_t channels = x.size(-1);
-    Rows<T> out{x.const_data_ptr<T>()};
-    out.channels = channels;
-    if (idx.defined()) {
-      out.centres = centres.const_data_ptr<T>();
-      out.idx = idx.const_data_ptr<int32_t>();
-      out.n = x.size(1), out.groups_per_cloud = idx.size(1);
-      out.groups = idx.size(0) * idx.size(1), out.samples = idx.size(2);
-    } else {
-      out.samples = grouped ? x.size(-2) : 1;
-      out.groups = x.numel() / channels / out.samples;
-    }
-    return out;
-  }
-
-  std::vector<int64_t> shape(bool rows_too) const {
-    std::vector<int64_t> out = groups;
-    if (rows_too && idx.defined()) out.push_back(idx.size(2));
-    out.push_back(x.size(-1));
-    return out;
-  }
-};
+void check_vectors(const char* op, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.size(-1) % 8 == 0, op, ": the number of channels must be a multiple of 8, got ", x.size(-1));
+}
 
 // y · scale + shift is the normalisation, from statistics [C].
 std::tuple<at::Tensor, at::Tensor> affine(const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean,
@@ -459,6 +402,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_act(const at::Tensor& x, con
                                                         const at::Tensor& bias, const OptionalTensor& running_mean,
                                                         const OptionalTensor& running_var, double eps, double slope) {
   const Inputs in("norm_act", x, centres, idx, weight, bias, false);
+  check_vectors("norm_act", x);
   at::Tensor out = at::empty(in.shape(true), x.options());
   at::Tensor mean = running_mean ? running_mean->clone() : at::empty({x.size(-1)}, x.options());
   at::Tensor var = running_var ? running_var->clone() : at::empty({x.size(-1)}, x.options());
@@ -477,6 +421,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_backward(
     const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean, const at::Tensor& var, double eps,
     double slope, bool training) {
   const Inputs in("norm_act_backward", x, centres, idx, weight, bias, false);
+  check_vectors("norm_act_backward", x);
   const at::Tensor slopes = grad.contiguous();
   TORCH_CHECK_VALUE(slopes.sizes() == in.shape(true), "norm_act_backward: grad does not fit, got ", grad.sizes());
   at::Tensor grad_x = at::empty(in.x.sizes(), x.options()), grad_centres = at::empty({0}, x.options());
@@ -512,6 +457,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
     double slope) {
   const Inputs in("norm_act_max", x, centres, idx, weight, bias, true);
+  check_vectors("norm_act_max", x);
   const bool training = !running_mean;
   at::Tensor chosen = at::empty(in.shape(false), x.options());
   at::Tensor which = at::empty(in.shape(false), x.options().dtype(at::kInt));
@@ -534,6 +480,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max_backward
     const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& chosen, const at::Tensor& which,
     const at::Tensor& total, const at::Tensor& mean, const at::Tensor& var, double eps, double slope, bool training) {
   const Inputs in("norm_act_max_backward", x, centres, idx, weight, bias, true);
+  check_vectors("norm_act_max_backward", x);
   TORCH_CHECK_VALUE(grad.sizes() == in.shape(false) && chosen.sizes() == grad.sizes() && which.sizes() == grad.sizes() &&
                         which.scalar_type() == at::kInt && which.is_contiguous() &&
                         (!training || !in.idx.defined() || (total.sizes() == grad.sizes() && total.is_contiguous())),

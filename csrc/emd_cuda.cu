@@ -1,12 +1,9 @@
 // EMD on CUDA: one launch for a batch, one thread block per pair; see emd_kernel.cuh.
 #include "emd.h"
+#include "cuda.cuh"
 #include "emd_kernel.cuh"
 
-#include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
@@ -29,7 +26,7 @@ __global__ void __launch_bounds__(1024)
     emd_kernel(const scalar_t* x, const scalar_t* y, const int64_t* initial, scalar_t* distance,
                int64_t* assignment, int64_t* statistics, char* workspace, size_t stride, int n, float eps,
                int64_t max_rounds) {
-  extern __shared__ __align__(16) char shared[];
+  POINTCMT_DYNAMIC_SHARED(shared);
   __shared__ device::Scratch scratch;
   const size_t pair = blockIdx.x;
   char* own = workspace + pair * stride;
@@ -51,21 +48,16 @@ __global__ void __launch_bounds__(1024)
 }
 
 template <typename scalar_t, Place place>
-void launch(const at::Tensor& x, const at::Tensor& y, const int64_t* initial, at::Tensor& distance,
-            at::Tensor& assignment, at::Tensor& statistics, size_t shared, size_t stride, double eps,
-            int64_t max_rounds) {
+void run(const at::Tensor& x, const at::Tensor& y, const int64_t* initial, at::Tensor& distance,
+         at::Tensor& assignment, at::Tensor& statistics, size_t shared, size_t stride, double eps, int64_t max_rounds) {
   const int clouds = int(x.size(0)), n = int(x.size(1));
   at::Tensor workspace = at::empty({int64_t(stride) * clouds}, x.options().dtype(at::kByte));
-  auto kernel = emd_kernel<scalar_t, place>;
-  C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
   int threads = 64;  // a power of two, which narrow rounds rely on
   while (threads < 1024 && threads < n) threads *= 2;
-  kernel<<<clouds, threads, shared, at::cuda::getCurrentCUDAStream()>>>(
-      x.const_data_ptr<scalar_t>(), y.const_data_ptr<scalar_t>(), initial,
-      distance.mutable_data_ptr<scalar_t>(), assignment.mutable_data_ptr<int64_t>(),
-      statistics.mutable_data_ptr<int64_t>(), reinterpret_cast<char*>(workspace.mutable_data_ptr()), stride, n,
-      float(eps), max_rounds);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(emd_kernel<scalar_t, place>, clouds, threads, shared, x.const_data_ptr<scalar_t>(),
+         y.const_data_ptr<scalar_t>(), initial, distance.mutable_data_ptr<scalar_t>(),
+         assignment.mutable_data_ptr<int64_t>(), statistics.mutable_data_ptr<int64_t>(),
+         reinterpret_cast<char*>(workspace.mutable_data_ptr()), stride, n, float(eps), max_rounds);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> emd_cuda(const at::Tensor& x, const at::Tensor& y, double eps,
@@ -87,29 +79,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> emd_cuda(const at::Tensor& x, con
   const size_t objects = n * kObjectBytes, others = (n * kOtherBytes + 15) / 16 * 16;
   const size_t most = at::cuda::getCurrentDeviceProperties()->sharedMemPerBlockOptin -
                       sizeof(device::Scratch) - 64;  // 64: alignment of the fixed part
-  const auto run = [&](auto zero) {
+  const auto run_as = [&](auto zero) {
     using scalar_t = decltype(zero);
     if (objects + others <= most) {
-      launch<scalar_t, Place::kShared>(xs, ys, first, distance, assignment, statistics, objects + others, 0,
-                                       eps, max_rounds);
+      run<scalar_t, Place::kShared>(xs, ys, first, distance, assignment, statistics, objects + others, 0, eps,
+                                    max_rounds);
     } else if (objects <= most) {
-      launch<scalar_t, Place::kObjects>(xs, ys, first, distance, assignment, statistics, objects, others, eps,
-                                        max_rounds);
+      run<scalar_t, Place::kObjects>(xs, ys, first, distance, assignment, statistics, objects, others, eps,
+                                     max_rounds);
     } else {
-      launch<scalar_t, Place::kWorkspace>(xs, ys, first, distance, assignment, statistics, 0,
-                                          objects + others, eps, max_rounds);
+      run<scalar_t, Place::kWorkspace>(xs, ys, first, distance, assignment, statistics, 0, objects + others, eps,
+                                       max_rounds);
     }
   };
   if (x.scalar_type() == at::kDouble) {
-    run(double{});
+    run_as(double{});
   } else {
-    run(float{});
+    run_as(float{});
   }
   return {distance, assignment, statistics};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pointcmt, CUDA, m) { m.impl("emd", &emd_cuda); }
+POINTCMT_CUDA_LIBRARY(m) { m.impl("emd", &emd_cuda); }
 
 }  // namespace pointcmt::emd

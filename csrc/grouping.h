@@ -3,7 +3,11 @@
 
 #include <ATen/ATen.h>
 
+#include <optional>
+
 namespace pointcmt {
+
+using OptionalTensor = std::optional<at::Tensor>;
 
 inline void check_index(const char* op, const at::Tensor& values, const at::Tensor& idx, int64_t rank) {
   TORCH_CHECK_VALUE(values.is_floating_point(), op, ": a floating-point tensor was expected, got ",
@@ -29,6 +33,28 @@ inline void check_gather_backward(const char* op, const at::Tensor& grad, const 
   TORCH_CHECK_VALUE(grad.sizes().slice(2) == idx.sizes().slice(1), op, ": grad ", grad.sizes(),
                     " does not fit idx ", idx.sizes());
   TORCH_CHECK_VALUE(n >= 0 && n < (int64_t{1} << 31), op, ": n is out of range: ", n);
+}
+
+inline void check_group_relative(const at::Tensor& xyz, const at::Tensor& new_xyz, const at::Tensor& idx,
+                                 const OptionalTensor& features) {
+  const char* op = "group_relative";
+  check_index(op, xyz, idx, 3);
+  TORCH_CHECK_VALUE(xyz.dim() == 3 && xyz.size(2) == 3 && new_xyz.dim() == 3 && new_xyz.size(2) == 3 &&
+                        new_xyz.size(0) == xyz.size(0) && new_xyz.size(1) == idx.size(1) &&
+                        new_xyz.scalar_type() == xyz.scalar_type() && new_xyz.device() == xyz.device(),
+                    op, ": xyz [B, N, 3], new_xyz [B, M, 3] and idx [B, M, S] were expected, got ", xyz.sizes(), ", ",
+                    new_xyz.sizes(), " and ", idx.sizes());
+  TORCH_CHECK_VALUE(xyz.size(1) < (int64_t{1} << 31), op, ": too many points");
+  if (!features) return;
+  check_gather(op, *features, idx, 3);
+  TORCH_CHECK_VALUE(features->size(2) == xyz.size(1) && features->scalar_type() == xyz.scalar_type(), op,
+                    ": features [B, C, N] of xyz's dtype were expected, got ", features->scalar_type(), " ",
+                    features->sizes());
+}
+
+inline void check_group_relative_backward(const at::Tensor& grad, const at::Tensor& idx, int64_t n) {
+  check_gather_backward("group_relative_backward", grad, idx, n, 3);
+  TORCH_CHECK_VALUE(grad.size(1) >= 3, "group_relative_backward: grad must be [B, 3 + C, M, S], got ", grad.sizes());
 }
 
 // The dtype that sums are taken in: float32 for half precision.

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -91,33 +92,35 @@ void scatter_rows(const T* in, const int32_t* at, int64_t count, int64_t n, int6
     for (int64_t e = 0; e < edges; ++e) sum[c * n + at[e]] += in[c * edges + e];
 }
 
+// To the channels of out [B, C', edges…] from `first` on.
 template <typename T>
-void gather_all(const at::Tensor& values, const at::Tensor& index, int64_t edges, at::Tensor& out) {
-  const int64_t batch = values.size(0), channels = values.size(1), n = values.size(2);
+void gather_all(const at::Tensor& values, const at::Tensor& index, int64_t edges, at::Tensor& out, int64_t first = 0) {
+  const int64_t batch = values.size(0), channels = values.size(1), n = values.size(2), wide = out.size(1);
   const T* in = values.const_data_ptr<T>();
   const int32_t* at = index.const_data_ptr<int32_t>();
   T* target = out.mutable_data_ptr<T>();
   for_channels(batch, channels, edges, [&](int64_t b, int64_t c, int64_t count) {
-    const int64_t row = b * channels + c;
-    gather_rows(in + row * n, at + b * edges, count, n, edges, target + row * edges);
+    gather_rows(in + (b * channels + c) * n, at + b * edges, count, n, edges, target + (b * wide + first + c) * edges);
   });
 }
 
+// From the channels of slopes [B, C', edges…] from `first` on, as many as out has.
 template <typename T>
-void scatter_all(const at::Tensor& slopes, const at::Tensor& index, int64_t edges, at::Tensor& out) {
+void scatter_all(const at::Tensor& slopes, const at::Tensor& index, int64_t edges, at::Tensor& out, int64_t first = 0) {
   using S = at::opmath_type<T>;
-  const int64_t batch = out.size(0), channels = out.size(1), n = out.size(2);
+  const int64_t batch = out.size(0), channels = out.size(1), n = out.size(2), wide = slopes.size(1);
   const T* in = slopes.const_data_ptr<T>();
   const int32_t* at = index.const_data_ptr<int32_t>();
   T* target = out.mutable_data_ptr<T>();
   for_channels(batch, channels, edges, [&](int64_t b, int64_t c, int64_t count) {
+    const T* from = in + (b * wide + first + c) * edges;
     const int64_t row = b * channels + c;
     if constexpr (std::is_same_v<S, T>) {
       std::fill_n(target + row * n, count * n, T(0));
-      scatter_rows(in + row * edges, at + b * edges, count, n, edges, target + row * n);
+      scatter_rows(from, at + b * edges, count, n, edges, target + row * n);
     } else {  // half precision: summed in float32, rounded once
       std::vector<S> sum(count * n, S(0));
-      scatter_rows(in + row * edges, at + b * edges, count, n, edges, sum.data());
+      scatter_rows(from, at + b * edges, count, n, edges, sum.data());
       std::copy(sum.begin(), sum.end(), target + row * n);
     }
   });
@@ -163,6 +166,56 @@ at::Tensor gather_points_backward(const at::Tensor& grad, const at::Tensor& idx,
 at::Tensor group_points_backward(const at::Tensor& grad, const at::Tensor& idx, int64_t n) {
   check_gather_backward("group_points_backward", grad, idx, n, 3);
   return gather_backward("group_points_backward", grad, idx, n);
+}
+
+// Coordinates relative to their centre, then the features: out [B, 3 + C, M, S].
+at::Tensor group_relative(const at::Tensor& xyz, const at::Tensor& new_xyz, const at::Tensor& idx,
+                          const OptionalTensor& features) {
+  check_group_relative(xyz, new_xyz, idx, features);
+  const int64_t batch = xyz.size(0), n = xyz.size(1), m = idx.size(1), samples = idx.size(2), edges = m * samples;
+  const int64_t channels = features ? features->size(1) : 0;
+  const at::Tensor index = checked_index("group_relative", idx, n);
+  at::Tensor out = at::empty({batch, 3 + channels, m, samples}, xyz.options());
+  if (out.numel() == 0) return out;
+  const at::Tensor points = xyz.contiguous(), centres = new_xyz.contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, xyz.scalar_type(), "group_relative", [&] {
+    if (features) gather_all<scalar_t>(features->contiguous(), index, edges, out, 3);
+    at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const scalar_t* cloud = points.const_data_ptr<scalar_t>() + b * n * 3;
+        const scalar_t* centre = centres.const_data_ptr<scalar_t>() + b * m * 3;
+        const int32_t* at = index.const_data_ptr<int32_t>() + b * edges;
+        scalar_t* target = out.mutable_data_ptr<scalar_t>() + b * (3 + channels) * edges;
+        for (int64_t g = 0; g < m; ++g) {
+          const scalar_t x = centre[3 * g], y = centre[3 * g + 1], z = centre[3 * g + 2];
+          for (int64_t e = g * samples; e < (g + 1) * samples; ++e) {
+            const scalar_t* point = cloud + 3 * static_cast<int64_t>(at[e]);
+            target[e] = point[0] - x;
+            target[edges + e] = point[1] - y;
+            target[2 * edges + e] = point[2] - z;
+          }
+        }
+      }
+    });
+  });
+  return out;
+}
+
+// The gradients of xyz [B, n, 3], new_xyz [B, M, 3] and features [B, C, n].
+std::tuple<at::Tensor, at::Tensor, at::Tensor> group_relative_backward(const at::Tensor& grad, const at::Tensor& idx,
+                                                                       int64_t n) {
+  check_group_relative_backward(grad, idx, n);
+  const at::Tensor slopes = grad.contiguous(), index = checked_index("group_relative_backward", idx, n);
+  const int64_t batch = grad.size(0), channels = grad.size(1) - 3, edges = idx.size(1) * idx.size(2);
+  at::Tensor of_xyz = at::zeros({batch, 3, n}, grad.options()), of_features = at::zeros({batch, channels, n}, grad.options());
+  if (slopes.numel() > 0 && n > 0) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, slopes.scalar_type(), "group_relative_backward", [&] {
+      scatter_all<scalar_t>(slopes, index, edges, of_xyz);
+      scatter_all<scalar_t>(slopes, index, edges, of_features, 3);
+    });
+  }
+  const at::Tensor of_centres = slopes.narrow(1, 0, 3).sum(3).neg_();
+  return {of_xyz.transpose(1, 2).contiguous(), of_centres.transpose(1, 2).contiguous(), of_features};
 }
 
 template <typename T>
@@ -270,6 +323,8 @@ TORCH_LIBRARY_IMPL(pointcmt, CPU, m) {
   m.impl("gather_points_backward", &gather_points_backward);
   m.impl("group_points", &group_points);
   m.impl("group_points_backward", &group_points_backward);
+  m.impl("group_relative", &group_relative);
+  m.impl("group_relative_backward", &group_relative_backward);
   m.impl("three_interpolate", &three_interpolate);
   m.impl("three_interpolate_backward", &three_interpolate_backward);
   m.impl("three_interpolate_weight_backward", &three_interpolate_weight_backward);

@@ -5,17 +5,14 @@
 #include <ATen/Context.h>
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <ATen/cuda/Atomic.cuh>
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
+#include "cuda.cuh"
 #include "exact.cuh"
+#include "indexed.cuh"
 
 namespace pointcmt {
 namespace {
@@ -50,12 +47,6 @@ __device__ __forceinline__ void for_all(int64_t batch, int64_t channels, int64_t
   }
 }
 
-template <typename index_t>
-__device__ __forceinline__ int64_t checked(index_t i, int64_t n) {
-  CUDA_KERNEL_ASSERT(i >= 0 && i < n && "pointcmt: index out of range");
-  return i;
-}
-
 template <typename T, typename index_t>
 __global__ void gather_kernel(const T* __restrict__ features, const index_t* __restrict__ idx, int64_t batch,
                               int64_t channels, int64_t n, int64_t edges, T* __restrict__ out) {
@@ -66,13 +57,30 @@ __global__ void gather_kernel(const T* __restrict__ features, const index_t* __r
       });
 }
 
+// Coordinates relative to their centre, then the features.
+template <typename T, typename index_t>
+__global__ void group_relative_kernel(const T* __restrict__ xyz, const T* __restrict__ new_xyz,
+                                      const index_t* __restrict__ idx, const T* __restrict__ features, int64_t batch,
+                                      int64_t channels, int64_t n, int64_t m, int64_t samples, T* __restrict__ out) {
+  const int64_t edges = m * samples;
+  for_all(
+      batch, 3 + channels, edges, [&](int64_t b, int64_t e) { return checked(idx[b * edges + e], n); },
+      [&](int64_t b, int64_t c, int64_t e, int64_t at) {
+        out[(b * (3 + channels) + c) * edges + e] =
+            c < 3 ? static_cast<T>(xyz[(b * n + at) * 3 + c] - new_xyz[(b * m + e / samples) * 3 + c])
+                  : features[(b * channels + c - 3) * n + at];
+      });
+}
+
+// grad has `wide` channels, of which those from `first` on are added up.
 template <typename T, typename S, typename index_t>
 __global__ void scatter_kernel(const T* __restrict__ grad, const index_t* __restrict__ idx, int64_t batch,
-                               int64_t channels, int64_t n, int64_t edges, S* __restrict__ out) {
+                               int64_t channels, int64_t wide, int64_t first, int64_t n, int64_t edges,
+                               S* __restrict__ out) {
   for_all(
       batch, channels, edges, [&](int64_t b, int64_t e) { return checked(idx[b * edges + e], n); },
       [&](int64_t b, int64_t c, int64_t e, int64_t at) {
-        gpuAtomicAddNoReturn(out + (b * channels + c) * n + at, static_cast<S>(grad[(b * channels + c) * edges + e]));
+        gpuAtomicAddNoReturn(out + (b * channels + c) * n + at, static_cast<S>(grad[(b * wide + first + c) * edges + e]));
       });
 }
 
@@ -81,7 +89,8 @@ __global__ void scatter_kernel(const T* __restrict__ grad, const index_t* __rest
 template <typename T, typename S>
 __global__ void segment_kernel(const T* __restrict__ grad, const S* __restrict__ weight,
                                const int64_t* __restrict__ order, const int64_t* __restrict__ start, int64_t batch,
-                               int64_t channels, int64_t n, int64_t edges, T* __restrict__ out) {
+                               int64_t channels, int64_t wide, int64_t first, int64_t n, int64_t edges,
+                               T* __restrict__ out) {
   const int64_t columns = weight ? edges / 3 : edges;
   for_all(
       batch, channels, n, [&](int64_t b, int64_t j) { return b * n + j; },
@@ -89,7 +98,7 @@ __global__ void segment_kernel(const T* __restrict__ grad, const S* __restrict__
         S sum = S(0);
         for (int64_t s = start[point]; s < start[point + 1]; ++s) {
           const int64_t e = order[s] - b * edges, column = weight ? e / 3 : e;
-          const S slope = static_cast<S>(grad[(b * channels + c) * columns + column]);
+          const S slope = static_cast<S>(grad[(b * wide + first + c) * columns + column]);
           sum += weight ? slope * weight[order[s]] : slope;
         }
         out[(b * channels + c) * n + j] = static_cast<T>(sum);
@@ -144,15 +153,6 @@ __global__ void weight_kernel(const T* __restrict__ grad, const T* __restrict__ 
   }
 }
 
-// Every point's edges in their order: a stable sort of all indices, and where each point's begin.
-std::tuple<at::Tensor, at::Tensor> edges_by_point(const at::Tensor& idx, int64_t batch, int64_t n) {
-  const auto options = idx.options().dtype(at::kLong);
-  const at::Tensor offset = at::arange(batch, options).mul_(n).unsqueeze(1);
-  const at::Tensor keys = idx.reshape({batch, -1}).to(at::kLong).add(offset).flatten();
-  const std::tuple<at::Tensor, at::Tensor> sorted = at::sort(keys, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  return {std::get<1>(sorted), at::searchsorted(std::get<0>(sorted), at::arange(batch * n + 1, options))};
-}
-
 at::Tensor gather(const char* op, const at::Tensor& features, const at::Tensor& idx) {
   const c10::cuda::CUDAGuard guard(features.device());
   const at::Tensor values = features.contiguous(), index = idx.contiguous();
@@ -165,37 +165,34 @@ at::Tensor gather(const char* op, const at::Tensor& features, const at::Tensor& 
   const int64_t edges = index.numel() / batch;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, values.scalar_type(), "gather_points", [&] {
     AT_DISPATCH_INDEX_TYPES(index.scalar_type(), "gather_points", [&] {
-      gather_kernel<scalar_t, index_t>
-          <<<grid(edges, channels, batch), kThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
-              values.const_data_ptr<scalar_t>(), index.const_data_ptr<index_t>(), batch, channels, n, edges,
-              out.mutable_data_ptr<scalar_t>());
+      launch(gather_kernel<scalar_t, index_t>, grid(edges, channels, batch), kThreads, 0,
+             values.const_data_ptr<scalar_t>(), index.const_data_ptr<index_t>(), batch, channels, n, edges,
+             out.mutable_data_ptr<scalar_t>());
     });
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
 
 // Sums of grad by index; with weight also the backward pass of three_interpolate. Half precision is
-// summed in float32 and rounded once.
-at::Tensor scatter(const at::Tensor& grad, const at::Tensor& idx, const at::Tensor& weight, int64_t n) {
+// summed in float32 and rounded once. Of grad's channels those in [first, first + channels).
+at::Tensor scatter(const at::Tensor& grad, const at::Tensor& idx, const at::Tensor& weight, int64_t n, int64_t first,
+                   int64_t channels) {
   const c10::cuda::CUDAGuard guard(grad.device());
   const at::Tensor slopes = grad.contiguous(), index = idx.contiguous();
-  const int64_t batch = slopes.size(0), channels = slopes.size(1);
-  if (slopes.numel() == 0 || n == 0) return at::zeros({batch, channels, n}, slopes.options());
+  const int64_t batch = slopes.size(0), wide = slopes.size(1);
+  if (slopes.numel() == 0 || n == 0 || channels == 0) return at::zeros({batch, channels, n}, slopes.options());
   const int64_t edges = index.numel() / batch;
-  const auto stream = at::cuda::getCurrentCUDAStream();
   if (at::globalContext().deterministicAlgorithms()) {
     const std::tuple<at::Tensor, at::Tensor> sorted = edges_by_point(index, batch, n);
     const at::Tensor &order = std::get<0>(sorted), &start = std::get<1>(sorted);
     at::Tensor out = at::empty({batch, channels, n}, slopes.options());
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, slopes.scalar_type(), "gather_points_backward", [&] {
       using S = at::opmath_type<scalar_t>;
-      segment_kernel<scalar_t, S><<<grid(n, channels, batch), kThreads, 0, stream>>>(
-          slopes.const_data_ptr<scalar_t>(), weight.defined() ? weight.const_data_ptr<S>() : nullptr,
-          order.const_data_ptr<int64_t>(), start.const_data_ptr<int64_t>(), batch, channels, n, edges,
-          out.mutable_data_ptr<scalar_t>());
+      launch(segment_kernel<scalar_t, S>, grid(n, channels, batch), kThreads, 0, slopes.const_data_ptr<scalar_t>(),
+             weight.defined() ? weight.const_data_ptr<S>() : nullptr, order.const_data_ptr<int64_t>(),
+             start.const_data_ptr<int64_t>(), batch, channels, wide, first, n, edges,
+             out.mutable_data_ptr<scalar_t>());
     });
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
     return out;
   }
   at::Tensor sum = at::zeros({batch, channels, n}, slopes.options().dtype(sum_dtype(slopes)));
@@ -203,17 +200,16 @@ at::Tensor scatter(const at::Tensor& grad, const at::Tensor& idx, const at::Tens
     using S = at::opmath_type<scalar_t>;
     AT_DISPATCH_INDEX_TYPES(index.scalar_type(), "gather_points_backward", [&] {
       if (weight.defined()) {
-        interpolate_scatter_kernel<scalar_t, S, index_t><<<grid(edges / 3, channels, batch), kThreads, 0, stream>>>(
-            slopes.const_data_ptr<scalar_t>(), index.const_data_ptr<index_t>(), weight.const_data_ptr<S>(), batch,
-            channels, n, edges / 3, sum.mutable_data_ptr<S>());
+        launch(interpolate_scatter_kernel<scalar_t, S, index_t>, grid(edges / 3, channels, batch), kThreads, 0,
+               slopes.const_data_ptr<scalar_t>(), index.const_data_ptr<index_t>(), weight.const_data_ptr<S>(), batch,
+               channels, n, edges / 3, sum.mutable_data_ptr<S>());
       } else {
-        scatter_kernel<scalar_t, S, index_t><<<grid(edges, channels, batch), kThreads, 0, stream>>>(
-            slopes.const_data_ptr<scalar_t>(), index.const_data_ptr<index_t>(), batch, channels, n, edges,
-            sum.mutable_data_ptr<S>());
+        launch(scatter_kernel<scalar_t, S, index_t>, grid(edges, channels, batch), kThreads, 0,
+               slopes.const_data_ptr<scalar_t>(), index.const_data_ptr<index_t>(), batch, channels, wide, first, n,
+               edges, sum.mutable_data_ptr<S>());
       }
     });
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
   return sum.to(slopes.scalar_type());
 }
 
@@ -229,12 +225,43 @@ at::Tensor group_points(const at::Tensor& features, const at::Tensor& idx) {
 
 at::Tensor gather_points_backward(const at::Tensor& grad, const at::Tensor& idx, int64_t n) {
   check_gather_backward("gather_points_backward", grad, idx, n, 2);
-  return scatter(grad, idx, {}, n);
+  return scatter(grad, idx, {}, n, 0, grad.size(1));
 }
 
 at::Tensor group_points_backward(const at::Tensor& grad, const at::Tensor& idx, int64_t n) {
   check_gather_backward("group_points_backward", grad, idx, n, 3);
-  return scatter(grad, idx, {}, n);
+  return scatter(grad, idx, {}, n, 0, grad.size(1));
+}
+
+at::Tensor group_relative(const at::Tensor& xyz, const at::Tensor& new_xyz, const at::Tensor& idx,
+                          const OptionalTensor& features) {
+  check_group_relative(xyz, new_xyz, idx, features);
+  const c10::cuda::CUDAGuard guard(xyz.device());
+  const int64_t batch = xyz.size(0), n = xyz.size(1), m = idx.size(1), samples = idx.size(2);
+  const int64_t channels = features ? features->size(1) : 0;
+  at::Tensor out = at::empty({batch, 3 + channels, m, samples}, xyz.options());
+  if (out.numel() == 0) return out;
+  TORCH_CHECK_INDEX(n > 0, "group_relative: there is no point to index");
+  const at::Tensor points = xyz.contiguous(), centres = new_xyz.contiguous(), index = idx.contiguous();
+  const at::Tensor values = features ? features->contiguous() : at::Tensor();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, xyz.scalar_type(), "group_relative", [&] {
+    AT_DISPATCH_INDEX_TYPES(index.scalar_type(), "group_relative", [&] {
+      launch(group_relative_kernel<scalar_t, index_t>, grid(m * samples, 3 + channels, batch), kThreads, 0,
+             points.const_data_ptr<scalar_t>(), centres.const_data_ptr<scalar_t>(), index.const_data_ptr<index_t>(),
+             features ? values.const_data_ptr<scalar_t>() : nullptr, batch, channels, n, m, samples,
+             out.mutable_data_ptr<scalar_t>());
+    });
+  });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> group_relative_backward(const at::Tensor& grad, const at::Tensor& idx,
+                                                                       int64_t n) {
+  check_group_relative_backward(grad, idx, n);
+  const at::Tensor slopes = grad.contiguous();
+  const at::Tensor of_xyz = scatter(slopes, idx, {}, n, 0, 3), of_centres = slopes.narrow(1, 0, 3).sum(3).neg_();
+  return {of_xyz.transpose(1, 2).contiguous(), of_centres.transpose(1, 2).contiguous(),
+          scatter(slopes, idx, {}, n, 3, grad.size(1) - 3)};
 }
 
 at::Tensor three_interpolate(const at::Tensor& features, const at::Tensor& idx, const at::Tensor& weight) {
@@ -248,13 +275,11 @@ at::Tensor three_interpolate(const at::Tensor& features, const at::Tensor& idx, 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, values.scalar_type(), "three_interpolate", [&] {
     using S = at::opmath_type<scalar_t>;
     AT_DISPATCH_INDEX_TYPES(index.scalar_type(), "three_interpolate", [&] {
-      interpolate_kernel<scalar_t, S, index_t>
-          <<<grid(n, channels, batch), kThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
-              values.const_data_ptr<scalar_t>(), index.const_data_ptr<index_t>(), weights.const_data_ptr<S>(), batch,
-              channels, m, n, out.mutable_data_ptr<scalar_t>());
+      launch(interpolate_kernel<scalar_t, S, index_t>, grid(n, channels, batch), kThreads, 0,
+             values.const_data_ptr<scalar_t>(), index.const_data_ptr<index_t>(), weights.const_data_ptr<S>(), batch,
+             channels, m, n, out.mutable_data_ptr<scalar_t>());
     });
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
 
@@ -263,7 +288,7 @@ at::Tensor three_interpolate_backward(const at::Tensor& grad, const at::Tensor& 
   check_three("three_interpolate_backward", grad, idx, weight);
   TORCH_CHECK_VALUE(grad.size(2) == idx.size(1), "three_interpolate_backward: grad must be [B, C, n], got ",
                     grad.sizes());
-  return scatter(grad, idx, weight.contiguous(), m);
+  return scatter(grad, idx, weight.contiguous(), m, 0, grad.size(1));
 }
 
 at::Tensor three_interpolate_weight_backward(const at::Tensor& grad, const at::Tensor& features,
@@ -278,22 +303,23 @@ at::Tensor three_interpolate_weight_backward(const at::Tensor& grad, const at::T
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, slopes.scalar_type(), "three_interpolate_weight", [&] {
     using S = at::opmath_type<scalar_t>;
     AT_DISPATCH_INDEX_TYPES(index.scalar_type(), "three_interpolate_weight", [&] {
-      weight_kernel<scalar_t, S, index_t><<<blocks, kThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
-          slopes.const_data_ptr<scalar_t>(), values.const_data_ptr<scalar_t>(), index.const_data_ptr<index_t>(),
-          batch, channels, m, n, out.mutable_data_ptr<S>());
+      launch(weight_kernel<scalar_t, S, index_t>, blocks, kThreads, 0, slopes.const_data_ptr<scalar_t>(),
+             values.const_data_ptr<scalar_t>(), index.const_data_ptr<index_t>(), batch, channels, m, n,
+             out.mutable_data_ptr<S>());
     });
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pointcmt, CUDA, m) {
+POINTCMT_CUDA_LIBRARY(m) {
   m.impl("gather_points", &gather_points);
   m.impl("gather_points_backward", &gather_points_backward);
   m.impl("group_points", &group_points);
   m.impl("group_points_backward", &group_points_backward);
+  m.impl("group_relative", &group_relative);
+  m.impl("group_relative_backward", &group_relative_backward);
   m.impl("three_interpolate", &three_interpolate);
   m.impl("three_interpolate_backward", &three_interpolate_backward);
   m.impl("three_interpolate_weight_backward", &three_interpolate_weight_backward);

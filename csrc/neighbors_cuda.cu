@@ -2,22 +2,17 @@
 #include "neighbors.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <climits>
 #include <limits>
 #include <tuple>
 
+#include "cuda.cuh"
 #include "exact.cuh"
 
 namespace pointcmt {
 namespace {
-
-constexpr unsigned kAll = 0xffffffffu;
 
 template <typename T>
 __device__ __forceinline__ T infinity() {
@@ -46,7 +41,7 @@ __global__ void ball_query_kernel(const T* __restrict__ xyz, const T* __restrict
         const int64_t at = 3 * static_cast<int64_t>(k);
         hit = squared_norm(cx - cloud[at], cy - cloud[at + 1], cz - cloud[at + 2]) < radius2;
       }
-      const unsigned hits = __ballot_sync(kAll, hit);
+      const unsigned hits = __ballot_sync(kAllLanes, hit);
       if (hits == 0) continue;
       if (count == 0) first = start + __ffs(hits) - 1;
       const int place = count + __popc(hits & ((1u << lane) - 1u));
@@ -68,11 +63,10 @@ at::Tensor ball_query(double radius, int64_t nsample, const at::Tensor& xyz, con
   const int blocks = static_cast<int>(std::min<int64_t>((balls + kWarps - 1) / kWarps, 1 << 20));
   AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "ball_query", [&] {
     const scalar_t r = static_cast<scalar_t>(radius);
-    ball_query_kernel<scalar_t><<<blocks, kWarps * 32, 0, at::cuda::getCurrentCUDAStream()>>>(
-        points.const_data_ptr<scalar_t>(), centres.const_data_ptr<scalar_t>(), static_cast<int>(n),
-        static_cast<int>(m), balls, static_cast<int>(nsample), r * r, idx.mutable_data_ptr<int64_t>());
+    launch(ball_query_kernel<scalar_t>, blocks, kWarps * 32, 0, points.const_data_ptr<scalar_t>(),
+           centres.const_data_ptr<scalar_t>(), static_cast<int>(n), static_cast<int>(m), balls,
+           static_cast<int>(nsample), r * r, idx.mutable_data_ptr<int64_t>());
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
   return idx;
 }
 
@@ -132,13 +126,11 @@ std::tuple<at::Tensor, at::Tensor> three_nn(const at::Tensor& unknown, const at:
   const int64_t per_cloud = (n + kThreeThreads - 1) / kThreeThreads;
   TORCH_CHECK_VALUE(batch * per_cloud <= INT_MAX, "three_nn: too many points");
   AT_DISPATCH_FLOATING_TYPES(queries.scalar_type(), "three_nn", [&] {
-    three_nn_kernel<scalar_t>
-        <<<static_cast<int>(batch * per_cloud), kThreeThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
-            queries.const_data_ptr<scalar_t>(), points.const_data_ptr<scalar_t>(), static_cast<int>(n),
-            static_cast<int>(m), static_cast<int>(per_cloud), distance.mutable_data_ptr<scalar_t>(),
-            idx.mutable_data_ptr<int64_t>());
+    launch(three_nn_kernel<scalar_t>, static_cast<int>(batch * per_cloud), kThreeThreads, 0,
+           queries.const_data_ptr<scalar_t>(), points.const_data_ptr<scalar_t>(), static_cast<int>(n),
+           static_cast<int>(m), static_cast<int>(per_cloud), distance.mutable_data_ptr<scalar_t>(),
+           idx.mutable_data_ptr<int64_t>());
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {distance, idx};
 }
 
@@ -226,29 +218,29 @@ __global__ void __launch_bounds__(kKnnWarps * 32)
       T mine = tree(sum[q]);
       if (!(mine == mine)) mine = infinity<T>();
       const int my_index = start + lane;
-      T worst_d = __shfl_sync(kAll, list_d[q][ENTRIES - 1], (k - 1) & 31);
-      int worst_i = __shfl_sync(kAll, list_i[q][ENTRIES - 1], (k - 1) & 31);
-      unsigned waiting = __ballot_sync(kAll, my_index < n && nearer(mine, my_index, worst_d, worst_i));
+      T worst_d = __shfl_sync(kAllLanes, list_d[q][ENTRIES - 1], (k - 1) & 31);
+      int worst_i = __shfl_sync(kAllLanes, list_i[q][ENTRIES - 1], (k - 1) & 31);
+      unsigned waiting = __ballot_sync(kAllLanes, my_index < n && nearer(mine, my_index, worst_d, worst_i));
       while (waiting) {
         const int source = __ffs(waiting) - 1;
         waiting &= waiting - 1;
-        const T d = __shfl_sync(kAll, mine, source);
+        const T d = __shfl_sync(kAllLanes, mine, source);
         const int i = start + source;
         if (!nearer(d, i, worst_d, worst_i)) continue;  // the list has moved on; the same in all lanes
         // its place is the number of entries before it; those behind move up by one
         int place = 0;
 #pragma unroll
         for (int e = 0; e < ENTRIES; ++e) {
-          place += __popc(__ballot_sync(kAll, nearer(list_d[q][e], list_i[q][e], d, i)));
+          place += __popc(__ballot_sync(kAllLanes, nearer(list_d[q][e], list_i[q][e], d, i)));
         }
         T carried_d = T(0);
         int carried_i = 0;
 #pragma unroll
         for (int e = 0; e < ENTRIES; ++e) {
-          const T last_d = __shfl_sync(kAll, list_d[q][e], 31);
-          const int last_i = __shfl_sync(kAll, list_i[q][e], 31);
-          T up_d = __shfl_up_sync(kAll, list_d[q][e], 1);
-          int up_i = __shfl_up_sync(kAll, list_i[q][e], 1);
+          const T last_d = __shfl_sync(kAllLanes, list_d[q][e], 31);
+          const int last_i = __shfl_sync(kAllLanes, list_i[q][e], 31);
+          T up_d = __shfl_up_sync(kAllLanes, list_d[q][e], 1);
+          int up_i = __shfl_up_sync(kAllLanes, list_i[q][e], 1);
           if (lane == 0) up_d = carried_d, up_i = carried_i;
           const int here = e * 32 + lane;
           if (here == place) {
@@ -258,8 +250,8 @@ __global__ void __launch_bounds__(kKnnWarps * 32)
           }
           carried_d = last_d, carried_i = last_i;
         }
-        worst_d = __shfl_sync(kAll, list_d[q][ENTRIES - 1], (k - 1) & 31);
-        worst_i = __shfl_sync(kAll, list_i[q][ENTRIES - 1], (k - 1) & 31);
+        worst_d = __shfl_sync(kAllLanes, list_d[q][ENTRIES - 1], (k - 1) & 31);
+        worst_i = __shfl_sync(kAllLanes, list_i[q][ENTRIES - 1], (k - 1) & 31);
       }
     }
   }
@@ -310,10 +302,9 @@ void knn_by_sorting(const at::Tensor& rows, const at::Tensor& clouds, int64_t k,
     for (int64_t first = 0; first < m; first += chunk) {
       const int64_t count = std::min(chunk, m - first);
       const int blocks = static_cast<int>(std::min<int64_t>((count * n + 255) / 256, 1 << 16));
-      distance_kernel<T><<<blocks, 256, 0, at::cuda::getCurrentCUDAStream()>>>(
-          rows.const_data_ptr<T>() + (b * m + first) * dims, clouds.const_data_ptr<T>() + b * n * dims, count,
-          static_cast<int>(n), static_cast<int>(dims), block.mutable_data_ptr<T>());
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(distance_kernel<T>, blocks, 256, 0, rows.const_data_ptr<T>() + (b * m + first) * dims,
+             clouds.const_data_ptr<T>() + b * n * dims, count, static_cast<int>(n), static_cast<int>(dims),
+             block.mutable_data_ptr<T>());
       const auto [value, index] = at::sort(block.narrow(0, 0, count), /*stable=*/true, /*dim=*/1, /*descending=*/false);
       distance[b].narrow(0, first, count).copy_(value.narrow(1, 0, k));
       idx[b].narrow(0, first, count).copy_(index.narrow(1, 0, k));
@@ -326,12 +317,10 @@ void launch_knn(const at::Tensor& rows, const at::Tensor& clouds, int64_t k, at:
   const int64_t batch = clouds.size(0), n = clouds.size(1), dims = clouds.size(2), m = rows.size(1);
   const int64_t per_cloud = (m + kBlockQueries - 1) / kBlockQueries;
   TORCH_CHECK_VALUE(batch * per_cloud <= INT_MAX, "knn: too many queries");
-  knn_kernel<T, CHUNK, ENTRIES>
-      <<<static_cast<int>(batch * per_cloud), kKnnWarps * 32, 0, at::cuda::getCurrentCUDAStream()>>>(
-          rows.const_data_ptr<T>(), clouds.const_data_ptr<T>(), static_cast<int>(n), static_cast<int>(m),
-          static_cast<int>(dims), static_cast<int>(k), static_cast<int>(per_cloud), distance.mutable_data_ptr<T>(),
-          idx.mutable_data_ptr<int64_t>());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(knn_kernel<T, CHUNK, ENTRIES>, static_cast<int>(batch * per_cloud), kKnnWarps * 32, 0,
+         rows.const_data_ptr<T>(), clouds.const_data_ptr<T>(), static_cast<int>(n), static_cast<int>(m),
+         static_cast<int>(dims), static_cast<int>(k), static_cast<int>(per_cloud), distance.mutable_data_ptr<T>(),
+         idx.mutable_data_ptr<int64_t>());
 }
 
 std::tuple<at::Tensor, at::Tensor> knn(const at::Tensor& queries, const at::Tensor& points, int64_t k) {
@@ -358,7 +347,7 @@ std::tuple<at::Tensor, at::Tensor> knn(const at::Tensor& queries, const at::Tens
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pointcmt, CUDA, m) {
+POINTCMT_CUDA_LIBRARY(m) {
   m.impl("ball_query", &ball_query);
   m.impl("three_nn", &three_nn);
   m.impl("knn", &knn);

@@ -2,21 +2,17 @@
 #include "sampling.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <climits>
 #include <type_traits>
 
+#include "cuda.cuh"
 #include "exact.cuh"
 
 namespace pointcmt {
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
 constexpr int kMaxThreads = 1024;
 
 // A point's place in the order of tie_order(), as a number that gives its index back: the bit-reversed
@@ -48,7 +44,7 @@ struct Best {
 
 template <typename T>
 __device__ __forceinline__ Best<T> warp_best(Best<T> mine) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#if defined(POINTCMT_CUDA_ON_CPU) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800)
   constexpr bool kReduces = std::is_same_v<T, float>;
 #else
   constexpr bool kReduces = false;
@@ -56,12 +52,12 @@ __device__ __forceinline__ Best<T> warp_best(Best<T> mine) {
   if constexpr (kReduces) {
     // two warp reductions: distances are −1 (none) or not negative, so their bits are ordered
     const unsigned key = mine.distance < 0 ? 0u : __float_as_uint(mine.distance) + 1u;
-    const unsigned top = __reduce_max_sync(kAll, key);
-    const unsigned first = __reduce_min_sync(kAll, key == top ? static_cast<unsigned>(mine.rank) : UINT_MAX);
+    const unsigned top = __reduce_max_sync(kAllLanes, key);
+    const unsigned first = __reduce_min_sync(kAllLanes, key == top ? static_cast<unsigned>(mine.rank) : UINT_MAX);
     return {top == 0u ? -1.0f : __uint_as_float(top - 1u), static_cast<int>(first)};
   } else {
     for (int step = 16; step > 0; step >>= 1) {
-      const Best<T> other{__shfl_xor_sync(kAll, mine.distance, step), __shfl_xor_sync(kAll, mine.rank, step)};
+      const Best<T> other{__shfl_xor_sync(kAllLanes, mine.distance, step), __shfl_xor_sync(kAllLanes, mine.rank, step)};
       if (mine.beaten_by(other)) mine = other;
     }
     return mine;
@@ -74,7 +70,7 @@ template <typename T, int PER>
 __global__ void __launch_bounds__(kMaxThreads)
     sample_kernel(const T* __restrict__ clouds, TieOrder order, int n, int npoint, bool cached,
                   T* __restrict__ scratch, int64_t* __restrict__ chosen_all) {
-  extern __shared__ __align__(16) unsigned char raw[];
+  POINTCMT_DYNAMIC_SHARED(raw);
   T* cache = reinterpret_cast<T*>(raw);
   __shared__ T distance_of_warp[2][32];
   __shared__ int rank_of_warp[2][32];
@@ -146,7 +142,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 template <typename T>
-void launch(const at::Tensor& points, int64_t npoint, at::Tensor& chosen) {
+void run(const at::Tensor& points, int64_t npoint, at::Tensor& chosen) {
   const int batch = static_cast<int>(points.size(0)), n = static_cast<int>(points.size(1));
   TieOrder order{0};
   while (int64_t{2} << order.bits <= std::min<int64_t>(n, kReferenceThreads)) ++order.bits;
@@ -162,20 +158,18 @@ void launch(const at::Tensor& points, int64_t npoint, at::Tensor& chosen) {
   const T* in = points.const_data_ptr<T>();
   int64_t* out = chosen.mutable_data_ptr<int64_t>();
   T* state = scratch.mutable_data_ptr<T>();
-  const auto stream = at::cuda::getCurrentCUDAStream();
   const int m = static_cast<int>(npoint);
   if (!held) {
-    sample_kernel<T, 0><<<batch, threads, shared, stream>>>(in, order, n, m, cached, state, out);
+    launch(sample_kernel<T, 0>, batch, threads, shared, in, order, n, m, cached, state, out);
   } else if (per <= 1) {
-    sample_kernel<T, 1><<<batch, threads, shared, stream>>>(in, order, n, m, cached, state, out);
+    launch(sample_kernel<T, 1>, batch, threads, shared, in, order, n, m, cached, state, out);
   } else if (per <= 2) {
-    sample_kernel<T, 2><<<batch, threads, shared, stream>>>(in, order, n, m, cached, state, out);
+    launch(sample_kernel<T, 2>, batch, threads, shared, in, order, n, m, cached, state, out);
   } else if (per <= 4) {
-    sample_kernel<T, 4><<<batch, threads, shared, stream>>>(in, order, n, m, cached, state, out);
+    launch(sample_kernel<T, 4>, batch, threads, shared, in, order, n, m, cached, state, out);
   } else {
-    sample_kernel<T, 8><<<batch, threads, shared, stream>>>(in, order, n, m, cached, state, out);
+    launch(sample_kernel<T, 8>, batch, threads, shared, in, order, n, m, cached, state, out);
   }
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 at::Tensor furthest_point_sample(const at::Tensor& xyz, int64_t npoint) {
@@ -185,12 +179,12 @@ at::Tensor furthest_point_sample(const at::Tensor& xyz, int64_t npoint) {
   at::Tensor chosen = at::empty({points.size(0), npoint}, points.options().dtype(at::kLong));
   if (chosen.numel() == 0) return chosen;
   AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "furthest_point_sample",
-                             [&] { launch<scalar_t>(points, npoint, chosen); });
+                             [&] { run<scalar_t>(points, npoint, chosen); });
   return chosen;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pointcmt, CUDA, m) { m.impl("furthest_point_sample", &furthest_point_sample); }
+POINTCMT_CUDA_LIBRARY(m) { m.impl("furthest_point_sample", &furthest_point_sample); }
 
 }  // namespace pointcmt

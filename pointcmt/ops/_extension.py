@@ -14,7 +14,7 @@ import warnings
 import torch
 
 # what csrc has for the CPU; a library that lacks one of these was compiled from older sources
-CPU_OPS = frozenset(
+COMPILED_OPS = frozenset(
     {
         "ball_query",
         "emd",
@@ -23,6 +23,8 @@ CPU_OPS = frozenset(
         "gather_points_backward",
         "group_points",
         "group_points_backward",
+        "group_relative",
+        "group_relative_backward",
         "knn",
         "norm_act",
         "norm_act_backward",
@@ -89,7 +91,7 @@ def _warn_once() -> None:
 def missing_ops() -> list[str]:
     """Operators of csrc that the loaded library lacks on the CPU, so that their slow twins serve: it is
     older than the sources. Empty where no library is loaded at all."""
-    return sorted(CPU_OPS - _COMPILED["cpu"]) if has_cpu_kernels() else []
+    return sorted(COMPILED_OPS - _COMPILED["cpu"]) if has_cpu_kernels() else []
 
 
 @functools.cache
@@ -115,7 +117,7 @@ def use_compiled(*tensors: torch.Tensor, op: str | None = None) -> bool:
             _warn_once()
         return False
     ops = _COMPILED.get(tensors[0].device.type, frozenset())
-    if op in CPU_OPS and tensors[0].device.type == "cpu" and op not in ops:
+    if op in COMPILED_OPS and tensors[0].device.type == "cpu" and op not in ops:
         if not torch.compiler.is_compiling():
             _warn_stale()
         return False

@@ -2,9 +2,9 @@
 
 What a set abstraction or an EdgeConv does to its N·S edges between two matrix products: gather,
 normalise, activate, take the maximum. Features are channel-last, so an edge is a contiguous row.
-The CPU kernels never write gathered rows, take the maximum before the normalisation (which is
+The kernels never write gathered rows, take the maximum before the normalisation (which is
 monotone in every channel, falling where its weight is negative), and fold the normalisation's
-backward pass into the scatter. Elsewhere PyTorch's own operators do the same, pass by pass.
+backward pass into the scatter. Without them PyTorch's own operators do the same, pass by pass.
 """
 
 from __future__ import annotations

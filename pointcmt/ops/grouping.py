@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pointcmt.ops._checks import check_features, check_range
+from pointcmt.ops._checks import check_features, check_range, check_xyz
 from pointcmt.ops._extension import compiled_ops, use_compiled
+from pointcmt.ops.neighbors import ball_query
 
 
 def gather_points(features: Tensor, idx: Tensor) -> Tensor:
@@ -53,6 +55,60 @@ def group_points(features: Tensor, idx: Tensor) -> Tensor:
     if use_compiled(features, op="group_points"):
         return torch.ops.pointcmt.group_points(features, idx)
     return reference_group_points(features, idx)
+
+
+def group_relative(xyz: Tensor, new_xyz: Tensor, idx: Tensor, features: Tensor | None = None) -> Tensor:
+    """The neighbours' coordinates, relative to their centre, and their features, in one tensor.
+
+    As ``torch.cat([group_points(xyz.mT, idx) - new_xyz.mT[..., None], group_points(features, idx)], 1)``,
+    in one pass.
+
+    Args:
+        xyz: floating [B, N, 3], in units of the cloud.
+        new_xyz: [B, M, 3], the centres.
+        idx: int32 or int64 [B, M, S], values in [0, N).
+        features: [B, C, N], or None.
+
+    Returns:
+        [B, 3 + C, M, S], in the dtype that the inputs promote to; differentiable in all but idx.
+
+    Raises:
+        ValueError: wrong shapes or dtypes.
+        IndexError: an index out of range (on CUDA, a device-side assertion).
+
+    Source: ``QueryAndGroup`` of erikwijmans/Pointnet2_PyTorch; Qi et al., PointNet++ (NeurIPS 2017).
+    """
+    check_xyz("group_relative", xyz=xyz, new_xyz=new_xyz)
+    check_features("group_relative", xyz.mT if features is None else features, idx, "[B, M, S]")
+    if idx.shape[1] != new_xyz.shape[1] or (features is not None and features.shape[2] != xyz.shape[1]):
+        raise ValueError(
+            "group_relative: xyz [B, N, 3], new_xyz [B, M, 3], idx [B, M, S] and features [B, C, N] must "
+            f"agree in N and in M, got {list(xyz.shape)}, {list(new_xyz.shape)}, {list(idx.shape)} and "
+            f"{None if features is None else list(features.shape)}"
+        )
+    given = [xyz, new_xyz] if features is None else [xyz, new_xyz, features]
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in given])
+    xyz, new_xyz, *rest = (tensor.to(dtype) for tensor in given)
+    features = rest[0] if rest else None
+    if use_compiled(xyz, op="group_relative"):
+        return torch.ops.pointcmt.group_relative(xyz, new_xyz, idx, features)
+    return reference_group_relative(xyz, new_xyz, idx, features)
+
+
+def query_and_group(
+    radius: float, nsample: int, xyz: Tensor, new_xyz: Tensor, features: Tensor | None = None
+) -> Tensor:
+    """The points in a ball around each centre: :func:`~pointcmt.ops.ball_query`, then :func:`group_relative`.
+
+    Args:
+        radius: of the balls, in units of the cloud.
+        nsample: points per ball.
+        xyz, new_xyz, features: as for :func:`group_relative`.
+
+    Returns:
+        [B, 3 + C, M, nsample].
+    """
+    return group_relative(xyz, new_xyz, ball_query(radius, nsample, xyz, new_xyz), features)
 
 
 def three_interpolate(features: Tensor, idx: Tensor, weight: Tensor) -> Tensor:
@@ -102,6 +158,12 @@ def reference_group_points(features: Tensor, idx: Tensor) -> Tensor:
     return reference_gather_points(features, idx.flatten(1)).unflatten(2, idx.shape[1:])
 
 
+def reference_group_relative(xyz: Tensor, new_xyz: Tensor, idx: Tensor, features: Tensor | None) -> Tensor:
+    """The readable twin of :func:`group_relative`, in PyTorch."""
+    relative = reference_group_points(xyz.mT, idx) - new_xyz.mT[..., None]
+    return relative if features is None else torch.cat([relative, reference_group_points(features, idx)], 1)
+
+
 def reference_three_interpolate(features: Tensor, idx: Tensor, weight: Tensor) -> Tensor:
     """The readable twin of :func:`three_interpolate`, in PyTorch."""
     grouped = reference_group_points(features, idx).to(weight.dtype)
@@ -115,6 +177,37 @@ def _fake_gather(features: Tensor, idx: Tensor) -> Tensor:
 
 def _fake_gather_backward(grad: Tensor, idx: Tensor, n: int) -> Tensor:
     return grad.new_empty((*grad.shape[:2], n))
+
+
+def _fake_group_relative(xyz: Tensor, new_xyz: Tensor, idx: Tensor, features: Tensor | None) -> Tensor:
+    channels = 0 if features is None else features.shape[1]
+    return xyz.new_empty((xyz.shape[0], 3 + channels, *idx.shape[1:]))
+
+
+def _fake_group_relative_backward(grad: Tensor, idx: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels = grad.shape[:2]
+    shapes = (batch, n, 3), (batch, idx.shape[1], 3), (batch, channels - 3, n)
+    of_xyz, of_centres, of_features = (grad.new_empty(shape) for shape in shapes)
+    return of_xyz, of_centres, of_features
+
+
+def _group_relative_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    xyz, _, idx, features = inputs
+    ctx.save_for_backward(idx)
+    ctx.n, ctx.with_features = xyz.shape[1], features is not None
+
+
+def _group_relative_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (idx,) = ctx.saved_tensors
+    of_xyz, of_centres, of_features = torch.ops.pointcmt.group_relative_backward(grad, idx, ctx.n)
+    return of_xyz, of_centres, None, of_features if ctx.with_features else None
+
+
+def _group_relative_scatter_gradient(
+    ctx: Any, of_xyz: Tensor, of_centres: Tensor, of_features: Tensor
+) -> tuple[Tensor, None, None]:
+    (idx,) = ctx.saved_tensors
+    return torch.ops.pointcmt.group_relative(of_xyz, of_centres, idx, of_features), None, None
 
 
 def _fake_interpolate(features: Tensor, idx: Tensor, weight: Tensor) -> Tensor:
@@ -182,6 +275,14 @@ def _interpolate_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, 
 if "group_points" in compiled_ops("cpu"):
     _register_gather("gather_points")
     _register_gather("group_points")
+    torch.library.register_fake("pointcmt::group_relative", _fake_group_relative)
+    torch.library.register_fake("pointcmt::group_relative_backward", _fake_group_relative_backward)
+    torch.library.register_autograd(
+        "pointcmt::group_relative", _group_relative_gradient, setup_context=_group_relative_context
+    )
+    torch.library.register_autograd(
+        "pointcmt::group_relative_backward", _group_relative_scatter_gradient, setup_context=_scatter_context
+    )
     torch.library.register_fake("pointcmt::three_interpolate", _fake_interpolate)
     torch.library.register_fake("pointcmt::three_interpolate_backward", _fake_interpolate_backward)
     torch.library.register_fake("pointcmt::three_interpolate_weight_backward", _fake_weight_backward)

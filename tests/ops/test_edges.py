@@ -38,6 +38,11 @@ class Case:
             if leaf is not None:
                 leaf.requires_grad_()
 
+    def to(self, device: torch.device) -> None:
+        for name, value in vars(self).items():
+            if value is not None:
+                setattr(self, name, value.detach().to(device).requires_grad_(value.requires_grad))
+
     def run(self, op, training: bool, slope: float) -> tuple[torch.Tensor, ...]:
         mean, var = self.running_mean.clone(), self.running_var.clone()
         out = op(
@@ -54,7 +59,7 @@ class Case:
             idx=self.idx,
         )
         leaves = [leaf for leaf in (self.x, self.centres, self.weight, self.bias) if leaf is not None]
-        slopes = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        slopes = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         return out.detach(), mean, var, *torch.autograd.grad(out, leaves, slopes)
 
 
@@ -67,6 +72,28 @@ def test_kernel_equals_twin(op, twin, channels: int, gathered: bool) -> None:
         case = Case(seed + channels, channels, gathered, torch.float64)
         for got, expected in zip(case.run(op, training, slope), case.run(twin, training, slope), strict=True):
             torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("channels", [8, 40, 64])
+@pytest.mark.parametrize(("op", "twin"), PAIRS)
+def test_cuda_equals_twin(cuda, op, twin, channels: int, gathered: bool, deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for seed, (training, slope) in enumerate(itertools.product((True, False), (0.0, 0.2))):
+            case = Case(seed + channels, channels, gathered, torch.float64)
+            expected = case.run(twin, training, slope)
+            case.to(cuda)
+            got = case.run(op, training, slope)
+            for one, two in zip(got, expected, strict=True):
+                torch.testing.assert_close(one.cpu(), two)
+            if deterministic:
+                for one, two in zip(got, case.run(op, training, slope), strict=True):
+                    assert torch.equal(one, two)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @compiled
@@ -94,7 +121,7 @@ def test_gradcheck(op, gathered: bool) -> None:
         centres = values[1] if gathered else None
         return op(values[0], None, None, weight, bias, True, slope=0.2, centres=centres, idx=case.idx)
 
-    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradcheck(call, leaves, nondet_tol=1e-10)  # on CUDA, atomics add in any order
 
 
 @compiled

@@ -12,8 +12,8 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
+TESTS = Path(__file__).resolve().parents[1]
+CSRC = TESTS.parent / "csrc"
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def kernel(tmp_path_factory):
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     library = tmp_path_factory.mktemp("emd") / "emd_kernel.so"
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", f"-I{HERE}", f"-I{CSRC}"]
-    source = HERE / "emd_kernel_on_cpu.cpp"
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", f"-I{TESTS}", f"-I{CSRC}"]
+    source = TESTS / "cuda_on_cpu" / "emd_kernel.cpp"
     subprocess.run([compiler, *flags, "-o", str(library), str(source)], check=True)
     function = ctypes.CDLL(str(library)).emd_kernel_on_cpu
 

@@ -122,7 +122,7 @@ assert any("lack knn, norm_act" in error for error in trouble()[0])
 @pytest.mark.skipif(not _extension.has_cpu_kernels(), reason="the kernels are not compiled here")
 def test_a_library_older_than_the_sources_is_told_of() -> None:
     assert _extension.missing_ops() == []
-    assert _extension.compiled_ops("cpu") == _extension.CPU_OPS  # the list is csrc's
+    assert _extension.compiled_ops("cpu") == _extension.COMPILED_OPS  # the list is csrc's
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", STALE], env=environment, check=False, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()

@@ -5,11 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pointcmt.ops import gather_points, group_points, three_interpolate
+from pointcmt.ops import (
+    ball_query,
+    gather_points,
+    group_points,
+    group_relative,
+    query_and_group,
+    three_interpolate,
+)
 from pointcmt.ops._extension import has_cpu_kernels
 from pointcmt.ops.grouping import (
     reference_gather_points,
     reference_group_points,
+    reference_group_relative,
     reference_three_interpolate,
 )
 
@@ -136,6 +144,59 @@ def test_non_contiguous_and_empty_inputs() -> None:
     assert empty.grad is not None and empty.grad.abs().max() == 0
 
 
+def relative_case(
+    dtype: torch.dtype, channels: int | None, index: torch.dtype = torch.int64
+) -> tuple[torch.Tensor, ...]:
+    random = torch.Generator().manual_seed(7)
+    xyz, new_xyz = (torch.randn(2, n, 3, generator=random).to(dtype) for n in (9, 4))
+    idx = torch.randint(0, 9, (2, 4, 5), generator=random, dtype=index)
+    features = None if channels is None else torch.randn(2, channels, 9, generator=random).to(dtype)
+    return xyz, new_xyz, idx, features
+
+
+@pytest.mark.parametrize("channels", [None, 0, 1, 6])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("index", INDICES)
+def test_group_relative_is_its_parts(dtype: torch.dtype, channels: int | None, index: torch.dtype) -> None:
+    xyz, new_xyz, idx, features = relative_case(dtype, channels, index)
+    leaves = [leaf.requires_grad_() for leaf in (xyz, new_xyz, features) if leaf is not None]
+    relative = group_points(xyz.mT, idx) - new_xyz.mT[..., None]
+    expected = relative if features is None else torch.cat([relative, group_points(features, idx)], 1)
+    slope = torch.randn(expected.shape, generator=torch.Generator().manual_seed(8)).to(dtype)
+    slopes = torch.autograd.grad(expected, leaves, slope)
+    for op in (group_relative, reference_group_relative):
+        got = op(xyz, new_xyz, idx, features)
+        assert torch.equal(got, expected)
+        rtol = {torch.float16: 2e-2, torch.bfloat16: 1e-1}.get(dtype, 1e-5)
+        for one, two in zip(torch.autograd.grad(got, leaves, slope), slopes, strict=True):
+            torch.testing.assert_close(one, two, rtol=rtol, atol=rtol)
+
+
+def test_group_relative_gradcheck() -> None:
+    xyz, new_xyz, idx, features = relative_case(torch.float64, 2)
+    leaves = (xyz.requires_grad_(), new_xyz.requires_grad_(), features.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, c, f: group_relative(x, c, idx, f), leaves, nondet_tol=1e-10)
+    assert torch.autograd.gradgradcheck(
+        lambda x, c, f: group_relative(x, c, idx, f).square(), leaves, nondet_tol=1e-10
+    )
+
+
+def test_query_and_group_promotes_and_reports() -> None:
+    xyz, new_xyz, idx, features = relative_case(torch.float32, 6)
+    got = query_and_group(0.8, 5, xyz, new_xyz, features.half())
+    assert got.dtype == torch.float32 and got.shape == (2, 9, 4, 5)
+    assert torch.equal(
+        got, group_relative(xyz, new_xyz, ball_query(0.8, 5, xyz, new_xyz), features.half().float())
+    )
+    for arguments in ((xyz, new_xyz[:, :3], idx, features), (xyz, new_xyz, idx, features[:, :, :5])):
+        with pytest.raises(ValueError, match="agree in N and in M"):
+            group_relative(*arguments)
+    with pytest.raises(ValueError, match="transpose"):
+        group_relative(xyz.mT, xyz.mT, idx)
+    with pytest.raises(IndexError, match="9"):
+        group_relative(xyz, new_xyz, idx + 5, features)
+
+
 FEATURES, INDEX = torch.zeros(2, 3, 5), torch.zeros(2, 4, 3, dtype=torch.int64)
 
 
@@ -183,6 +244,12 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.gather_points_backward, (torch.randn(2, 3, 15, requires_grad=True), flat, 8))
     torch.library.opcheck(ops.group_points, (leaf, idx.int()))
     torch.library.opcheck(ops.group_points_backward, (torch.randn(2, 3, 5, 3, requires_grad=True), idx, 8))
+    xyz, new_xyz, around, more = relative_case(torch.float32, 4)
+    torch.library.opcheck(ops.group_relative, (xyz.requires_grad_(), new_xyz, around, more.requires_grad_()))
+    torch.library.opcheck(ops.group_relative, (xyz, new_xyz, around.int(), None))
+    torch.library.opcheck(
+        ops.group_relative_backward, (torch.randn(2, 7, 4, 5, requires_grad=True), around, 9)
+    )
     torch.library.opcheck(ops.three_interpolate, (leaf, idx, leaf_weight))
     torch.library.opcheck(ops.three_interpolate_backward, (torch.randn(2, 3, 5), idx, weight, 8))
     torch.library.opcheck(ops.three_interpolate_weight_backward, (torch.randn(2, 3, 5), features, idx))

@@ -101,12 +101,7 @@ class BallQuery:
     apply = staticmethod(ball_query)
 
 
-def _joined(grouped_xyz: Tensor, grouped_features: Tensor | None, use_xyz: bool) -> Tensor:
-    if grouped_features is None:
-        if not use_xyz:
-            raise ValueError("grouping without features needs use_xyz=True: there is nothing else to return")
-        return grouped_xyz
-    return torch.cat([grouped_xyz, grouped_features], dim=1) if use_xyz else grouped_features
+NOTHING_TO_GROUP = "grouping without features needs use_xyz=True: there is nothing else to return"
 
 
 class QueryAndGroup(nn.Module):
@@ -125,10 +120,11 @@ class QueryAndGroup(nn.Module):
     def forward(self, xyz: Tensor, new_xyz: Tensor, features: Tensor | None = None) -> Tensor:
         """xyz [B, N, 3], new_xyz [B, M, 3], features [B, C, N] → [B, 3 + C, M, nsample]."""
         idx = ball_query(self.radius, self.nsample, xyz, new_xyz)
-        around = grouping_operation(xyz.transpose(1, 2).contiguous(), idx)
-        relative = around - new_xyz.transpose(1, 2).unsqueeze(-1)
-        grouped = None if features is None else grouping_operation(features, idx)
-        return _joined(relative, grouped, self.use_xyz)
+        if self.use_xyz:
+            return ops.group_relative(xyz, new_xyz, idx, features)
+        if features is None:
+            raise ValueError(NOTHING_TO_GROUP)
+        return grouping_operation(features, idx)
 
 
 class GroupAll(nn.Module):
@@ -144,6 +140,8 @@ class GroupAll(nn.Module):
 
     def forward(self, xyz: Tensor, new_xyz: Tensor | None, features: Tensor | None = None) -> Tensor:
         """xyz [B, N, 3], features [B, C, N] → [B, 3 + C, 1, N]; new_xyz is ignored."""
-        grouped = None if features is None else features.unsqueeze(2)
-        # the original returns the coordinates here even when it was told not to
-        return _joined(xyz.transpose(1, 2).unsqueeze(2), grouped, self.use_xyz or features is None)
+        coordinates = xyz.transpose(1, 2).unsqueeze(2)
+        if features is None:  # the original returns the coordinates here even when it was told not to
+            return coordinates
+        grouped = features.unsqueeze(2)
+        return torch.cat([coordinates, grouped], dim=1) if self.use_xyz else grouped

@@ -1,13 +1,16 @@
-// Just enough of CUDA's device language to run one thread block on a CPU, for tests without a GPU.
+// Just enough of CUDA's device language to run thread blocks on a CPU, for tests without a GPU.
 //
 // Every CUDA thread is a fiber that runs until it reaches a barrier or a warp intrinsic; which fiber
 // goes on next is drawn from a seeded generator, so that code which relies on an order that CUDA does
-// not promise fails here too. It checks logic, not the memory model, and says nothing about speed.
+// not promise fails here too. Blocks run one after the other. It checks logic, not the memory model,
+// and says nothing about speed.
 #pragma once
 
+#include <math.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -19,17 +22,24 @@
 
 #define __host__
 #define __device__
+#define __global__
 #define __forceinline__ inline
+#define __shared__ static  // blocks run one after the other
+#define __launch_bounds__(...)
+
+using std::max;
+using std::min;
 
 struct float4 {
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-struct Dim {
-  unsigned x = 0;
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline Dim threadIdx, blockDim;
+inline dim3 threadIdx, blockDim, blockIdx, gridDim;
 
 namespace cuda_on_cpu {
 
@@ -67,25 +77,34 @@ inline Barrier block;
 inline std::vector<Barrier> warps;
 inline std::vector<uint64_t> slots;  // one per thread, to hand values across a warp
 inline int any;
+inline bool trapped;  // by a device-side assertion
 
 inline void enter() {
   body();
   _longjmp(scheduler, 1);
 }
 
-// Runs `body` as one block of `threads` threads, a multiple of 32.
-inline void run_block(unsigned threads, unsigned seed, std::function<void()> function) {
+inline void trap() {
+  trapped = true;
+  _longjmp(scheduler, 1);
+}
+
+// Runs `function` as one block of threads, a multiple of 32 in number.
+inline void run_block(dim3 shape, unsigned seed, std::function<void()> function) {
   constexpr size_t kStack = 64 << 10;
+  const unsigned threads = shape.x * shape.y * shape.z;
+  if (threads == 0 || threads % 32 || threads > 1024) std::abort();
   body = std::move(function);
-  blockDim.x = threads;
-  fibers = std::vector<Fiber>(threads);
+  blockDim = shape;
+  if (fibers.size() < threads) fibers.resize(threads);
   slots.assign(threads, 0);
   block = Barrier{threads, {}};
   warps.assign(threads / 32, Barrier{32, {}});
   ready.clear();
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
-    fiber.stack = std::make_unique<char[]>(kStack);
+    fiber.started = false;
+    if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStack);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
@@ -98,7 +117,8 @@ inline void run_block(unsigned threads, unsigned seed, std::function<void()> fun
   _setjmp(scheduler);  // every fiber that waits or ends comes back here
   if (ready.empty()) return;
   const size_t pick = random() % ready.size();
-  current = threadIdx.x = ready[pick];
+  current = ready[pick];
+  threadIdx = {current % shape.x, current / shape.x % shape.y, current / (shape.x * shape.y)};
   ready[pick] = ready.back();
   ready.pop_back();
   Fiber& fiber = fibers[current];
@@ -136,8 +156,23 @@ inline int __syncthreads_or(int predicate) {
   return result;
 }
 template <typename T>
+T __shfl_sync(unsigned, T value, int source) {
+  return cuda_on_cpu::across_warp(value, [&](auto get, unsigned) { return get(unsigned(source) % 32); });
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned delta) {
+  return cuda_on_cpu::across_warp(value, [&](auto get, unsigned lane) { return get(lane < delta ? lane : lane - delta); });
+}
+template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return cuda_on_cpu::across_warp(value, [&](auto get, unsigned lane) { return get(lane ^ unsigned(mask)); });
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return cuda_on_cpu::across_warp(value, [](auto get, unsigned) {
+    unsigned most = get(0);
+    for (unsigned lane = 1; lane < 32; ++lane) most = std::max(most, get(lane));
+    return most;
+  });
 }
 inline unsigned __reduce_min_sync(unsigned, unsigned value) {
   return cuda_on_cpu::across_warp(value, [](auto get, unsigned) {
@@ -175,3 +210,14 @@ inline float __uint_as_float(unsigned u) {
   return v;
 }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
+inline unsigned __brev(unsigned v) {
+  unsigned reversed = 0;
+  for (int bit = 0; bit < 32; ++bit) reversed |= (v >> bit & 1u) << (31 - bit);
+  return reversed;
+}
+inline float __int_as_float(int v) { return __uint_as_float(static_cast<unsigned>(v)); }
+inline float __fadd_rn(float a, float b) { return a + b; }  // compiled without contraction
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }

@@ -1,5 +1,5 @@
 // Runs csrc/emd_kernel.cuh, the body of the CUDA EMD, on a CPU. A shared library for test_emd_kernel.py.
-#include "cuda_on_cpu.h"
+#include "cuda_on_cpu/device.h"
 
 #include "emd_kernel.cuh"
 
@@ -17,6 +17,5 @@ extern "C" void emd_kernel_on_cpu(const double* x, const double* y, const int64_
   device::Scratch scratch;
   const device::Problem<double> problem{x,          y,          initial, distance, assignment,
                                         statistics, n,          eps,     max_rounds};
-  cuda_on_cpu::run_block(unsigned(threads), seed,
-                         [&] { device::Block<double>(problem, arrays, scratch).run(); });
+  cuda_on_cpu::run_block(unsigned(threads), seed, [&] { device::Block<double>(problem, arrays, scratch).run(); });
 }
