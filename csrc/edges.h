@@ -10,7 +10,7 @@
 namespace pointcmt {
 
 // x is dense, [..., S, C]; or points [B, N, C] with centres [B, M, C] and idx [B, M, S], which stand
-// for the rows x[b, idx[b, m, s]] + centres[b, m].
+// for the rows x[b, idx[b, m, s]] + centres[b, m], or these times factors [B, M, S, C].
 inline void check_edges(const char* op, const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx,
                         const at::Tensor& weight, const at::Tensor& bias) {
   TORCH_CHECK_VALUE(x.dim() >= 2 && x.is_floating_point(), op, ": x must be floating and [..., C], got ", x.sizes());
@@ -29,12 +29,16 @@ inline void check_edges(const char* op, const at::Tensor& x, const OptionalTenso
                     ": idx must be int32 or int64, got ", idx->scalar_type());
 }
 
+// What rows are.
+enum class Kind { kDense, kGathered, kScaled };
+
 // The rows of one call: groups of `samples` rows with `channels` numbers each.
 template <typename T>
 struct Rows {
   const T* x;
   const T* centres = nullptr;    // null: dense, row r of x is row r
   const int32_t* idx = nullptr;  // else row r is x[idx[r]] of its cloud plus its group's centre
+  const T* factors = nullptr;    // then times its own factors, where there are any
   int64_t groups, samples, channels;
   int64_t n = 0, groups_per_cloud = 1;
 
@@ -44,11 +48,11 @@ struct Rows {
 
 // The checked, contiguous inputs of a call, and the rows that they stand for.
 struct Inputs {
-  at::Tensor x, centres, idx;
+  at::Tensor x, centres, idx, factors;
   std::vector<int64_t> groups;  // the shape before S and C
 
   Inputs(const char* op, const at::Tensor& x_, const OptionalTensor& centres_, const OptionalTensor& idx_,
-         const at::Tensor& weight, const at::Tensor& bias, bool grouped) {
+         const at::Tensor& weight, const at::Tensor& bias, bool grouped, const OptionalTensor& factors_ = {}) {
     check_edges(op, x_, centres_, idx_, weight, bias);
     x = x_.contiguous();
     if (idx_) {
@@ -60,7 +64,14 @@ struct Inputs {
       }
       idx = wide.to(at::kInt);
       groups = {idx.size(0), idx.size(1)};
+      if (factors_) {
+        factors = factors_->contiguous();
+        TORCH_CHECK_VALUE(factors.dim() == 4 && factors.sizes().slice(0, 3) == idx.sizes() &&
+                              factors.size(3) == x.size(2) && factors.scalar_type() == x.scalar_type(),
+                          op, ": factors [B, M, S, C] of x's dtype were expected, got ", factors.sizes());
+      }
     } else {
+      TORCH_CHECK_VALUE(!factors_, op, ": factors come with centres and idx");
       TORCH_CHECK_VALUE(!grouped || x.dim() >= 3, op, ": x must be [..., S, C], got ", x.sizes());
       groups = x.sizes().slice(0, x.dim() - (grouped ? 2 : 1)).vec();
     }
@@ -75,6 +86,7 @@ struct Inputs {
     if (idx.defined()) {
       out.centres = centres.const_data_ptr<T>();
       out.idx = idx.const_data_ptr<int32_t>();
+      if (factors.defined()) out.factors = factors.const_data_ptr<T>();
       out.n = x.size(1), out.groups_per_cloud = idx.size(1);
       out.groups = idx.size(0) * idx.size(1), out.samples = idx.size(2);
     } else {

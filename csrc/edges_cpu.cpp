@@ -26,17 +26,19 @@ using namespace simd;
 constexpr int64_t kBlocks = 64;  // of partial sums: fixed, so that results do not depend on the threads
 
 // Calls f(group, first channel, row) with row(s) → the NV vectors of sample s of the group.
-template <typename T, bool GATHERED, int NV>
+template <typename T, Kind KIND, int NV>
 struct Reader {
   const T* base;
   const int32_t* idx;
+  const T* factors = nullptr;
   int64_t channels;
   Vec<T> centre[NV];
 
   Reader(const Rows<T>& rows, int64_t group, int64_t c) : channels(rows.channels) {
-    if constexpr (GATHERED) {
+    if constexpr (KIND != Kind::kDense) {
       base = rows.cloud(group) + c;
       idx = rows.idx + group * rows.samples;
+      if constexpr (KIND == Kind::kScaled) factors = rows.factors + group * rows.samples * channels + c;
       for (int v = 0; v < NV; ++v) centre[v] = load(rows.centres + group * channels + c + v * width<T>);
     } else {
       base = rows.x + group * rows.samples * channels + c;
@@ -44,9 +46,12 @@ struct Reader {
     }
   }
   inline void read(int64_t s, Vec<T> (&y)[NV]) const {
-    if constexpr (GATHERED) {
+    if constexpr (KIND != Kind::kDense) {
       const T* from = base + idx[s] * channels;
       for (int v = 0; v < NV; ++v) y[v] = load(from + v * width<T>) + centre[v];
+      if constexpr (KIND == Kind::kScaled) {
+        for (int v = 0; v < NV; ++v) y[v] *= load(factors + s * channels + v * width<T>);
+      }
     } else {
       const T* from = base + s * channels;
       for (int v = 0; v < NV; ++v) y[v] = load(from + v * width<T>);
@@ -54,14 +59,16 @@ struct Reader {
   }
 };
 
-// f.template operator()<GATHERED, NV>() for the rows at hand: pairs of vectors where channels allow.
+// f.template operator()<KIND, NV>() for the rows at hand: pairs of vectors where channels allow.
 template <typename T, typename F>
 void specialise(const Rows<T>& rows, const F& f) {
   const bool pairs = rows.channels % (2 * width<T>) == 0;
-  if (rows.idx) {
-    pairs ? f.template operator()<true, 2>() : f.template operator()<true, 1>();
+  if (rows.factors) {
+    pairs ? f.template operator()<Kind::kScaled, 2>() : f.template operator()<Kind::kScaled, 1>();
+  } else if (rows.idx) {
+    pairs ? f.template operator()<Kind::kGathered, 2>() : f.template operator()<Kind::kGathered, 1>();
   } else {
-    pairs ? f.template operator()<false, 2>() : f.template operator()<false, 1>();
+    pairs ? f.template operator()<Kind::kDense, 2>() : f.template operator()<Kind::kDense, 1>();
   }
 }
 
@@ -94,6 +101,7 @@ std::vector<T> first_row(const Rows<T>& rows) {
   std::vector<T> out(rows.channels);
   for (int64_t c = 0; c < rows.channels; ++c) {
     out[c] = rows.idx ? rows.x[rows.idx[0] * rows.channels + c] + rows.centres[c] : rows.x[c];
+    if (rows.factors) out[c] *= rows.factors[c];
   }
   return out;
 }
@@ -116,7 +124,7 @@ template <typename T>
 void statistics(const Rows<T>& rows, T* mean, T* var) {
   const std::vector<T> origin = first_row(rows);
   std::vector<double> sums;
-  specialise(rows, [&]<bool GATHERED, int NV>() {
+  specialise(rows, [&]<Kind KIND, int NV>() {
     sums = block_sums(rows, 2, [&](int64_t first, int64_t last, double* out) {
       const int64_t step = std::max<int64_t>(1, kRun / rows.samples);
       for (int64_t begin = first; begin < last; begin += step) {
@@ -124,7 +132,7 @@ void statistics(const Rows<T>& rows, T* mean, T* var) {
           Vec<T> sum[NV] = {}, square[NV] = {}, y[NV], shift[NV];
           for (int v = 0; v < NV; ++v) shift[v] = load(origin.data() + c + v * width<T>);
           for (int64_t g = begin; g < std::min(begin + step, last); ++g) {
-            const Reader<T, GATHERED, NV> reader(rows, g, c);
+            const Reader<T, KIND, NV> reader(rows, g, c);
             for (int64_t s = 0; s < rows.samples; ++s) {
               reader.read(s, y);
               for (int v = 0; v < NV; ++v) {
@@ -149,11 +157,11 @@ void select_rows(const Rows<T>& rows, const T* sign, bool with_statistics, T* ch
                  T* var) {
   const std::vector<T> origin = first_row(rows);
   std::vector<double> sums;
-  specialise(rows, [&]<bool GATHERED, int NV>() {
+  specialise(rows, [&]<Kind KIND, int NV>() {
     sums = block_sums(rows, 2, [&](int64_t first, int64_t last, double* out) {
       for (int64_t g = first; g < last; ++g) {
         for (int64_t c = 0; c < rows.channels; c += NV * width<T>) {
-          const Reader<T, GATHERED, NV> reader(rows, g, c);
+          const Reader<T, KIND, NV> reader(rows, g, c);
           Vec<T> sum[NV] = {}, square[NV] = {}, y[NV], best[NV], shift[NV], direction[NV];
           Mask<T> slot[NV] = {};
           reader.read(0, y);
@@ -202,11 +210,11 @@ inline Vec<T> activated(Vec<T> z, Vec<T> slope) {
 // out = act(y · scale + shift)
 template <typename T>
 void normalise(const Rows<T>& rows, const T* scale, const T* shift, T slope, T* out) {
-  specialise(rows, [&]<bool GATHERED, int NV>() {
+  specialise(rows, [&]<Kind KIND, int NV>() {
     at::parallel_for(0, rows.groups, std::max<int64_t>(1, 4096 / rows.samples), [&](int64_t first, int64_t last) {
       for (int64_t g = first; g < last; ++g) {
         for (int64_t c = 0; c < rows.channels; c += NV * width<T>) {
-          const Reader<T, GATHERED, NV> reader(rows, g, c);
+          const Reader<T, KIND, NV> reader(rows, g, c);
           Vec<T> y[NV], a[NV], b[NV];
           for (int v = 0; v < NV; ++v) a[v] = load(scale + c + v * width<T>), b[v] = load(shift + c + v * width<T>);
           T* target = out + g * rows.samples * rows.channels + c;
@@ -227,7 +235,7 @@ template <typename T>
 std::vector<double> slope_sums(const Rows<T>& rows, const T* grad, const T* scale, const T* shift, const T* mean,
                                T slope) {
   std::vector<double> sums;
-  specialise(rows, [&]<bool GATHERED, int NV>() {
+  specialise(rows, [&]<Kind KIND, int NV>() {
     sums = block_sums(rows, 2, [&](int64_t first, int64_t last, double* out) {
       const int64_t step = std::max<int64_t>(1, kRun / rows.samples);
       for (int64_t begin = first; begin < last; begin += step) {
@@ -238,7 +246,7 @@ std::vector<double> slope_sums(const Rows<T>& rows, const T* grad, const T* scal
             a[v] = load(scale + at), b[v] = load(shift + at), m[v] = load(mean + at);
           }
           for (int64_t g = begin; g < std::min(begin + step, last); ++g) {
-            const Reader<T, GATHERED, NV> reader(rows, g, c);
+            const Reader<T, KIND, NV> reader(rows, g, c);
             const T* from = grad + g * rows.samples * rows.channels + c;
             for (int64_t s = 0; s < rows.samples; ++s, from += rows.channels) {
               reader.read(s, y);
@@ -308,7 +316,7 @@ void gathered_backward(const Rows<T>& rows, const T* grad, const T* scale, const
     const int32_t* idx = rows.idx + g * rows.samples;
     for (int64_t c = 0; c < part; c += W) {
       const int64_t at = first + c;
-      const Reader<T, true, 1> reader(rows, g, at);
+      const Reader<T, Kind::kGathered, 1> reader(rows, g, at);
       const Vec<T> a = load(scale + at), b = load(shift + at), base = load(k0 + at), factor = load(k1 + at);
       Vec<T> total{}, y[1];
       const T* from = grad + g * rows.samples * rows.channels + at;
@@ -373,6 +381,40 @@ void gathered_select_backward(const Rows<T>& rows, const T* slopes, const int32_
     for (int64_t c = 0; c < part; ++c) {
       const int64_t row = g * rows.channels + first + c;
       sum[idx[which[row]] * part + c] += slopes[row];
+    }
+  });
+}
+
+// As gathered_select_backward, for rows times factors.
+template <typename T>
+void scaled_select_backward(const Rows<T>& rows, const T* slopes, const int32_t* which, const T* k0, const T* k1,
+                            T* grad_points, T* grad_centres, T* grad_factors) {
+  constexpr int64_t W = width<T>;
+  scatter(rows, grad_points, [&](int64_t g, int64_t first, int64_t part, T* sum) {
+    const int32_t* idx = rows.idx + g * rows.samples;
+    const T* cloud = rows.cloud(g) + first;
+    for (int64_t c = 0; c < part; c += W) {
+      const int64_t at = first + c;
+      const Vec<T> base = load(k0 + at), factor = load(k1 + at), centre = load(rows.centres + g * rows.channels + at);
+      Vec<T> of_centre{};
+      int64_t row = g * rows.samples * rows.channels + at;
+      for (int64_t s = 0; s < rows.samples; ++s, row += rows.channels) {
+        const Vec<T> value = load(cloud + idx[s] * rows.channels + c) + centre, times = load(rows.factors + row);
+        const Vec<T> slope = fma(factor, value * times, base), passed = slope * times;
+        T* target = sum + idx[s] * part + c;
+        store(target, load(target) + passed);
+        store(grad_factors + row, slope * value);
+        of_centre += passed;
+      }
+      store(grad_centres + g * rows.channels + at, of_centre);
+    }
+    for (int64_t c = 0; c < part; ++c) {
+      const int64_t group = g * rows.channels + first + c, s = which[group];
+      const int64_t row = (g * rows.samples + s) * rows.channels + first + c;
+      const T passed = slopes[group] * rows.factors[row];
+      grad_factors[row] += slopes[group] * (cloud[idx[s] * rows.channels + c] + rows.centres[group]);
+      sum[idx[s] * part + c] += passed;
+      grad_centres[group] += passed;
     }
   });
 }
@@ -453,15 +495,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_backward(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max(
-    const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx, const at::Tensor& weight,
-    const at::Tensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
-    double slope) {
-  const Inputs in("norm_act_max", x, centres, idx, weight, bias, true);
+    const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx, const OptionalTensor& factors,
+    const at::Tensor& weight, const at::Tensor& bias, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, double eps, double slope) {
+  const Inputs in("norm_act_max", x, centres, idx, weight, bias, true, factors);
   check_vectors("norm_act_max", x);
   const bool training = !running_mean;
   at::Tensor chosen = at::empty(in.shape(false), x.options());
   at::Tensor which = at::empty(in.shape(false), x.options().dtype(at::kInt));
-  at::Tensor total = training && in.idx.defined() ? at::empty_like(chosen) : at::empty({0}, x.options());
+  at::Tensor total = training && in.idx.defined() && !factors ? at::empty_like(chosen) : at::empty({0}, x.options());
   at::Tensor mean = running_mean ? running_mean->clone() : at::empty({x.size(-1)}, x.options());
   at::Tensor var = running_var ? running_var->clone() : at::empty({x.size(-1)}, x.options());
   // a normalisation with a negative weight turns the order round: its maximum is of the smallest
@@ -475,18 +517,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   return {at::leaky_relu(at::addcmul(shift, chosen, scale), slope), chosen, which, total, mean, var};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max_backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max_backward(
     const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx,
-    const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& chosen, const at::Tensor& which,
-    const at::Tensor& total, const at::Tensor& mean, const at::Tensor& var, double eps, double slope, bool training) {
-  const Inputs in("norm_act_max_backward", x, centres, idx, weight, bias, true);
+    const OptionalTensor& factors, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& chosen,
+    const at::Tensor& which, const at::Tensor& total, const at::Tensor& mean, const at::Tensor& var, double eps,
+    double slope, bool training) {
+  const Inputs in("norm_act_max_backward", x, centres, idx, weight, bias, true, factors);
   check_vectors("norm_act_max_backward", x);
   TORCH_CHECK_VALUE(grad.sizes() == in.shape(false) && chosen.sizes() == grad.sizes() && which.sizes() == grad.sizes() &&
                         which.scalar_type() == at::kInt && which.is_contiguous() &&
-                        (!training || !in.idx.defined() || (total.sizes() == grad.sizes() && total.is_contiguous())),
+                        (!training || !in.idx.defined() || factors || (total.sizes() == grad.sizes() && total.is_contiguous())),
                     "norm_act_max_backward: grad does not fit, got ", grad.sizes());
   at::Tensor grad_x = at::empty(in.x.sizes(), x.options()), grad_centres = at::empty({0}, x.options());
+  at::Tensor grad_factors = at::empty({0}, x.options());
   if (in.idx.defined()) grad_centres = at::empty(in.centres.sizes(), x.options());
+  if (factors) grad_factors = at::empty(in.factors.sizes(), x.options());
   const auto [scale, shift] = affine(weight, bias, mean, var, eps);
   const at::Tensor behind = at::where(at::addcmul(shift, chosen, scale) > 0, grad, grad * slope);
   const int64_t channels = x.size(-1);
@@ -500,7 +545,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max_backward
     if (!training) k0.zero_(), k1.zero_();
     const scalar_t *base = k0.template const_data_ptr<scalar_t>(), *factor = k1.template const_data_ptr<scalar_t>();
     const scalar_t* own = slopes.const_data_ptr<scalar_t>();
-    if (in.idx.defined()) {
+    if (factors) {
+      scaled_select_backward(rows, own, which.const_data_ptr<int32_t>(), base, factor,
+                             grad_x.mutable_data_ptr<scalar_t>(), grad_centres.mutable_data_ptr<scalar_t>(),
+                             grad_factors.mutable_data_ptr<scalar_t>());
+    } else if (in.idx.defined()) {
       gathered_select_backward(rows, own, which.const_data_ptr<int32_t>(),
                                training ? total.const_data_ptr<scalar_t>() : nullptr, training, base, factor,
                                grad_x.mutable_data_ptr<scalar_t>(), grad_centres.mutable_data_ptr<scalar_t>());
@@ -509,7 +558,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max_backward
                             grad_x.mutable_data_ptr<scalar_t>());
     }
   });
-  return {grad_x, grad_centres, moment * at::rsqrt(var + eps), sum};
+  return {grad_x, grad_centres, grad_factors, moment * at::rsqrt(var + eps), sum};
 }
 
 }  // namespace

@@ -43,31 +43,42 @@ __device__ __forceinline__ void for_groups(int64_t groups, const F& f) {
 }
 
 // One channel of the rows of one group.
-template <typename T, bool GATHERED>
+template <typename T, Kind KIND>
 struct Column {
   const T* base;
   const int32_t* idx;
+  const T* factors;
   int64_t channels, n;
   T centre;
 
   __device__ __forceinline__ Column(const Rows<T>& rows, int64_t group, int64_t c)
-      : idx(nullptr), channels(rows.channels), n(rows.n), centre(T(0)) {
-    if constexpr (GATHERED) {
+      : idx(nullptr), factors(nullptr), channels(rows.channels), n(rows.n), centre(T(0)) {
+    if constexpr (KIND != Kind::kDense) {
       base = rows.x + group / rows.groups_per_cloud * rows.n * rows.channels + c;
       idx = rows.idx + group * rows.samples;
       centre = rows.centres[group * rows.channels + c];
+      if constexpr (KIND == Kind::kScaled) factors = rows.factors + group * rows.samples * rows.channels + c;
     } else {
       base = rows.x + group * rows.samples * rows.channels + c;
     }
   }
   __device__ __forceinline__ int64_t point(int64_t s) const { return checked(idx[s], n); }
-  __device__ __forceinline__ T operator[](int64_t s) const {
-    if constexpr (GATHERED) {
-      return base[point(s) * channels] + centre;
+  __device__ __forceinline__ T factor(int64_t s) const {
+    if constexpr (KIND == Kind::kScaled) {
+      return factors[s * channels];
     } else {
-      return base[s * channels];
+      return T(1);
     }
   }
+  // before its factor
+  __device__ __forceinline__ T value(int64_t s) const {
+    if constexpr (KIND == Kind::kDense) {
+      return base[s * channels];
+    } else {
+      return base[point(s) * channels] + centre;
+    }
+  }
+  __device__ __forceinline__ T operator[](int64_t s) const { return value(s) * factor(s); }
 };
 
 template <typename T>
@@ -106,17 +117,17 @@ __device__ __forceinline__ double whole_sum(const double* partial, int64_t parti
 // CHOOSE: the largest row of each group (smallest where weight is negative), the first among equals, and
 // the sum of the group's rows where total is given. Where partial is given: sums of all rows' differences
 // from the first row and of their squares.
-template <typename T, bool GATHERED, bool CHOOSE>
+template <typename T, Kind KIND, bool CHOOSE>
 __global__ void __launch_bounds__(kLanes* kGroups)
     reduce_kernel(Rows<T> rows, const T* __restrict__ weight, T* __restrict__ chosen, int32_t* __restrict__ which,
                   T* __restrict__ total, double* __restrict__ partial) {
   const int64_t c = own_channel();
   double all = 0, squares = 0;
   if (c < rows.channels) {
-    const T origin = Column<T, GATHERED>(rows, 0, c)[0];
+    const T origin = Column<T, KIND>(rows, 0, c)[0];
     const T sign = CHOOSE && weight[c] < T(0) ? T(-1) : T(1);
     for_groups(rows.groups, [&](int64_t g) {
-      const Column<T, GATHERED> column(rows, g, c);
+      const Column<T, KIND> column(rows, g, c);
       T sum = T(0), square = T(0), best = T(0);
       int slot = 0;
 #pragma unroll 4
@@ -142,7 +153,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
 }
 
 // Mean and variance from the sums, where there are any, and y · scale + shift, the normalisation.
-template <typename T, bool GATHERED>
+template <typename T, Kind KIND>
 __global__ void __launch_bounds__(kLanes* kGroups)
     statistics_kernel(Rows<T> rows, const double* __restrict__ partial, int64_t partials, const T* __restrict__ weight,
                       const T* __restrict__ bias, T eps, T* __restrict__ mean, T* __restrict__ var,
@@ -157,7 +168,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   if (partial) {
     const double count = static_cast<double>(rows.groups * rows.samples), from_origin = sum / count;
     const double spread = squares / count - from_origin * from_origin;
-    mean[c] = static_cast<T>(static_cast<double>(Column<T, GATHERED>(rows, 0, c)[0]) + from_origin);
+    mean[c] = static_cast<T>(static_cast<double>(Column<T, KIND>(rows, 0, c)[0]) + from_origin);
     var[c] = static_cast<T>(spread < 0 ? 0 : spread);
   }
   scale[c] = weight[c] / sqrt(var[c] + eps);
@@ -165,7 +176,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
 }
 
 // out = act(y · scale + shift)
-template <typename T, bool GATHERED>
+template <typename T, Kind KIND>
 __global__ void __launch_bounds__(kLanes* kGroups)
     normalise_kernel(Rows<T> rows, const T* __restrict__ scale, const T* __restrict__ shift, T slope,
                      T* __restrict__ out) {
@@ -173,7 +184,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   if (c >= rows.channels) return;
   const T a = scale[c], b = shift[c];
   for_groups(rows.groups, [&](int64_t g) {
-    const Column<T, GATHERED> column(rows, g, c);
+    const Column<T, KIND> column(rows, g, c);
     T* target = out + g * rows.samples * rows.channels + c;
 #pragma unroll 4
     for (int s = 0; s < static_cast<int>(rows.samples); ++s) {
@@ -183,7 +194,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
 }
 
 // Sums of g', the slope behind the activation, and of g' (y − mean); g' · scale goes to slopes if given.
-template <typename T, bool GATHERED>
+template <typename T, Kind KIND>
 __global__ void __launch_bounds__(kLanes* kGroups)
     slope_sums_kernel(Rows<T> rows, const T* __restrict__ grad, const T* __restrict__ scale,
                       const T* __restrict__ shift, const T* __restrict__ mean, T slope, T* __restrict__ slopes,
@@ -193,7 +204,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   if (c < rows.channels) {
     const T a = scale[c], b = shift[c], m = mean[c];
     for_groups(rows.groups, [&](int64_t g) {
-      const Column<T, GATHERED> column(rows, g, c);
+      const Column<T, KIND> column(rows, g, c);
       const int64_t first = g * rows.samples * rows.channels + c;
       T sum = T(0), moment = T(0);
 #pragma unroll 4
@@ -278,19 +289,20 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   });
 }
 
-// Of every gathered row: their sums to grad_centres and, where it is given, added to grad_points.
-template <typename T, bool CHOSEN>
+// Of every gathered row: their sums to grad_centres and, where it is given, added to grad_points; those of
+// its factors to grad_factors.
+template <typename T, Kind KIND, bool CHOSEN>
 __global__ void __launch_bounds__(kLanes* kGroups)
     gathered_backward_kernel(Rows<T> rows, Slopes<T> slopes, bool training, T* __restrict__ grad_points,
-                             T* __restrict__ grad_centres) {
+                             T* __restrict__ grad_centres, T* __restrict__ grad_factors) {
   const int64_t c = own_channel();
   if (c >= rows.channels) return;
   const Slope<T, CHOSEN> slope(slopes, c);
   for_groups(rows.groups, [&](int64_t g) {
-    const Column<T, true> column(rows, g, c);
+    const Column<T, KIND> column(rows, g, c);
     const int64_t group = g * rows.channels + c;
     T* target = grad_points ? grad_points + g / rows.groups_per_cloud * rows.n * rows.channels + c : nullptr;
-    if (CHOSEN && !training) {  // nothing but the chosen row's own slope
+    if (CHOSEN && KIND == Kind::kGathered && !training) {  // nothing but the chosen row's own slope
       const T own = slopes.chosen[group];
       if (target) gpuAtomicAddNoReturn(target + column.point(slopes.which[group]) * rows.channels, own);
       grad_centres[group] = own;
@@ -299,7 +311,12 @@ __global__ void __launch_bounds__(kLanes* kGroups)
     T sum = T(0);
 #pragma unroll 4
     for (int s = 0; s < static_cast<int>(rows.samples); ++s) {
-      const T of_row = slope(column[s], s, (g * rows.samples + s) * rows.channels + c, group);
+      const int64_t row = (g * rows.samples + s) * rows.channels + c;
+      T of_row = slope(column[s], s, row, group);
+      if constexpr (KIND == Kind::kScaled) {
+        grad_factors[row] = of_row * column.value(s);
+        of_row *= column.factor(s);
+      }
       if (target) gpuAtomicAddNoReturn(target + column.point(s) * rows.channels, of_row);
       sum += of_row;
     }
@@ -308,7 +325,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
 }
 
 // grad_points without atomics: each point adds up its edges, order[start[p] … start[p + 1]), in their order.
-template <typename T, bool CHOSEN>
+template <typename T, Kind KIND, bool CHOSEN>
 __global__ void __launch_bounds__(kLanes* kGroups)
     segment_kernel(Rows<T> rows, Slopes<T> slopes, const int64_t* __restrict__ order,
                    const int64_t* __restrict__ start, int64_t points, T* __restrict__ grad_points) {
@@ -321,7 +338,9 @@ __global__ void __launch_bounds__(kLanes* kGroups)
     for (int64_t at = start[p]; at < start[p + 1]; ++at) {
       const int64_t edge = order[at], group = edge / rows.samples * rows.channels + c;
       const int s = static_cast<int>(edge % rows.samples);
-      sum += slope(x + rows.centres[group], s, edge * rows.channels + c, group);
+      const int64_t row = edge * rows.channels + c;
+      const T factor = KIND == Kind::kScaled ? rows.factors[row] : T(1);
+      sum += factor * slope((x + rows.centres[group]) * factor, s, row, group);
     }
     grad_points[p * rows.channels + c] = sum;
   });
@@ -329,10 +348,16 @@ __global__ void __launch_bounds__(kLanes* kGroups)
 
 // ------------------------------------------------------------------------------------ the operators
 
-// Calls f(rows, std::bool_constant<gathered>).
+// Calls f with the rows' kind, as a type.
 template <typename T, typename F>
 void specialise(const Rows<T>& rows, const F& f) {
-  rows.idx ? f(std::true_type{}) : f(std::false_type{});
+  if (rows.factors) {
+    f(std::integral_constant<Kind, Kind::kScaled>{});
+  } else if (rows.idx) {
+    f(std::integral_constant<Kind, Kind::kGathered>{});
+  } else {
+    f(std::integral_constant<Kind, Kind::kDense>{});
+  }
 }
 
 template <typename T>
@@ -357,8 +382,8 @@ at::Tensor normalisation(const Rows<T>& rows, const at::Tensor& partial, const a
   }
   const at::Tensor w = weight.contiguous(), b = bias.contiguous();
   T* to = out.mutable_data_ptr<T>();
-  specialise(rows, [&](auto gathered) {
-    launch(statistics_kernel<T, gathered.value>, grid(rows.channels, 1), block(), 0, rows,
+  specialise(rows, [&](auto kind) {
+    launch(statistics_kernel<T, kind.value>, grid(rows.channels, 1), block(), 0, rows,
            partial.defined() ? partial.const_data_ptr<double>() : nullptr, partial.defined() ? partial.size(0) : 0,
            w.const_data_ptr<T>(), b.const_data_ptr<T>(), static_cast<T>(eps), to, to + rows.channels,
            to + 2 * rows.channels, to + 3 * rows.channels);
@@ -380,27 +405,28 @@ std::tuple<at::Tensor, at::Tensor> shares(const at::Tensor& partial, const at::T
   return {share, of_affine};
 }
 
-template <typename T, bool CHOSEN>
+template <typename T, bool CHOSEN, Kind KIND>
 void backward(const Inputs& in, const Rows<T>& rows, const Slopes<T>& slopes, bool training, at::Tensor& grad_x,
-              at::Tensor& grad_centres) {
+              at::Tensor& grad_centres, at::Tensor& grad_factors) {
   const dim3 all = grid(rows.channels, rows.groups);
-  if (!rows.idx) {
+  if constexpr (KIND == Kind::kDense) {
     grad_x = at::empty(in.x.sizes(), in.x.options());
     launch(dense_backward_kernel<T, CHOSEN>, all, block(), 0, rows, slopes, grad_x.mutable_data_ptr<T>());
-    return;
+  } else {
+    if (rows.factors) grad_factors = at::empty(in.factors.sizes(), in.x.options());
+    grad_centres = at::empty(in.centres.sizes(), in.x.options());
+    const bool ordered = at::globalContext().deterministicAlgorithms();
+    grad_x = ordered ? at::empty(in.x.sizes(), in.x.options()) : at::zeros(in.x.sizes(), in.x.options());
+    T* const target = grad_x.mutable_data_ptr<T>();
+    launch(gathered_backward_kernel<T, KIND, CHOSEN>, all, block(), 0, rows, slopes, training,
+           ordered ? nullptr : target, grad_centres.mutable_data_ptr<T>(), grad_factors.mutable_data_ptr<T>());
+    if (!ordered) return;
+    const int64_t batch = in.x.size(0), points = batch * rows.n;
+    const std::tuple<at::Tensor, at::Tensor> sorted = edges_by_point(in.idx, batch, rows.n);
+    launch(segment_kernel<T, KIND, CHOSEN>, grid(rows.channels, points), block(), 0, rows, slopes,
+           std::get<0>(sorted).template const_data_ptr<int64_t>(), std::get<1>(sorted).template const_data_ptr<int64_t>(),
+           points, target);
   }
-  grad_centres = at::empty(in.centres.sizes(), in.x.options());
-  const bool ordered = at::globalContext().deterministicAlgorithms();
-  grad_x = ordered ? at::empty(in.x.sizes(), in.x.options()) : at::zeros(in.x.sizes(), in.x.options());
-  T* const target = grad_x.mutable_data_ptr<T>();
-  launch(gathered_backward_kernel<T, CHOSEN>, all, block(), 0, rows, slopes, training, ordered ? nullptr : target,
-         grad_centres.mutable_data_ptr<T>());
-  if (!ordered) return;
-  const int64_t batch = in.x.size(0), points = batch * rows.n;
-  const std::tuple<at::Tensor, at::Tensor> sorted = edges_by_point(in.idx, batch, rows.n);
-  launch(segment_kernel<T, CHOSEN>, grid(rows.channels, points), block(), 0, rows, slopes,
-         std::get<0>(sorted).template const_data_ptr<int64_t>(), std::get<1>(sorted).template const_data_ptr<int64_t>(),
-         points, target);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_act(const at::Tensor& x, const OptionalTensor& centres,
@@ -412,17 +438,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_act(const at::Tensor& x, con
   at::Tensor out = at::empty(in.shape(true), x.options()), affine;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act", [&] {
     const auto rows = in.rows<scalar_t>(false);
-    specialise(rows, [&](auto gathered) {
+    specialise(rows, [&](auto kind) {
       at::Tensor partial;
       if (!running_mean) {
         const dim3 blocks = grid(rows.channels, rows.groups, kPartials);
         partial = partial_sums(x, blocks.y);
-        launch(reduce_kernel<scalar_t, gathered.value, false>, blocks, block(), 0, rows, nullptr, nullptr, nullptr,
+        launch(reduce_kernel<scalar_t, kind.value, false>, blocks, block(), 0, rows, nullptr, nullptr, nullptr,
                nullptr, partial.mutable_data_ptr<double>());
       }
       affine = normalisation(rows, partial, weight, bias, running_mean, running_var, eps);
       const scalar_t* scale = affine.const_data_ptr<scalar_t>() + 2 * rows.channels;
-      launch(normalise_kernel<scalar_t, gathered.value>, grid(rows.channels, rows.groups), block(), 0, rows, scale,
+      launch(normalise_kernel<scalar_t, kind.value>, grid(rows.channels, rows.groups), block(), 0, rows, scale,
              scale + rows.channels, static_cast<scalar_t>(slope), out.mutable_data_ptr<scalar_t>());
     });
   });
@@ -437,7 +463,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_backward(
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor in_grad = grad.contiguous();
   TORCH_CHECK_VALUE(in_grad.sizes() == in.shape(true), "norm_act_backward: grad does not fit, got ", grad.sizes());
-  at::Tensor grad_x, grad_centres = at::empty({0}, x.options()), of_affine;
+  at::Tensor grad_x, grad_centres = at::empty({0}, x.options()), none = at::empty({0}, x.options()), of_affine;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act_backward", [&] {
     const auto rows = in.rows<scalar_t>(false);
     const at::Tensor affine = normalisation(rows, {}, weight, bias, mean, var, eps);
@@ -446,8 +472,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_backward(
     const scalar_t leak = static_cast<scalar_t>(slope);
     const dim3 blocks = grid(rows.channels, rows.groups, kPartials);
     const at::Tensor partial = partial_sums(x, blocks.y);
-    specialise(rows, [&](auto gathered) {
-      launch(slope_sums_kernel<scalar_t, gathered.value>, blocks, block(), 0, rows, g, scale, shift, centre, leak,
+    specialise(rows, [&](auto kind) {
+      launch(slope_sums_kernel<scalar_t, kind.value>, blocks, block(), 0, rows, g, scale, shift, centre, leak,
              nullptr, partial.mutable_data_ptr<double>());
     });
     const std::tuple<at::Tensor, at::Tensor> both =
@@ -455,27 +481,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_backward(
     of_affine = std::get<1>(both);
     const scalar_t* k0 = std::get<0>(both).template const_data_ptr<scalar_t>();
     const Slopes<scalar_t> slopes{g, scale, shift, leak, nullptr, nullptr, k0, k0 + rows.channels};
-    backward<scalar_t, false>(in, rows, slopes, training, grad_x, grad_centres);
+    specialise(rows, [&](auto kind) {
+      if constexpr (kind.value != Kind::kScaled) {
+        backward<scalar_t, false, kind.value>(in, rows, slopes, training, grad_x, grad_centres, none);
+      }
+    });
   });
   return {grad_x, grad_centres, of_affine.select(0, 0).clone(), of_affine.select(0, 1).clone()};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max(
-    const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx, const at::Tensor& weight,
-    const at::Tensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
-    double slope) {
-  const Inputs in("norm_act_max", x, centres, idx, weight, bias, true);
+    const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx, const OptionalTensor& factors,
+    const at::Tensor& weight, const at::Tensor& bias, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, double eps, double slope) {
+  const Inputs in("norm_act_max", x, centres, idx, weight, bias, true, factors);
   const c10::cuda::CUDAGuard guard(x.device());
   const bool training = !running_mean;
   at::Tensor out = at::empty(in.shape(false), x.options()), chosen = at::empty_like(out), affine;
   at::Tensor which = at::empty(in.shape(false), x.options().dtype(at::kInt));
-  at::Tensor total = training && in.idx.defined() ? at::empty_like(chosen) : at::empty({0}, x.options());
+  at::Tensor total = training && in.idx.defined() && !factors ? at::empty_like(chosen) : at::empty({0}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act_max", [&] {
     const auto rows = in.rows<scalar_t>(true);
     const dim3 blocks = grid(rows.channels, rows.groups, training ? kPartials : 65535);
     const at::Tensor partial = training ? partial_sums(x, blocks.y) : at::Tensor(), w = weight.contiguous();
-    specialise(rows, [&](auto gathered) {
-      launch(reduce_kernel<scalar_t, gathered.value, true>, blocks, block(), 0, rows, w.const_data_ptr<scalar_t>(),
+    specialise(rows, [&](auto kind) {
+      launch(reduce_kernel<scalar_t, kind.value, true>, blocks, block(), 0, rows, w.const_data_ptr<scalar_t>(),
              chosen.mutable_data_ptr<scalar_t>(), which.mutable_data_ptr<int32_t>(),
              total.numel() ? total.mutable_data_ptr<scalar_t>() : nullptr,
              training ? partial.mutable_data_ptr<double>() : nullptr);
@@ -483,30 +513,32 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     affine = normalisation(rows, partial, weight, bias, running_mean, running_var, eps);
     const auto selected = dense_rows<scalar_t>(chosen);
     const scalar_t* scale = affine.const_data_ptr<scalar_t>() + 2 * rows.channels;
-    launch(normalise_kernel<scalar_t, false>, grid(rows.channels, selected.groups), block(), 0, selected, scale,
+    launch(normalise_kernel<scalar_t, Kind::kDense>, grid(rows.channels, selected.groups), block(), 0, selected, scale,
            scale + rows.channels, static_cast<scalar_t>(slope), out.mutable_data_ptr<scalar_t>());
   });
   return {out, chosen, which, total, affine.select(0, 0).clone(), affine.select(0, 1).clone()};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max_backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max_backward(
     const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx,
-    const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& chosen, const at::Tensor& which,
-    const at::Tensor& total, const at::Tensor& mean, const at::Tensor& var, double eps, double slope, bool training) {
-  const Inputs in("norm_act_max_backward", x, centres, idx, weight, bias, true);
+    const OptionalTensor& factors, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& chosen,
+    const at::Tensor& which, const at::Tensor& total, const at::Tensor& mean, const at::Tensor& var, double eps,
+    double slope, bool training) {
+  const Inputs in("norm_act_max_backward", x, centres, idx, weight, bias, true, factors);
   const c10::cuda::CUDAGuard guard(x.device());
   TORCH_CHECK_VALUE(grad.sizes() == in.shape(false) && chosen.sizes() == grad.sizes() && chosen.is_contiguous() &&
                         which.sizes() == grad.sizes() && which.scalar_type() == at::kInt && which.is_contiguous(),
                     "norm_act_max_backward: grad does not fit, got ", grad.sizes());
   const at::Tensor in_grad = grad.contiguous();
-  at::Tensor grad_x, grad_centres = at::empty({0}, x.options()), own = at::empty_like(chosen), of_affine;
+  at::Tensor grad_x, grad_centres = at::empty({0}, x.options()), grad_factors = at::empty({0}, x.options());
+  at::Tensor own = at::empty_like(chosen), of_affine;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act_max_backward", [&] {
     const auto rows = in.rows<scalar_t>(true), selected = dense_rows<scalar_t>(chosen);
     const at::Tensor affine = normalisation(rows, {}, weight, bias, mean, var, eps);
     const scalar_t *centre = affine.const_data_ptr<scalar_t>(), *scale = centre + 2 * rows.channels;
     const dim3 blocks = grid(rows.channels, selected.groups, kPartials);
     const at::Tensor partial = partial_sums(x, blocks.y);
-    launch(slope_sums_kernel<scalar_t, false>, blocks, block(), 0, selected, in_grad.const_data_ptr<scalar_t>(), scale,
+    launch(slope_sums_kernel<scalar_t, Kind::kDense>, blocks, block(), 0, selected, in_grad.const_data_ptr<scalar_t>(), scale,
            scale + rows.channels, centre, static_cast<scalar_t>(slope), own.mutable_data_ptr<scalar_t>(),
            partial.mutable_data_ptr<double>());
     const std::tuple<at::Tensor, at::Tensor> both =
@@ -515,9 +547,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max_backward
     const scalar_t* k0 = std::get<0>(both).template const_data_ptr<scalar_t>();
     const Slopes<scalar_t> slopes{nullptr, nullptr, nullptr, scalar_t(0), own.const_data_ptr<scalar_t>(),
                                   which.const_data_ptr<int32_t>(), k0, k0 + rows.channels};
-    backward<scalar_t, true>(in, rows, slopes, training, grad_x, grad_centres);
+    specialise(rows, [&](auto kind) {
+      backward<scalar_t, true, kind.value>(in, rows, slopes, training, grad_x, grad_centres, grad_factors);
+    });
   });
-  return {grad_x, grad_centres, of_affine.select(0, 0).clone(), of_affine.select(0, 1).clone()};
+  return {grad_x, grad_centres, grad_factors, of_affine.select(0, 0).clone(), of_affine.select(0, 1).clone()};
 }
 
 }  // namespace

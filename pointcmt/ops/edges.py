@@ -76,16 +76,19 @@ def norm_act_max(
     slope: float = 0.0,
     centres: Tensor | None = None,
     idx: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """As :func:`norm_act`, then the maximum over the S samples of each group.
 
     Args:
         x: floating [..., S, C]; or points [B, N, C] with ``centres`` and ``idx``.
         slope: 0 ≤ slope ≤ 1, so that the activation keeps the order.
+        factors: [B, M, S, C], only with ``centres`` and ``idx``: the rows are the edges times these.
         others: as for :func:`norm_act`.
 
     Returns:
-        [..., C], or [B, M, C]. Among equal samples the first receives the gradient.
+        [..., C], or [B, M, C]; differentiable in factors too. Among equal samples the first receives the
+        gradient.
 
     Raises:
         ValueError: shapes that do not fit, a slope out of range, or one row only in training.
@@ -96,13 +99,18 @@ def norm_act_max(
     own = _check(
         "norm_act_max", x, running_mean, running_var, weight, bias, training, centres, idx, x.dim() - 2
     )
-    if not _compiled("norm_act_max", x, weight, centres):
+    if factors is not None and (idx is None or factors.shape != (*idx.shape, x.shape[-1])):
+        raise ValueError(
+            "norm_act_max: factors [B, M, S, C] come with points [B, N, C] and idx [B, M, S], "
+            f"got {list(factors.shape)}, {list(x.shape)} and {None if idx is None else list(idx.shape)}"
+        )
+    if not _compiled("norm_act_max", x, weight, centres, factors):
         return reference_norm_act_max(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, slope, centres, idx
+            x, running_mean, running_var, weight, bias, training, momentum, eps, slope, centres, idx, factors
         )
     statistics = (None, None) if own else (running_mean, running_var)
     out, _, _, _, mean, var = torch.ops.pointcmt.norm_act_max(
-        x, centres, idx, weight, bias, *statistics, eps, slope
+        x, centres, idx, factors, weight, bias, *statistics, eps, slope
     )
     if own:
         rows = x.numel() // x.shape[-1] if idx is None else idx.numel()
@@ -150,11 +158,12 @@ def _check(
     return own
 
 
-def _compiled(op: str, x: Tensor, weight: Tensor, centres: Tensor | None) -> bool:
+def _compiled(op: str, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """Half precision, channels that fill no vector, and nothing at all are PyTorch's business."""
-    same = x.dtype == weight.dtype and (centres is None or centres.dtype == x.dtype)
+    given = [other for other in others if other is not None]
+    same = all(other.dtype == x.dtype for other in (weight, *given))
     plain = x.dtype in (torch.float32, torch.float64) and same and x.shape[-1] % 8 == 0 and x.numel() > 0
-    return plain and (centres is None or centres.numel() > 0) and use_compiled(x, op=op)
+    return plain and all(other.numel() > 0 for other in given) and use_compiled(x, op=op)
 
 
 def _update(
@@ -214,12 +223,15 @@ def reference_norm_act_max(
     slope: float = 0.0,
     centres: Tensor | None = None,
     idx: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """The readable twin of :func:`norm_act_max`, in PyTorch."""
-    rows = reference_norm_act(
-        x, running_mean, running_var, weight, bias, training, momentum, eps, slope, centres, idx
+    rows = _rows(x, centres, idx)
+    rows = rows if factors is None else rows * factors
+    normalised = reference_norm_act(
+        rows, running_mean, running_var, weight, bias, training, momentum, eps, slope
     )
-    return rows.max(-2).values
+    return normalised.max(-2).values
 
 
 def _fake_norm_act(
@@ -233,13 +245,14 @@ def _fake_norm_act_max(
     x: Tensor,
     centres: Tensor | None,
     idx: Tensor | None,
+    factors: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     running_mean: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, ...]:
     shape = (*x.shape[:-2], x.shape[-1]) if centres is None else tuple(centres.shape)
-    total = x.new_empty(shape if running_mean is None and idx is not None else (0,))
+    total = x.new_empty(shape if running_mean is None and idx is not None and factors is None else (0,))
     of_channels = torch.empty_like(weight), torch.empty_like(weight)
     return x.new_empty(shape), x.new_empty(shape), x.new_empty(shape, dtype=torch.int32), total, *of_channels
 
@@ -249,6 +262,14 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     of_centres = x.new_empty(0) if centres is None else centres.new_empty(centres.shape)
     return x.new_empty(x.shape), of_centres, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _fake_max_backward(
+    grad: Tensor, x: Tensor, centres: Tensor | None, idx: Tensor | None, factors: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    of_x, of_centres, of_weight, of_bias = _fake_backward(grad, x, centres, idx, *rest)
+    of_factors = x.new_empty(0) if factors is None else factors.new_empty(factors.shape)
+    return of_x, of_centres, of_factors, of_weight, of_bias
 
 
 def _norm_act_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -268,25 +289,27 @@ def _norm_act_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, 
 
 
 def _norm_act_max_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, centres, idx, weight, bias, running_mean, _, eps, slope = inputs
-    ctx.save_for_backward(x, centres, idx, weight, bias, *output[1:])
+    x, centres, idx, factors, weight, bias, running_mean, _, eps, slope = inputs
+    ctx.save_for_backward(x, centres, idx, factors, weight, bias, *output[1:])
     ctx.settings = (eps, slope, running_mean is None)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _norm_act_max_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    grad_x, grad_centres, grad_weight, grad_bias = torch.ops.pointcmt.norm_act_max_backward(
+    grad_x, grad_centres, grad_factors, *of_affine = torch.ops.pointcmt.norm_act_max_backward(
         grad, *saved, *ctx.settings
     )
-    return grad_x, None if saved[1] is None else grad_centres, None, grad_weight, grad_bias, *[None] * 4
+    grad_centres = None if saved[1] is None else grad_centres
+    grad_factors = None if saved[3] is None else grad_factors
+    return grad_x, grad_centres, None, grad_factors, *of_affine, *[None] * 4
 
 
 if "norm_act_max" in compiled_ops("cpu"):
     torch.library.register_fake("pointcmt::norm_act", _fake_norm_act)
     torch.library.register_fake("pointcmt::norm_act_backward", _fake_backward)
     torch.library.register_fake("pointcmt::norm_act_max", _fake_norm_act_max)
-    torch.library.register_fake("pointcmt::norm_act_max_backward", _fake_backward)
+    torch.library.register_fake("pointcmt::norm_act_max_backward", _fake_max_backward)
     torch.library.register_autograd("pointcmt::norm_act", _norm_act_gradient, setup_context=_norm_act_context)
     torch.library.register_autograd(
         "pointcmt::norm_act_max", _norm_act_max_gradient, setup_context=_norm_act_max_context

@@ -185,12 +185,30 @@ def norm_act_max(x: Tensor, bn: nn.Module, slope: float = 0.0) -> Tensor:
 
     x may have channels beyond the module's; they are left out of the result.
     """
+    return _norm_act_max(x, bn, slope)
+
+
+def scaled_norm_act_max(
+    of_points: Tensor, of_centres: Tensor, idx: Tensor, factors: Tensor, bn: nn.Module, slope: float = 0.0
+) -> Tensor:
+    """As :func:`norm_act_max` on factors · (of_points[idx] + of_centres).
+
+    [B, N, C], [B, M, C], [B, M, S] and [B, M, S, C] -> [B, M, C'], without the channels beyond the module's.
+    """
+    return _norm_act_max(of_points, bn, slope, of_centres, idx, factors)
+
+
+def _norm_act_max(x: Tensor, bn: nn.Module, slope: float, *edges: Tensor) -> Tensor:
+    """x: rows, or points with ``edges``: centres, idx and factors."""
     found = _statistics(bn)
     if found is None:
+        if edges:
+            centres, idx, factors = edges
+            x = (rows(x, idx) + centres[:, :, None]) * factors
         return _activate(norm(x[..., : bn.num_features], bn), slope).max(-2).values
     channels, extra = len(found.weight), x.shape[-1] - len(found.weight)
     if not extra:
-        return ops.norm_act_max(x, *found, slope)
+        return ops.norm_act_max(x, *found, slope, *edges)
     mean, var = found.running_mean, found.running_var
     padded = found._replace(
         running_mean=None if mean is None else F.pad(mean, (0, extra)),
@@ -198,7 +216,7 @@ def norm_act_max(x: Tensor, bn: nn.Module, slope: float = 0.0) -> Tensor:
         weight=F.pad(found.weight, (0, extra)),
         bias=F.pad(found.bias, (0, extra)),
     )
-    out = ops.norm_act_max(x, *padded, slope)[..., :channels]
+    out = ops.norm_act_max(x, *padded, slope, *edges)[..., :channels]
     if found.training:
         for kept, updated in ((mean, padded.running_mean), (var, padded.running_var)):
             if kept is not None and updated is not None:

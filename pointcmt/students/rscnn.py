@@ -47,21 +47,23 @@ class RSConv(nn.Module):
 
     def forward(self, xyz: Tensor, features: Tensor | None, centres: Tensor, idx: Tensor) -> Tensor:
         """xyz [B, N, 3], features [B, N, C] or None, centres [B, M, 3], idx [B, M, S] -> [B, M, C']."""
-        delta = blocks.rows(xyz, idx) - centres[:, :, None]
-        relation = self.relation(delta)
-        if self.xyz_raising is not None:
-            x = self.raised(xyz, features, centres, idx)
-        else:
-            assert features is not None
-            x = torch.cat([delta, blocks.rows(features, idx)], -1)
+        relation = self.relation(blocks.rows(xyz, idx) - centres[:, :, None])
         weight: Tensor = blocks.weight_of(self.mapping_func2)
         bias: Tensor = self.mapping_func2.get_parameter("bias")
         # coordinates beside features make 3 channels more than whole vectors: zeros fill the last one up
-        spare = -x.shape[-1] % 8
+        spare = -len(weight) % 8
         if spare:
-            x = torch.cat([x, x.new_zeros(1).expand(*x.shape[:-1], spare)], -1)
             weight, bias = F.pad(weight, (0, 0, 0, spare)), F.pad(bias, (0, spare))
-        x = blocks.norm_act_max(F.linear(relation, weight, bias) * x, self.bn_rsconv)
+        relation = F.linear(relation, weight, bias)
+        if self.xyz_raising is not None:
+            x = F.pad(self.raised(xyz, features, centres, idx), (0, spare))
+            x = blocks.norm_act_max(relation * x, self.bn_rsconv)
+        else:  # [x_j - x_i, f_j], times the relation: gathered on the way
+            assert features is not None
+            features, relation = blocks.at_least_float(features), blocks.at_least_float(relation)
+            of_points = F.pad(torch.cat([xyz.to(features.dtype), features], -1), (0, spare))
+            of_centres = F.pad(-centres.to(features.dtype), (0, features.shape[-1] + spare))
+            x = blocks.scaled_norm_act_max(of_points, of_centres, idx, relation, self.bn_rsconv)
         return blocks.linear_norm_act(x, self.cr_mapping, self.bn_channel_raising)
 
     def relation(self, delta: Tensor) -> Tensor:

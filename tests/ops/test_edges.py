@@ -11,32 +11,39 @@ from pointcmt.ops._extension import has_cpu_kernels
 from pointcmt.ops.edges import norm_act, norm_act_max, reference_norm_act, reference_norm_act_max
 
 compiled = pytest.mark.skipif(not has_cpu_kernels(), reason="the CPU kernels are not compiled")
-PAIRS = [(norm_act, reference_norm_act), (norm_act_max, reference_norm_act_max)]
+KINDS = ["dense", "gathered", "scaled"]  # rows; points[idx] + centres; these times factors
+CASES = [(norm_act, reference_norm_act, kind) for kind in KINDS[:2]]
+CASES += [(norm_act_max, reference_norm_act_max, kind) for kind in KINDS]
 
 
 class Case:
-    """Leaves of one comparison: rows (dense or gathered), weights of both signs, running statistics."""
+    """Leaves of one comparison: rows of some kind, weights of both signs, running statistics."""
 
-    def __init__(self, seed: int, channels: int, gathered: bool, dtype: torch.dtype, offset: float = 0.0):
+    def __init__(self, seed: int, channels: int, kind: str, dtype: torch.dtype, offset: float = 0.0):
         generator = torch.Generator().manual_seed(seed)
 
         def randn(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator, dtype=dtype)
 
         batch, n, m, samples = 3, 11, 7, 5
-        self.centres = self.idx = None
-        if gathered:
+        self.centres = self.idx = self.factors = None
+        if kind != "dense":
             self.x = randn(batch, n, channels) + offset
             self.centres = randn(batch, m, channels)
             self.idx = torch.randint(0, n, (batch, m, samples), generator=generator)
             self.idx[..., 2:] = self.idx[..., :1]  # padded groups, as a ball query makes them
+            if kind == "scaled":
+                self.factors = randn(batch, m, samples, channels)
         else:
             self.x = randn(batch, m, samples, channels) + offset
         self.weight, self.bias = randn(channels), randn(channels)
         self.running_mean, self.running_var = randn(channels), randn(channels).square() + 0.1
-        for leaf in (self.x, self.centres, self.weight, self.bias):
-            if leaf is not None:
-                leaf.requires_grad_()
+        for leaf in self.leaves():
+            leaf.requires_grad_()
+
+    def leaves(self) -> list[torch.Tensor]:
+        given = (self.x, self.centres, self.factors, self.weight, self.bias)
+        return [leaf for leaf in given if leaf is not None]
 
     def to(self, device: torch.device) -> None:
         for name, value in vars(self).items():
@@ -57,33 +64,31 @@ class Case:
             slope=slope,
             centres=self.centres,
             idx=self.idx,
+            **({} if self.factors is None else {"factors": self.factors}),
         )
-        leaves = [leaf for leaf in (self.x, self.centres, self.weight, self.bias) if leaf is not None]
         slopes = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-        return out.detach(), mean, var, *torch.autograd.grad(out, leaves, slopes)
+        return out.detach(), mean, var, *torch.autograd.grad(out, self.leaves(), slopes)
 
 
 @compiled
-@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("channels", [8, 16, 24, 64])
-@pytest.mark.parametrize(("op", "twin"), PAIRS)
-def test_kernel_equals_twin(op, twin, channels: int, gathered: bool) -> None:
+@pytest.mark.parametrize(("op", "twin", "kind"), CASES)
+def test_kernel_equals_twin(op, twin, channels: int, kind: str) -> None:
     for seed, (training, slope) in enumerate(itertools.product((True, False), (0.0, 0.2))):
-        case = Case(seed + channels, channels, gathered, torch.float64)
+        case = Case(seed + channels, channels, kind, torch.float64)
         for got, expected in zip(case.run(op, training, slope), case.run(twin, training, slope), strict=True):
             torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("channels", [8, 40, 64])
-@pytest.mark.parametrize(("op", "twin"), PAIRS)
-def test_cuda_equals_twin(cuda, op, twin, channels: int, gathered: bool, deterministic: bool) -> None:
+@pytest.mark.parametrize(("op", "twin", "kind"), CASES)
+def test_cuda_equals_twin(cuda, op, twin, channels: int, kind: str, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     try:
         for seed, (training, slope) in enumerate(itertools.product((True, False), (0.0, 0.2))):
-            case = Case(seed + channels, channels, gathered, torch.float64)
+            case = Case(seed + channels, channels, kind, torch.float64)
             expected = case.run(twin, training, slope)
             case.to(cuda)
             got = case.run(op, training, slope)
@@ -97,12 +102,11 @@ def test_cuda_equals_twin(cuda, op, twin, channels: int, gathered: bool, determi
 
 
 @compiled
-@pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize(("op", "twin"), PAIRS)
-def test_float32_far_from_zero(op, twin, gathered: bool) -> None:
-    case = Case(5, 32, gathered, torch.float32, offset=100.0)
-    wide = Case(5, 32, gathered, torch.float32, offset=100.0)
-    for name in ("x", "centres", "weight", "bias", "running_mean", "running_var"):
+@pytest.mark.parametrize(("op", "twin", "kind"), CASES)
+def test_float32_far_from_zero(op, twin, kind: str) -> None:
+    case = Case(5, 32, kind, torch.float32, offset=100.0)
+    wide = Case(5, 32, kind, torch.float32, offset=100.0)
+    for name in ("x", "centres", "factors", "weight", "bias", "running_mean", "running_var"):
         value = getattr(wide, name)
         if value is not None:
             setattr(wide, name, value.detach().double().requires_grad_(value.requires_grad))
@@ -110,33 +114,33 @@ def test_float32_far_from_zero(op, twin, gathered: bool) -> None:
         torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("op", [norm_act, norm_act_max])
-def test_gradcheck(op, gathered: bool) -> None:
-    case = Case(9, 8, gathered, torch.float64)
-    leaves = [leaf for leaf in (case.x, case.centres, case.weight, case.bias) if leaf is not None]
+@pytest.mark.parametrize(("op", "twin", "kind"), CASES)
+def test_gradcheck(op, twin, kind: str) -> None:
+    case = Case(9, 8, kind, torch.float64)
 
-    def call(*values: torch.Tensor) -> torch.Tensor:
-        weight, bias = values[-2:]
-        centres = values[1] if gathered else None
-        return op(values[0], None, None, weight, bias, True, slope=0.2, centres=centres, idx=case.idx)
+    def call(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        *edges, weight, bias = values
+        given = dict(zip(("centres", "factors"), edges, strict=False))
+        return op(x, None, None, weight, bias, True, slope=0.2, idx=case.idx, **given)
 
-    assert torch.autograd.gradcheck(call, leaves, nondet_tol=1e-10)  # on CUDA, atomics add in any order
+    assert torch.autograd.gradcheck(call, case.leaves())
 
 
 @compiled
-@pytest.mark.parametrize("gathered", [False, True])
-def test_opcheck(gathered: bool) -> None:
-    case = Case(10, 8, gathered, torch.float32)
-    arguments = (case.x, case.centres, case.idx, case.weight, case.bias)
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(kind: str) -> None:
+    case = Case(10, 8, kind, torch.float32)
+    edges, affine = (case.x, case.centres, case.idx), (case.weight, case.bias)
     for statistics in ((None, None), (case.running_mean, case.running_var)):
-        torch.library.opcheck(torch.ops.pointcmt.norm_act, (*arguments, *statistics, 1e-5, 0.2))
-        torch.library.opcheck(torch.ops.pointcmt.norm_act_max, (*arguments, *statistics, 1e-5, 0.2))
+        rest = (*affine, *statistics, 1e-5, 0.2)
+        if kind != "scaled":
+            torch.library.opcheck(torch.ops.pointcmt.norm_act, (*edges, *rest))
+        torch.library.opcheck(torch.ops.pointcmt.norm_act_max, (*edges, case.factors, *rest))
 
 
 @compiled
 def test_compile_and_threads() -> None:
-    case = Case(11, 16, True, torch.float32)
+    case = Case(11, 16, "gathered", torch.float32)
 
     def call(x: torch.Tensor) -> torch.Tensor:
         rest = (case.weight, case.bias, True)
@@ -174,6 +178,10 @@ W = torch.ones(8)
         (lambda: norm_act(torch.ones(2, 8), W, None, W, W, True), "together"),
         (lambda: norm_act(torch.ones(1, 2, 8), None, None, W, W, True, centres=W), "together"),
         (lambda: norm_act_max(torch.ones(4, 8), None, None, W, W, True, slope=2.0), "slope"),
+        (
+            lambda: norm_act_max(torch.ones(1, 4, 8), None, None, W, W, True, factors=torch.ones(1, 4, 8)),
+            "factors",
+        ),
         (lambda: norm_act_max(torch.ones(8), None, None, W, W, True), "rows"),
         (
             lambda: norm_act_max(
