@@ -271,11 +271,13 @@ class RunFolder:
             )
         old, new = flatten(there["config"]), flatten(wanted["config"])
         missing = object()
+        # of inputs the contents count, by their fingerprints below: a folder may have moved
+        by_fingerprint = there["inputs"].keys() | wanted["inputs"].keys()
         differing = [
             f"{name.split('.')[-1]}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} now"
             for name in sorted(old.keys() | new.keys())
             if old.get(name, missing) != new.get(name, missing)
-            and name.split(".")[-1] not in NOT_PART_OF_THE_RESULT
+            and name.split(".")[-1] not in (*NOT_PART_OF_THE_RESULT, *by_fingerprint)
         ]
         if differing:
             raise ValueError(

@@ -25,6 +25,11 @@ class Config:
     resume: bool = False
 
 
+@dataclass
+class Taught(Config):
+    teacher: Path | None = None
+
+
 def start(folder: Path, config: Config | None = None, **options) -> RunFolder:
     return RunFolder.open(folder, config or Config(), command=options.pop("command", "train"), **options)
 
@@ -75,6 +80,14 @@ def test_resuming_from_changed_inputs_is_an_error(tmp_path):
     start(tmp_path, inputs={"teacher": "1" * 64})
     with pytest.raises(ValueError, match=r"teacher \(1{12} there, 2{12} now\)"):
         start(tmp_path, inputs={"teacher": "2" * 64}, resume=True)
+
+
+def test_an_input_may_lie_elsewhere_when_it_is_the_same(tmp_path):
+    inputs = {"teacher": "1" * 64}
+    start(tmp_path, Taught(teacher=Path("runs/teacher")), inputs=inputs)
+    start(tmp_path, Taught(teacher=Path("elsewhere/teacher")), inputs=inputs, resume=True)
+    with pytest.raises(ValueError, match="teacher"):  # none at all is another input
+        start(tmp_path, Taught(), resume=True)
 
 
 def test_resuming_in_another_place_is_allowed_and_recorded(tmp_path):
