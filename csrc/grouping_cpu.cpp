@@ -1,6 +1,7 @@
 // Gather, group and interpolate on the CPU, forward and backward. A task is a few channels of one
 // cloud, so that scattering needs no atomics and its order, hence its result, is always the same.
 #include "grouping.h"
+#include "simd.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -16,7 +17,9 @@
 namespace pointcmt {
 namespace {
 
-constexpr int64_t kChannels = 4;  // read an index once for so many channels; their rows fit in L1
+using namespace simd;
+
+constexpr int64_t kChannels = 8;  // read an index once for so many channels; their rows fit in the cache
 
 // Indices as contiguous int32, checked to be in [0, n).
 at::Tensor checked_index(const char* op, const at::Tensor& idx, int64_t n) {
@@ -58,10 +61,77 @@ void for_channels(int64_t batch, int64_t channels, int64_t work, const F& f) {
   });
 }
 
+// Eight rows [8, n] as columns [n, 8], or back.
+void turn(const float* in, int64_t n, bool back, float* out) {
+  Vec<float> r[8];
+  int64_t j = 0;
+  for (; j + 8 <= n; j += 8) {
+    for (int c = 0; c < 8; ++c) r[c] = load(back ? in + (j + c) * 8 : in + c * n + j);
+    transpose(r);
+    for (int c = 0; c < 8; ++c) store(back ? out + c * n + j : out + (j + c) * 8, r[c]);
+  }
+  for (; j < n; ++j) {
+    for (int c = 0; c < 8; ++c) (back ? out[c * n + j] : out[j * 8 + c]) = back ? in[j * 8 + c] : in[c * n + j];
+  }
+}
+
+// What a cache line holds of a row of floats: read or written at a time, so that rows whose addresses
+// fall on one set of the cache do not drive each other out half-used.
+constexpr int64_t kLine = 16;
+
+// out[c, e] = in[c, at[e]] for eight channels: a point's eight are one vector.
+void gather_eight(const float* in, const int32_t* at, int64_t n, int64_t edges, float* out) {
+  std::vector<float> columns(n * 8);
+  turn(in, n, false, columns.data());
+  int64_t e = 0;
+  for (; e + kLine <= edges; e += kLine) {
+    Vec<float> r[2][8];
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < 8; ++i) r[half][i] = load(columns.data() + 8 * static_cast<int64_t>(at[e + 8 * half + i]));
+      transpose(r[half]);
+    }
+    for (int c = 0; c < 8; ++c) {
+      store(out + c * edges + e, r[0][c]);
+      store(out + c * edges + e + 8, r[1][c]);
+    }
+  }
+  for (; e < edges; ++e) {
+    for (int c = 0; c < 8; ++c) out[c * edges + e] = columns[8 * static_cast<int64_t>(at[e]) + c];
+  }
+}
+
+// sum[c, at[e]] += in[c, e] for eight channels, from 0, in the order of e.
+void scatter_eight(const float* in, const int32_t* at, int64_t n, int64_t edges, float* sum) {
+  std::vector<float> columns(n * 8, 0.0f);
+  int64_t e = 0;
+  for (; e + kLine <= edges; e += kLine) {
+    Vec<float> r[2][8];
+    for (int c = 0; c < 8; ++c) {
+      r[0][c] = load(in + c * edges + e);
+      r[1][c] = load(in + c * edges + e + 8);
+    }
+    for (int half = 0; half < 2; ++half) {
+      transpose(r[half]);
+      for (int i = 0; i < 8; ++i) {
+        float* column = columns.data() + 8 * static_cast<int64_t>(at[e + 8 * half + i]);
+        store(column, load(column) + r[half][i]);
+      }
+    }
+  }
+  for (; e < edges; ++e) {
+    for (int c = 0; c < 8; ++c) columns[8 * static_cast<int64_t>(at[e]) + c] += in[c * edges + e];
+  }
+  turn(columns.data(), n, true, sum);
+}
+
 // out[c, e] = in[c, at[e]] for count channels.
 template <typename T>
 void gather_rows(const T* in, const int32_t* at, int64_t count, int64_t n, int64_t edges, T* out) {
-  if (count == kChannels) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (count == 8 && edges >= n) return gather_eight(in, at, n, edges, out);
+  }
+  int64_t c = 0;
+  for (; c + 4 <= count; c += 4, in += 4 * n, out += 4 * edges) {
     for (int64_t e = 0; e < edges; ++e) {
       const int64_t j = at[e];
       out[e] = in[j];
@@ -69,16 +139,20 @@ void gather_rows(const T* in, const int32_t* at, int64_t count, int64_t n, int64
       out[2 * edges + e] = in[2 * n + j];
       out[3 * edges + e] = in[3 * n + j];
     }
-    return;
   }
-  for (int64_t c = 0; c < count; ++c)
-    for (int64_t e = 0; e < edges; ++e) out[c * edges + e] = in[c * n + at[e]];
+  for (; c < count; ++c, in += n, out += edges)
+    for (int64_t e = 0; e < edges; ++e) out[e] = in[at[e]];
 }
 
-// sum[c, at[e]] += in[c, e] for count channels.
+// sum[c, at[e]] += in[c, e] for count channels, from 0, in the order of e.
 template <typename T, typename S>
 void scatter_rows(const T* in, const int32_t* at, int64_t count, int64_t n, int64_t edges, S* sum) {
-  if (count == kChannels) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (count == 8 && edges >= n) return scatter_eight(in, at, n, edges, sum);
+  }
+  std::fill_n(sum, count * n, S(0));
+  int64_t c = 0;
+  for (; c + 4 <= count; c += 4, in += 4 * edges, sum += 4 * n) {
     for (int64_t e = 0; e < edges; ++e) {
       const int64_t j = at[e];
       sum[j] += in[e];
@@ -86,10 +160,9 @@ void scatter_rows(const T* in, const int32_t* at, int64_t count, int64_t n, int6
       sum[2 * n + j] += in[2 * edges + e];
       sum[3 * n + j] += in[3 * edges + e];
     }
-    return;
   }
-  for (int64_t c = 0; c < count; ++c)
-    for (int64_t e = 0; e < edges; ++e) sum[c * n + at[e]] += in[c * edges + e];
+  for (; c < count; ++c, in += edges, sum += n)
+    for (int64_t e = 0; e < edges; ++e) sum[at[e]] += in[e];
 }
 
 // To the channels of out [B, C', edges…] from `first` on.
@@ -116,10 +189,9 @@ void scatter_all(const at::Tensor& slopes, const at::Tensor& index, int64_t edge
     const T* from = in + (b * wide + first + c) * edges;
     const int64_t row = b * channels + c;
     if constexpr (std::is_same_v<S, T>) {
-      std::fill_n(target + row * n, count * n, T(0));
       scatter_rows(from, at + b * edges, count, n, edges, target + row * n);
     } else {  // half precision: summed in float32, rounded once
-      std::vector<S> sum(count * n, S(0));
+      std::vector<S> sum(count * n);
       scatter_rows(from, at + b * edges, count, n, edges, sum.data());
       std::copy(sum.begin(), sum.end(), target + row * n);
     }
@@ -201,19 +273,24 @@ at::Tensor group_relative(const at::Tensor& xyz, const at::Tensor& new_xyz, cons
   return out;
 }
 
-// The gradients of xyz [B, n, 3], new_xyz [B, M, 3] and features [B, C, n].
+// The gradients of xyz [B, n, 3], new_xyz [B, M, 3] and features [B, C, n]; the first two empty unless wanted.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_relative_backward(const at::Tensor& grad, const at::Tensor& idx,
-                                                                       int64_t n) {
+                                                                       int64_t n, bool coordinates) {
   check_group_relative_backward(grad, idx, n);
   const at::Tensor slopes = grad.contiguous(), index = checked_index("group_relative_backward", idx, n);
   const int64_t batch = grad.size(0), channels = grad.size(1) - 3, edges = idx.size(1) * idx.size(2);
-  at::Tensor of_xyz = at::zeros({batch, 3, n}, grad.options()), of_features = at::zeros({batch, channels, n}, grad.options());
-  if (slopes.numel() > 0 && n > 0) {
+  const bool some = slopes.numel() > 0 && n > 0;
+  const auto empty = [&](int64_t c) {
+    return some ? at::empty({batch, c, n}, grad.options()) : at::zeros({batch, c, n}, grad.options());
+  };
+  at::Tensor of_features = empty(channels), of_xyz = coordinates ? empty(3) : at::empty({0}, grad.options());
+  if (some) {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, slopes.scalar_type(), "group_relative_backward", [&] {
-      scatter_all<scalar_t>(slopes, index, edges, of_xyz);
       scatter_all<scalar_t>(slopes, index, edges, of_features, 3);
+      if (coordinates) scatter_all<scalar_t>(slopes, index, edges, of_xyz);
     });
   }
+  if (!coordinates) return {of_xyz, at::empty({0}, grad.options()), of_features};
   const at::Tensor of_centres = slopes.narrow(1, 0, 3).sum(3).neg_();
   return {of_xyz.transpose(1, 2).contiguous(), of_centres.transpose(1, 2).contiguous(), of_features};
 }

@@ -256,12 +256,13 @@ at::Tensor group_relative(const at::Tensor& xyz, const at::Tensor& new_xyz, cons
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_relative_backward(const at::Tensor& grad, const at::Tensor& idx,
-                                                                       int64_t n) {
+                                                                       int64_t n, bool coordinates) {
   check_group_relative_backward(grad, idx, n);
-  const at::Tensor slopes = grad.contiguous();
+  const c10::cuda::CUDAGuard guard(grad.device());
+  const at::Tensor slopes = grad.contiguous(), of_features = scatter(slopes, idx, {}, n, 3, grad.size(1) - 3);
+  if (!coordinates) return {at::empty({0}, grad.options()), at::empty({0}, grad.options()), of_features};
   const at::Tensor of_xyz = scatter(slopes, idx, {}, n, 0, 3), of_centres = slopes.narrow(1, 0, 3).sum(3).neg_();
-  return {of_xyz.transpose(1, 2).contiguous(), of_centres.transpose(1, 2).contiguous(),
-          scatter(slopes, idx, {}, n, 3, grad.size(1) - 3)};
+  return {of_xyz.transpose(1, 2).contiguous(), of_centres.transpose(1, 2).contiguous(), of_features};
 }
 
 at::Tensor three_interpolate(const at::Tensor& features, const at::Tensor& idx, const at::Tensor& weight) {

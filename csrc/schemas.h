@@ -22,7 +22,7 @@ inline void define_schemas(torch::Library& m) {
   m.def("group_points(Tensor features, Tensor idx) -> Tensor");
   m.def("group_points_backward(Tensor grad, Tensor idx, SymInt n) -> Tensor");
   m.def("group_relative(Tensor xyz, Tensor new_xyz, Tensor idx, Tensor? features) -> Tensor");
-  m.def("group_relative_backward(Tensor grad, Tensor idx, SymInt n) -> (Tensor, Tensor, Tensor)");
+  m.def("group_relative_backward(Tensor grad, Tensor idx, SymInt n, bool coordinates) -> (Tensor, Tensor, Tensor)");
   m.def("three_interpolate(Tensor features, Tensor idx, Tensor weight) -> Tensor");
   m.def("three_interpolate_backward(Tensor grad, Tensor idx, Tensor weight, SymInt m) -> Tensor");
   m.def("three_interpolate_weight_backward(Tensor grad, Tensor features, Tensor idx) -> Tensor");

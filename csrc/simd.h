@@ -96,6 +96,37 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
+// Eight rows of eight, turned: lane i of row j becomes lane j of row i.
+inline void transpose(Vec<float> (&r)[8]) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define POINTCMT_SHUFFLES 1
+#endif
+#endif
+#if defined(POINTCMT_SHUFFLES)
+  Vec<float> a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {  // pairs of rows, lane by lane
+    a[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    a[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {  // fours of rows
+    for (int k = 0; k < 2; ++k) {
+      b[i + 2 * k] = __builtin_shufflevector(a[i + k], a[i + k + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      b[i + 2 * k + 1] = __builtin_shufflevector(a[i + k], a[i + k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {  // halves
+    r[i] = __builtin_shufflevector(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    r[i + 4] = __builtin_shufflevector(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#else
+  Vec<float> out[8];
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 8; ++j) out[i][j] = r[j][i];
+  for (int i = 0; i < 8; ++i) r[i] = out[i];
+#endif
+}
+
 // One bit per lane of a comparison's result.
 inline unsigned bits(Mask<float> m) {
 #if defined(__AVX__)

@@ -184,11 +184,12 @@ def _fake_group_relative(xyz: Tensor, new_xyz: Tensor, idx: Tensor, features: Te
     return xyz.new_empty((xyz.shape[0], 3 + channels, *idx.shape[1:]))
 
 
-def _fake_group_relative_backward(grad: Tensor, idx: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_group_relative_backward(
+    grad: Tensor, idx: Tensor, n: int, coordinates: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels = grad.shape[:2]
-    shapes = (batch, n, 3), (batch, idx.shape[1], 3), (batch, channels - 3, n)
-    of_xyz, of_centres, of_features = (grad.new_empty(shape) for shape in shapes)
-    return of_xyz, of_centres, of_features
+    of_xyz, of_centres = ((batch, n, 3), (batch, idx.shape[1], 3)) if coordinates else ((0,), (0,))
+    return grad.new_empty(of_xyz), grad.new_empty(of_centres), grad.new_empty(batch, channels - 3, n)
 
 
 def _group_relative_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -199,15 +200,27 @@ def _group_relative_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _group_relative_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (idx,) = ctx.saved_tensors
-    of_xyz, of_centres, of_features = torch.ops.pointcmt.group_relative_backward(grad, idx, ctx.n)
-    return of_xyz, of_centres, None, of_features if ctx.with_features else None
+    coordinates = any(ctx.needs_input_grad[:2])
+    of_xyz, of_centres, of_features = torch.ops.pointcmt.group_relative_backward(
+        grad, idx, ctx.n, coordinates
+    )
+    of_features = of_features if ctx.with_features else None
+    return (of_xyz, of_centres, None, of_features) if coordinates else (None, None, None, of_features)
+
+
+def _group_relative_scatter_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    _scatter_context(ctx, inputs, output[2])
+    ctx.coordinates = inputs[3]
 
 
 def _group_relative_scatter_gradient(
     ctx: Any, of_xyz: Tensor, of_centres: Tensor, of_features: Tensor
-) -> tuple[Tensor, None, None]:
+) -> tuple[Tensor, None, None, None]:
     (idx,) = ctx.saved_tensors
-    return torch.ops.pointcmt.group_relative(of_xyz, of_centres, idx, of_features), None, None
+    if not ctx.coordinates:
+        batch, _, n = of_features.shape
+        of_xyz, of_centres = of_features.new_zeros(batch, n, 3), of_features.new_zeros(batch, idx.shape[1], 3)
+    return torch.ops.pointcmt.group_relative(of_xyz, of_centres, idx, of_features), None, None, None
 
 
 def _fake_interpolate(features: Tensor, idx: Tensor, weight: Tensor) -> Tensor:
@@ -281,7 +294,9 @@ if "group_points" in compiled_ops("cpu"):
         "pointcmt::group_relative", _group_relative_gradient, setup_context=_group_relative_context
     )
     torch.library.register_autograd(
-        "pointcmt::group_relative_backward", _group_relative_scatter_gradient, setup_context=_scatter_context
+        "pointcmt::group_relative_backward",
+        _group_relative_scatter_gradient,
+        setup_context=_group_relative_scatter_context,
     )
     torch.library.register_fake("pointcmt::three_interpolate", _fake_interpolate)
     torch.library.register_fake("pointcmt::three_interpolate_backward", _fake_interpolate_backward)

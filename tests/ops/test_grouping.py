@@ -179,6 +179,28 @@ def test_group_relative_gradcheck() -> None:
     assert torch.autograd.gradgradcheck(
         lambda x, c, f: group_relative(x, c, idx, f).square(), leaves, nondet_tol=1e-10
     )
+    fixed = [leaf.detach() for leaf in leaves[:2]]  # then the coordinates' gradients are not computed
+    assert torch.autograd.gradgradcheck(
+        lambda f: group_relative(*fixed, idx, f).square(), leaves[2:], nondet_tol=1e-10
+    )
+
+
+@pytest.mark.parametrize("channels", [3, 8, 20])
+@pytest.mark.parametrize(("n", "groups"), [(5, 2), (40, 7), (64, 64), (203, 50)])
+def test_eight_channels_at_a_time_are_each_by_itself(channels: int, n: int, groups: int) -> None:
+    features, idx = features_and_index(n, (2, channels, n), (groups, 9))
+    leaf = features.clone().requires_grad_()
+    out = group_points(leaf, idx)
+    assert torch.equal(out, reference_group_points(features, idx))
+    slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(n))
+    (got,) = torch.autograd.grad(out, leaf, slope)
+    expected = torch.zeros(2, channels, n, dtype=torch.float64)
+    expected.scatter_add_(2, idx.flatten(1)[:, None].expand(-1, channels, -1), slope.flatten(2).double())
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    for c in range(channels):  # a channel by itself, in the same order, bit by bit
+        one = features[:, c : c + 1].clone().requires_grad_()
+        (alone,) = torch.autograd.grad(group_points(one, idx), one, slope[:, c : c + 1].contiguous())
+        assert torch.equal(alone, got[:, c : c + 1])
 
 
 def test_query_and_group_promotes_and_reports() -> None:
@@ -247,9 +269,9 @@ def test_opcheck() -> None:
     xyz, new_xyz, around, more = relative_case(torch.float32, 4)
     torch.library.opcheck(ops.group_relative, (xyz.requires_grad_(), new_xyz, around, more.requires_grad_()))
     torch.library.opcheck(ops.group_relative, (xyz, new_xyz, around.int(), None))
-    torch.library.opcheck(
-        ops.group_relative_backward, (torch.randn(2, 7, 4, 5, requires_grad=True), around, 9)
-    )
+    for coordinates in (True, False):
+        slope = torch.randn(2, 7, 4, 5, requires_grad=True)
+        torch.library.opcheck(ops.group_relative_backward, (slope, around, 9, coordinates))
     torch.library.opcheck(ops.three_interpolate, (leaf, idx, leaf_weight))
     torch.library.opcheck(ops.three_interpolate_backward, (torch.randn(2, 3, 5), idx, weight, 8))
     torch.library.opcheck(ops.three_interpolate_weight_backward, (torch.randn(2, 3, 5), features, idx))
