@@ -160,6 +160,8 @@ def _check(
 
 def _compiled(op: str, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """Half precision, channels that fill no vector, and nothing at all are PyTorch's business."""
+    if op == "norm_act" and x.is_cuda and not any(other is not None for other in others):
+        return False  # nothing to gather, no maximum: PyTorch's kernels for CUDA are made for that
     given = [other for other in others if other is not None]
     same = all(other.dtype == x.dtype for other in (weight, *given))
     plain = x.dtype in (torch.float32, torch.float64) and same and x.shape[-1] % 8 == 0 and x.numel() > 0
