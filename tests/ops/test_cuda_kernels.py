@@ -15,6 +15,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from pointcmt import students
 from pointcmt.ops import (
     ball_query,
     emd,
@@ -197,6 +198,33 @@ def test_gathering_and_scattering(cuda_on_cpu, dtype: torch.dtype, index: torch.
                 strict=True,
             ):
                 torch.testing.assert_close(one, two, rtol=close, atol=close)
+
+
+STUDENTS = {
+    "pointnet2": {"npoints": (16, 4), "nsamples": (8, 4), "width": 0.125},
+    "dgcnn": {"k": 6, "width": 0.125},
+    "rscnn": {"npoints": (16, 4), "nsamples": (8, 4), "width": 0.125},
+    "pointmlp": {"variant": "elite", "k": 6, "width": 0.25},
+}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_training_step_of_a_student(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    student = getattr(students, name)(5, feature_dim=16, dropout=0.0, **STUDENTS[name]).double().train()
+    clouds = torch.randn(2, 48, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64) / 4
+
+    def step() -> list[torch.Tensor]:
+        student.zero_grad()
+        logits = student(clouds)
+        torch.nn.functional.cross_entropy(logits, torch.tensor([1, 3])).backward()
+        return [logits.detach(), *(p.grad.clone() for p in student.parameters() if p.grad is not None)]
+
+    kernels = step()
+    for module in ("edges", "grouping", "neighbors", "sampling"):
+        monkeypatch.setattr(f"pointcmt.ops.{module}.use_compiled", lambda *_, **__: False)
+    for got, expected in zip(kernels, step(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_nothing_at_all() -> None:
