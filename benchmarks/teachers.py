@@ -67,6 +67,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "backbone": {"twice as wide": backbone(width="1.0"), "twice as deep": backbone(layers="(2,2,2)")},
     "epochs": {"20": loop(epochs=20), "80": loop(epochs=80)},
     "optimiser": {"Adam, 1e-3": loop(optimizer="adam", lr=1e-3, weight_decay=1e-4)},
+    "together": {
+        "depth and normals, 80 epochs": views(channels=["depth", "normal"]) | loop(epochs=80),
+    },
 }
 
 
