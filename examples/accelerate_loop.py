@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from pointcmt import ImageTeacher, PointCMT
 from pointcmt.data import SyntheticShapes
-from pointcmt.views import project_points
 
 
 class Network(nn.Module):
@@ -45,7 +44,6 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--per-class", type=int, default=50)
     parser.add_argument("--num-points", type=int, default=512)
-    parser.add_argument("--view-size", type=int, default=128, help="as the teacher was trained with")
     options = parser.parse_args(arguments)
 
     accelerator = Accelerator()
@@ -66,7 +64,7 @@ def main(arguments: list[str] | None = None) -> float:
         for epoch in range(options.epochs):
             network.train()
             for points, labels, _ in train_loader:
-                views = project_points(points, size=options.view_size)
+                views = teacher.project(points)
                 loss = F.cross_entropy(network(points), labels) + cmt.loss(views=views)
                 accelerator.backward(loss)
                 optimizer.step()

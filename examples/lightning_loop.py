@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from pointcmt import ImageTeacher
 from pointcmt.data import SyntheticShapes
 from pointcmt.integrations.lightning import PointCMTCallback
-from pointcmt.views import project_points
 
 
 class Classifier(lightning.LightningModule):
@@ -54,7 +53,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--per-class", type=int, default=50)
     parser.add_argument("--num-points", type=int, default=512)
-    parser.add_argument("--view-size", type=int, default=128, help="as the teacher was trained with")
     options = parser.parse_args(arguments)
 
     data = {
@@ -62,10 +60,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         for split in ("train", "test")
     }
     module = Classifier(data["train"].num_classes)
+    teacher = ImageTeacher.load(options.teacher)
     images = PointCMTCallback(
-        ImageTeacher.load(options.teacher),
+        teacher,
         generator=options.generator,
-        images=lambda batch: {"views": project_points(batch[0], size=options.view_size)},
+        images=lambda batch: {"views": teacher.project(batch[0])},
     )
     trainer = lightning.Trainer(
         max_epochs=options.epochs, callbacks=[images], logger=False, enable_checkpointing=False

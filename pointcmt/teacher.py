@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import pointcmt.backbones  # noqa: F401  registers simpleview_resnet with timm
 from pointcmt.checkpoint import PathLike, fingerprint, load_module, save_module
 from pointcmt.types import TeacherOutput
+from pointcmt.views import ViewSpec
 
 _VIEW_POOLS = ("max", "mean")
 
@@ -40,6 +41,7 @@ class ImageTeacher(nn.Module):
         mean: C channel means that are subtracted from views in [0, 1]; ``"auto"``: those the backbone was
             trained with (ImageNet's if it says nothing) for 3 channels, none otherwise. None: none.
         std: C standard deviations, likewise.
+        view_spec: how its images are made of points, for ``project``; None where they are not.
 
     Attributes:
         config: the arguments from which ``load`` builds it again.
@@ -66,6 +68,7 @@ class ImageTeacher(nn.Module):
         backbone_options: dict[str, Any] | None = None,
         mean: Sequence[float] | str | None = "auto",
         std: Sequence[float] | str | None = "auto",
+        view_spec: ViewSpec | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -77,6 +80,14 @@ class ImageTeacher(nn.Module):
                 raise ValueError(f"{name}={value}; expected at least 1")
         if view_pool not in _VIEW_POOLS:
             raise ValueError(f"view_pool={view_pool!r}; expected 'max' or 'mean'")
+        if view_spec is not None and not isinstance(view_spec, ViewSpec):
+            view_spec = ViewSpec(**view_spec)
+        if view_spec is not None and view_spec.num_channels != in_chans:
+            raise ValueError(
+                f"in_chans={in_chans}, but views of {'+'.join(view_spec.channels)} have "
+                f"{view_spec.num_channels} channels"
+            )
+        self.view_spec = view_spec
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.feature_dim = feature_dim
@@ -115,12 +126,28 @@ class ImageTeacher(nn.Module):
             "mean": means,
             "std": deviations,
         }
+        if view_spec is not None:
+            self.config["view_spec"] = view_spec.describe()
         # convolutions on CPUs and tensor cores are fastest with channels last in memory (on a CPU, training
         # simpleview_resnet took 30 % less time)
         self._memory_format = (
             torch.channels_last if _bears_channels_last(self.backbone) else torch.contiguous_format
         )
         self.backbone.to(memory_format=self._memory_format)
+
+    def project(self, points: Tensor) -> Tensor:
+        """Clouds [B, N, 3] → the views [B, V, C, H, W] that this teacher was trained on, on their device.
+
+        Raises:
+            ValueError: it was trained on other images, or a shape that is not [B, N, 3].
+        """
+        if self.view_spec is None:
+            raise ValueError(
+                "this teacher does not know how to make its images of points: it was trained on other "
+                "images, or made without view_spec. Give it its own images, or views of "
+                "pointcmt.views.project_points that are like them"
+            )
+        return self.view_spec.project(points)
 
     def encode(self, views: Tensor) -> Tensor:
         """Views [B, V, C, H, W], any V ≥ 1, values in [0, 1] for images → shape feature [B, D].

@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import pytest
 import timm
@@ -226,3 +227,23 @@ def test_weights_that_cannot_be_downloaded_are_explained(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(RuntimeError, match=r"resnet18 could not be downloaded .*pretrained=False"):
         ImageTeacher(5, pretrained=True)
+
+
+def test_it_knows_how_its_views_are_made(tmp_path: Path) -> None:
+    spec = ViewSpec(size=16, channels=("depth", "normal"), up="y", normalize=True)
+    teacher = small(in_chans=4, view_spec=spec)
+    points = torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(teacher.project(points), spec.project(points))
+    teacher.save(tmp_path / "teacher.safetensors")
+    loaded = ImageTeacher.load(tmp_path / "teacher.safetensors")
+    assert loaded.view_spec == spec and loaded.fingerprint() == teacher.fingerprint()
+    assert loaded(loaded.project(points)).logits.shape == (2, 5)
+
+
+def test_without_knowing_it_says_so_and_is_the_teacher_it_was() -> None:
+    teacher = small()
+    assert "view_spec" not in teacher.config  # fingerprints, and what is cached under them, stay
+    with pytest.raises(ValueError, match="does not know how to make its images"):
+        teacher.project(torch.zeros(1, 5, 3))
+    with pytest.raises(ValueError, match=r"in_chans=1, but views of depth\+normal have 4 channels"):
+        small(view_spec={"channels": ["depth", "normal"]})

@@ -120,6 +120,7 @@ def train_teacher(options: TrainTeacher) -> dict[str, Any]:
         pretrained=options.pretrained,
         dropout=options.dropout,
         backbone_options=parse_assignments(options.backbone_options, "--backbone-options"),
+        view_spec=None if options.images is not None else spec,
     )
     change = Augmentation.of(options.augment_scale, options.augment_shift, shuffle=False)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pointcmt import ImageTeacher, PointGenerator
+from pointcmt.views import ViewSpec
 from tests.third_party.catalogue import CASES, commit_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,11 +88,12 @@ def trained(tmp_path):
     """A small teacher and generator on disk, as the commands leave them (weights as they begin)."""
     torch.manual_seed(0)
     teacher, generator = tmp_path / "teacher.safetensors", tmp_path / "generator.safetensors"
-    ImageTeacher(16, backbone="simpleview_resnet", in_chans=1, feature_dim=128).save(teacher)
+    spec = ViewSpec(size=16)
+    ImageTeacher(16, "simpleview_resnet", in_chans=1, feature_dim=128, view_spec=spec).save(teacher)
     PointGenerator(128, num_points=32).save(generator)
     return [
         "--teacher", str(teacher), "--generator", str(generator), "--epochs", "1", "--per-class", "2",
-        "--num-points", "32", "--view-size", "16",
+        "--num-points", "32",
     ]  # fmt: skip
 
 
