@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks._harness import RESULTS, ROOT
@@ -61,15 +60,14 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def section(path: Path) -> str:
-    """One record as a section of the page."""
-    record = json.loads(path.read_text())
+def section(record: Mapping[str, Any], heading: bool = True) -> str:
+    """One record as a section of the page; without its heading where it goes on with the one before."""
     machine = record["machine"]
     where = (
         machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads"
     )
     commit = (record["commit"] or "unknown")[:10]
-    text = [f"## {record['question']}", ""]
+    text = [f"## {record['question']}", ""] if heading else []
     text += [f"{where}; torch {machine['versions'].get('torch')}; commit `{commit}`; {record['date'][:10]}."]
     settings = ", ".join(f"{key}: {cell(value)}" for key, value in record["notes"].items())
     text += [f"Settings: {settings}.", ""] if settings else [""]
@@ -98,8 +96,10 @@ def results() -> str:
 
 def main() -> int:
     """Rewrite the page and the README's results from all records."""
-    records = [path for path in sorted(RESULTS.glob("*.json")) if not path.name.startswith("runs-")]
-    body = [section(path) for path in records]
+    paths = [path for path in sorted(RESULTS.glob("*.json")) if not path.name.startswith("runs-")]
+    records = [json.loads(path.read_text()) for path in paths]
+    asked = [None, *(record["question"] for record in records)]
+    body = [section(record, record["question"] != last) for last, record in zip(asked, records, strict=False)]
     notes = ROOT / "benchmarks" / "notes.md"
     body += [notes.read_text().rstrip()] if notes.exists() else []
     PAGE.write_text("\n\n".join([HEAD.rstrip(), *body]) + "\n")
