@@ -17,12 +17,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def _build(compiler: str) -> Path:
     """The library with torch.ops.pointcmt_cuda_on_cpu; kept under build/ for as long as nothing changes."""
-    from torch.utils.cpp_extension import include_paths, library_paths
-
+    # not from torch.utils.cpp_extension: its setuptools will not be imported after distutils
+    home = Path(torch.__file__).parent
+    include = home / "include"
     sources = [*sorted((ROOT / "csrc").glob("*_cuda.cu")), ROOT / "tests/cuda_on_cpu/library.cpp"]
     flags = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-w", "-DPOINTCMT_CUDA_ON_CPU"]
     flags += [f"-I{ROOT / folder}" for folder in ("csrc", "tests")]
-    flags += [f"-isystem{path}" for path in include_paths()]
+    flags += [f"-isystem{path}" for path in (include, include / "torch/csrc/api/include")]
     content = hashlib.sha256(f"{compiler} {torch.__version__} {flags}".encode())
     for folder in ("csrc", "tests/cuda_on_cpu"):
         for file in sorted((ROOT / folder).iterdir()):
@@ -41,7 +42,7 @@ def _build(compiler: str) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
     linked = out / f"{os.getpid()}.so"
-    link = [f"-L{path}" for path in library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+    link = [f"-L{home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     subprocess.run([compiler, "-shared", "-o", str(linked), *objects, *link], check=True)
     os.replace(linked, library)
     return library
