@@ -56,8 +56,8 @@ class RSConv(nn.Module):
             weight, bias = F.pad(weight, (0, 0, 0, spare)), F.pad(bias, (0, spare))
         relation = F.linear(relation, weight, bias)
         if self.xyz_raising is not None:
-            x = F.pad(self.raised(xyz, features, centres, idx), (0, spare))
-            x = blocks.norm_act_max(relation * x, self.bn_rsconv)
+            x = self.raised(xyz, features, centres, idx)
+            x = blocks.norm_act_max(relation * (F.pad(x, (0, spare)) if spare else x), self.bn_rsconv)
         else:  # [x_j - x_i, f_j], times the relation: gathered on the way
             assert features is not None
             features, relation = blocks.at_least_float(features), blocks.at_least_float(relation)

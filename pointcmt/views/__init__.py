@@ -28,7 +28,8 @@ class ViewSpec:
     """How clouds become a teacher's images: the arguments of ``project_points``, to keep and to compare.
 
     Wherever views are made for one teacher (training it, caching its features, evaluating it) they must be
-    made alike: keep the teacher's ``ViewSpec`` beside it, and ``describe()`` in the feature cache.
+    made alike: a teacher's file keeps its ``ViewSpec`` (``ImageTeacher(view_spec=…)``), and a feature cache
+    its ``describe()``.
 
     Attributes:
         rig: name of a registered rig.
