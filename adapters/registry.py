@@ -71,6 +71,37 @@ def identity(feature: Tensor) -> Tensor:
     return feature
 
 
+Select = Callable[[nn.Module, Any, tuple], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a network keeps its local features.
+
+    Attributes:
+        module: path of a submodule, or ``module -> path``.
+        where: whether they are in that submodule's ``"input"`` (the tuple of its positional arguments) or in
+            its ``"output"``.
+        select: ``(module, tapped, inputs) -> (local [B, M, C], centers [B, M, 3])``: ``module`` the network,
+            ``tapped`` what the submodule was given or gave, ``inputs`` the positional arguments of the
+            network's own call (or of ``logits_module`` where scripts never call the network).
+    """
+
+    module: str | Callable[[nn.Module], str]
+    where: Literal["input", "output"]
+    select: Select
+
+    def __post_init__(self) -> None:
+        if self.where not in ("input", "output"):
+            raise ValueError(
+                f"where is {self.where!r}; expected 'input' or 'output' (of the module at {self.module!r})"
+            )
+
+    def path(self, module: nn.Module) -> str:
+        """Path of the submodule that is tapped, inside the unwrapped ``module``."""
+        return self.module if isinstance(self.module, str) else self.module(module)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """Where one family of classifiers keeps its shape feature, and what its classifier is.
@@ -89,6 +120,7 @@ class Adapter:
         feature: tapped tensor -> [B, D], where the network keeps it in another shape (``[B, D, 1]``).
         logits_module: path of the submodule that puts out the class scores. Empty: the network itself. Needed
             only where training scripts call some method of the network in place of ``network(points)``.
+        local: where the network's local features and their centres are; None where it has none.
     """
 
     name: str
@@ -100,6 +132,7 @@ class Adapter:
     input_layout: str = "BN3"
     feature: Callable[[Tensor], Tensor] = identity
     logits_module: str = ""
+    local: Tap | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
