@@ -21,7 +21,7 @@ from pointcmt.adapters.registry import (
 )
 from pointcmt.borrowed import Lent, UntouchedStatistics, device_of
 from pointcmt.capture import Captured, StudentCapture
-from pointcmt.guard import Guard
+from pointcmt.schedules import Guard
 from pointcmt.objectives import ClassifierEnhancement, FeatureEnhancement, Objective
 from pointcmt.ops._deferred import deferred
 from pointcmt.types import StudentState, TeacherOutput
@@ -63,7 +63,7 @@ class CrossModalTraining:
         objectives: what to sum; names must differ.
         generator: point generator for the objectives that need one.
         adapter: where the student's feature is: an ``Adapter``, the name of one, or None to find one.
-        guard: scales the weights as training goes on (``pointcmt.guard``); None leaves them.
+        guard: scales the weights as training goes on (``pointcmt.schedules``); None leaves them.
 
     Raises:
         ValueError: no objectives, equal names, or a generator missing.
@@ -404,7 +404,7 @@ class PointCMT(CrossModalTraining):
         adapter: where the student's feature is: an ``Adapter``, the name of one, or None to find one.
         objectives: in place of the paper's ``[FeatureEnhancement(weight=30.0),
             ClassifierEnhancement(weight=0.3)]``.
-        guard: scales the weights as training goes on (``pointcmt.guard``); None leaves them.
+        guard: scales the weights as training goes on (``pointcmt.schedules``); None leaves them.
 
     Raises:
         ValueError: feature enhancement without a generator.

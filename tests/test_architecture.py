@@ -29,13 +29,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compat": {"ops"},
     "borrowed": set(),
     "capture": {"adapters", "borrowed"},
-    "guard": set(),
-    "training": {"guard", "objectives", "adapters", "borrowed", "capture", "generator", "ops"},
+    "schedules": set(),
+    "training": {"schedules", "objectives", "adapters", "borrowed", "capture", "generator", "ops"},
     "integrations": {"training", "objectives", "adapters"},
     "report": {"checkpoint", "data", "views"},
     "recipes": {
         "training", "teacher", "generator", "students", "views", "data", "report", "objectives", "adapters",
-        "ops", "checkpoint", "compat", "guard",
+        "ops", "checkpoint", "compat", "schedules",
     },
     "cli": {"recipes", "data"},
 }  # fmt: skip

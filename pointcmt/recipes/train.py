@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pointcmt.adapters import Adapter, find_adapter
 from pointcmt.checkpoint import save_module
 from pointcmt.data import Augmentation, FeatureCache, PointDataset
-from pointcmt.guard import Guard, HeldOutAdvantage, ScheduleLength
+from pointcmt.schedules import Guard, HeldOutAdvantage, ScheduleLength
 from pointcmt.objectives import Objective
 from pointcmt.recipes.build import StudentOptions, make_objectives, make_student
 from pointcmt.recipes.engine import (

@@ -1,4 +1,4 @@
-"""Guards: what scales the weights of the objectives while training goes on.
+"""Schedules: what scales the weights of the objectives while training goes on.
 
 The paper's weights belong to a long schedule under a strong teacher. A guard multiplies them by factors that
 follow the schedule, or how much better than the student the teacher still is on shapes that neither was

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pointcmt.guard import Decay, HeldOutAdvantage, ScheduleLength
+from pointcmt.schedules import Decay, HeldOutAdvantage, ScheduleLength
 from pointcmt.training import PointCMT
 from tests.toys import Generator, Student, Teacher, batch
 
