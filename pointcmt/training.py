@@ -21,9 +21,9 @@ from pointcmt.adapters.registry import (
 )
 from pointcmt.borrowed import Lent, UntouchedStatistics, device_of
 from pointcmt.capture import Captured, StudentCapture
-from pointcmt.schedules import Guard
 from pointcmt.objectives import ClassifierEnhancement, FeatureEnhancement, Objective
 from pointcmt.ops._deferred import deferred
+from pointcmt.schedules import Guard
 from pointcmt.types import StudentState, TeacherOutput
 
 _active: weakref.WeakKeyDictionary[nn.Module, CrossModalTraining] = weakref.WeakKeyDictionary()

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from pointcmt.adapters import Adapter, find_adapter
 from pointcmt.checkpoint import save_module
 from pointcmt.data import Augmentation, FeatureCache, PointDataset
-from pointcmt.schedules import Guard, HeldOutAdvantage, ScheduleLength
 from pointcmt.objectives import Objective
 from pointcmt.recipes.build import StudentOptions, make_objectives, make_student
 from pointcmt.recipes.engine import (
@@ -39,6 +38,7 @@ from pointcmt.recipes.metrics import overall_accuracy, scores
 from pointcmt.recipes.options import DataOptions, Splits, load_generator, load_teacher
 from pointcmt.recipes.progress import say, warn
 from pointcmt.recipes.run import RunFolder, to_json, write_json
+from pointcmt.schedules import Guard, HeldOutAdvantage, ScheduleLength
 from pointcmt.training import PointCMT
 
 
