@@ -183,7 +183,7 @@ def check_network(
     chosen = report.adapter
     if report.logits_shape is None:
         raise AdapterError(
-            f"adapter {chosen.name!r} has no classify, so that nothing but the features' shapes can be checked: "
+            f"adapter {chosen.name!r} has no classify, so that only the features' shapes can be checked: "
             f"{report}"
         )
     feature_dim, classes = report.feature_shape[1], report.logits_shape[1]
