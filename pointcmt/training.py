@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -286,6 +286,14 @@ class CrossModalTraining:
     def parameters(self) -> Iterator[nn.Parameter]:
         """What the objectives themselves train (connectors); most have nothing. For the optimizer."""
         return (parameter for parameter in self.objectives.parameters() if parameter.requires_grad)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of what the objectives train."""
+        return self.objectives.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave."""
+        self.objectives.load_state_dict(state)
 
     @property
     def adapter(self) -> Adapter:

@@ -23,6 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "views": {"ops", "checkpoint"},
     "data": {"views", "checkpoint"},
     "students": {"ops"},
+    "tasks": set(),
+    "pictures": {"checkpoint"},
     "backbones": set(),
     "teacher": {"backbones", "views", "checkpoint"},
     "generator": {"ops", "checkpoint"},
@@ -32,12 +34,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schedules": set(),
     "training": {"schedules", "objectives", "adapters", "borrowed", "capture", "generator", "ops"},
     "integrations": {"training", "objectives", "adapters"},
-    "report": {"checkpoint", "data", "views"},
     "recipes": {
-        "training", "teacher", "generator", "students", "views", "data", "report", "objectives", "adapters",
-        "ops", "checkpoint", "compat", "schedules",
+        "training", "teacher", "generator", "students", "views", "data", "pictures", "objectives", "adapters",
+        "ops", "checkpoint", "compat", "schedules", "tasks",
     },
-    "cli": {"recipes", "data"},
+    "studies": {"recipes", "tasks", "data", "pictures", "checkpoint"},
+    "cli": {"recipes", "studies", "data"},
 }  # fmt: skip
 
 
