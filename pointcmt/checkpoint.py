@@ -44,12 +44,18 @@ def naming_file(path: PathLike) -> Iterator[None]:
         yield
     except Exception as error:
         number = getattr(error, "errno", None)
-        about_files = isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
+        text = str(error)
+        by_torch = "PytorchStreamWriter" in text or "inline_container" in text
+        about_files = by_torch or isinstance(error, OSError | SafetensorError)
         if not about_files or isinstance(error, FileNotFoundError | FileExistsError):
             raise
-        text = str(error)
         hint = "look at the free space and the permissions there"
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "StreamWriter" in text or "space" in text:
+        if (
+            number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            or by_torch
+            or "large" in text
+            or "space" in text
+        ):
             hint = "the disk, or a quota, is full: make room, or write elsewhere; what was there is as it was"
         elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
             hint = "the folder may not be written to: give another one, or change its permissions"
