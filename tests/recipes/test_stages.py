@@ -343,6 +343,34 @@ def test_one_file_brings_a_network_and_an_objective(stages, tmp_path, capsys, mo
     assert "the student 'tiny', which is not known here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_network_that_takes_channels_first(given, tmp_path, monkeypatch, capsys):
+    (tmp_path / "channels_first.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_classes, channels=3):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = nn.Conv1d(channels, 8, 1), nn.Linear(8, num_classes)\n"
+        "    def forward(self, points):\n"
+        "        return self.b(self.a(points).relu().amax(2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build, "IMPORTED", [])
+    command = ["train", "--out", tmp_path / "r", "--method", "none", "--student", "channels_first:Net", *CPU]
+    run(*command, *DATA, "--epochs", 1, *(["--layout", "B3N"] if given else []))
+    run("evaluate", tmp_path / "r", "--json", tmp_path / "e.json")
+    assert json.loads((tmp_path / "e.json").read_text())["oa"] == read(tmp_path / "r")["last"]["test_oa"]
+    command = [str(word) for word in [*command, *DATA, "--resume"]]
+    command[2] = str(tmp_path / "six")
+    assert main([*command, "--student-options", "channels=6"]) == 1
+    said = capsys.readouterr().err
+    assert (
+        "in no known layout. BN3: " in said and "B3N: " in said and "pos_x: " in said and "--layout" in said
+    )
+    assert main([*command, "--layout", "3BN"]) == 1
+    assert "--layout 3BN: expected one of BN3, B3N, pos_x" in capsys.readouterr().err
+
+
 def test_no_step_waits_for_the_device_to_read_a_loss(stages, tmp_path, monkeypatch):
     monkeypatch.setattr(
         CrossModalTraining, "losses", property(lambda _: pytest.fail("reading .losses waits for the device"))
