@@ -325,6 +325,10 @@ def test_the_paired_interval_against_the_textbook():
             ),
             "two cells are called net-fe-fe-only-0",
         ),
+        (
+            ABLATION.replace("  few: {votes", "  test: {votes"),
+            "tests.test: test is the name of the data's own",
+        ),
         (ABLATION.replace("{net: {none", "{nte: {none"), "paper.nte: there is no such student"),
         (
             ABLATION.replace("student: pointnet2", "student: 'os:system'"),
@@ -349,5 +353,7 @@ def test_one_piece_of_a_study_is_a_command(tmp_path, capsys):
     assert main(command[2:]) == 0
     assert [record["seed"] for record in read_records(out)] == [1]
     assert (out / "cells/net-none-1/state.pt").exists()
+    assert main([*words(config, out), "--only", "nte"]) == 1
+    assert "--only nte: no cell's name contains it; there are net-none-0" in capsys.readouterr().err
     assert main([*command[2:], "--cell", "net-none-7"]) == 1
     assert "expected one of teacher-only, net-none-0" in capsys.readouterr().err
