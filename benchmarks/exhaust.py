@@ -37,7 +37,7 @@ BLOCK = 500
 STATE = ROOT / "build" / "exhaust-emd.json"
 MOST_ROUNDS = 250  # a quarter of the default bound: more than twice what any case was found to need
 
-Clouds = tuple[np.ndarray, np.ndarray]
+Clouds = tuple[np.ndarray, ...]  # x and y, float64 [N, 3]
 
 
 def _uniform(random: Generator, n: int) -> Clouds:
@@ -173,7 +173,8 @@ def case(number: int, largest: int = 200) -> Case:
     unit = 10.0 ** random.choice([-20, -6, 0, 0, 0, 4, 15])
     double = random.random() < 0.2
     tolerance = float(random.choice([DEFAULT_TOLERANCE, DEFAULT_TOLERANCE, 0.001, 0.05]))
-    return Case(number, kind, *KINDS[kind](random, n), unit, double, tolerance)
+    x, y = KINDS[kind](random, n)
+    return Case(number, kind, x, y, unit, double, tolerance)
 
 
 def judge(one: Case, match: Callable[..., Any] = emd_statistics) -> tuple[list[str], int]:
