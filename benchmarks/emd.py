@@ -227,7 +227,7 @@ def measure(
 
 
 def memory(call: Callable[[Tensor, Tensor], Any], x: Tensor, y: Tensor) -> float:
-    """MiB that a call takes beyond what one on a few points leaves behind, measured in a fork of the process."""
+    """MiB that a call takes beyond what one on a few points leaves behind, measured in a fork."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
