@@ -16,12 +16,13 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 ENTRY_POINT_GROUP = "pointcmt.adapters"
 
@@ -71,18 +72,19 @@ def identity(feature: Tensor) -> Tensor:
     return feature
 
 
-Select = Callable[[nn.Module, Any, tuple], tuple[Tensor, Tensor]]
+Select = Callable[[nn.Module, Any, tuple], Any]
 
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a network keeps its local features.
+    """Where a network keeps features of its encoder: local ones, or the pooled one.
 
     Attributes:
         module: path of a submodule, or ``module -> path``.
         where: whether they are in that submodule's ``"input"`` (the tuple of its positional arguments) or in
             its ``"output"``.
-        select: ``(module, tapped, inputs) -> (local [B, M, C], centers [B, M, 3])``: ``module`` the network,
+        select: ``(module, tapped, inputs) -> (local [B, M, C], centers [B, M, 3])``, or ``-> [B, D]`` for
+            :attr:`Adapter.global_`: ``module`` the network,
             ``tapped`` what the submodule was given or gave, ``inputs`` the positional arguments of the
             network's own call (or of ``logits_module`` where scripts never call the network).
     """
@@ -114,25 +116,29 @@ class Adapter:
         feature_from: whether the feature is that submodule's first ``"input"`` or its ``"output"``.
             The tensor is copied when it is seen, so a following in-place operation does no harm.
         classify: ``(module, feature [B, D]) -> logits [B, K]``: the network's own layers from the feature on,
-            equal to the network's output (log-probabilities stay log-probabilities).
+            equal to the network's output (log-probabilities stay log-probabilities). None where there is no
+            classifier, or none is needed: pre-training.
         logits: the network's output -> class scores [B, K].
         input_layout: what the network takes, for clouds [B, N, 3]: a key of :data:`INPUT_LAYOUTS`.
         feature: tapped tensor -> [B, D], where the network keeps it in another shape (``[B, D, 1]``).
         logits_module: path of the submodule that puts out the class scores. Empty: the network itself. Needed
             only where training scripts call some method of the network in place of ``network(points)``.
         local: where the network's local features and their centres are; None where it has none.
+        global_: where the encoder's pooled feature [B, D'] is, before any layer of the head; None: the shape
+            feature serves in its place.
     """
 
     name: str
     matches: Callable[[nn.Module], bool]
     feature_module: str | Callable[[nn.Module], str]
     feature_from: Literal["input", "output"]
-    classify: Callable[[nn.Module, Tensor], Tensor]
+    classify: Callable[[nn.Module, Tensor], Tensor] | None = None
     logits: Callable[[Any], Tensor] = first_tensor
     input_layout: str = "BN3"
     feature: Callable[[Tensor], Tensor] = identity
     logits_module: str = ""
     local: Tap | None = None
+    global_: Tap | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -167,6 +173,14 @@ class Adapter:
         """
         path = self.feature_path(module)
         return _submodule(self, module, path, "feature_module")
+
+    def tapped(self, tap: Tap, module: nn.Module) -> nn.Module:
+        """The submodule of :attr:`local` or :attr:`global_`.
+
+        Raises:
+            AdapterError: ``module`` has no submodule of that path.
+        """
+        return _submodule(self, module, tap.path(module), "local" if tap is self.local else "global_")
 
     def output_module(self, module: nn.Module) -> nn.Module:
         """The submodule that puts out the class scores: ``module`` itself unless ``logits_module`` is set."""
@@ -442,30 +456,42 @@ class AdapterReport:
         tolerance: the largest that passes.
         conclusive: false where the class scores do not depend on the feature at all (a classifier whose
             weights are zero at the start): then any feature would have passed.
+        local_shape: [B, M, C] of the local features; None where the adapter has none.
+        global_shape: [B, D'] of the encoder's pooled feature; None where the adapter does not say.
     """
 
     adapter: Adapter
     feature_path: str
     feature_shape: tuple[int, ...]
-    logits_shape: tuple[int, ...]
+    logits_shape: tuple[int, ...] | None
     max_difference: float
     tolerance: float
     conclusive: bool = True
+    local_shape: tuple[int, ...] | None = None
+    global_shape: tuple[int, ...] | None = None
 
     def __bool__(self) -> bool:
         return True
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.adapter.name}: feature {list(self.feature_shape)} at the {self.adapter.feature_from} of "
-            f"{self.feature_path!r}, logits {list(self.logits_shape)}, max |classify(feature) - logits| = "
-            f"{self.max_difference:.3g} (tolerance {self.tolerance:.3g})"
-            + (
-                ""
-                if self.conclusive
-                else "; the scores do not depend on the feature yet, so this proves little"
-            )
+            f"{self.feature_path!r}"
         )
+        if self.logits_shape is None:
+            text += ", no classifier, so that which tensor the feature is could not be checked"
+        else:
+            text += (
+                f", logits {list(self.logits_shape)}, max |classify(feature) - logits| = "
+                f"{self.max_difference:.3g} (tolerance {self.tolerance:.3g})"
+            )
+            if not self.conclusive:
+                text += "; the scores do not depend on the feature yet, so this proves little"
+        if self.local_shape is not None:
+            text += f"; local features {list(self.local_shape)}"
+        if self.global_shape is not None:
+            text += f"; pooled feature {list(self.global_shape)}"
+        return text
 
 
 def verify_adapter(
@@ -489,9 +515,16 @@ def verify_adapter(
         AdapterError: the tap is never reached, the feature is not [B, D], or classifying it does not give
             the network's output. The message has shapes, the difference, the module tree and what to do.
     """
-    module = unwrap(student)
     args = points if isinstance(points, tuple) else (points,)
-    adapter = find_adapter(module, adapter, points=args if not kwargs else (args, kwargs))
+    return verify_call(student, adapter, args, kwargs)
+
+
+def verify_call(
+    student: nn.Module, adapter: Adapter | str | None, args: tuple, kwargs: Mapping[str, Any]
+) -> AdapterReport:
+    """As :func:`verify_adapter`, for a call with any arguments, also such as ``adapter`` or ``student``."""
+    module = unwrap(student)
+    adapter = find_adapter(module, adapter, points=(args, dict(kwargs)))
     return _prove(module, adapter, lambda: module(*args, **kwargs))
 
 
@@ -511,7 +544,7 @@ def verify_tail(
 
 def _prove(module: nn.Module, adapter: Adapter, run: Callable[[], Any]) -> AdapterReport:
     with quiet_evaluation(module):
-        seen, output = run_tapped(module, adapter, run)
+        seen = observe(module, adapter, run)
         path = adapter.feature_path(module)
         where = f"the {adapter.feature_from} of {path!r}"
         help_ = (
@@ -519,75 +552,176 @@ def _prove(module: nn.Module, adapter: Adapter, run: Callable[[], Any]) -> Adapt
             "and whose classify runs the layers after it (docs/adapters.md). The modules of "
             f"{type(module).__name__}:\n{module_tree(module)}"
         )
-        if seen is None:
+        if seen.feature is None:
             raise AdapterError(
                 f"adapter {adapter.name!r} taps {where}, which {type(module).__name__}'s forward pass never "
                 "runs." + help_
             )
-        feature, logits = adapter.feature(seen), adapter.logits(output)
-        if logits.ndim != 2:
+        feature = adapter.feature(seen.feature)
+        logits = None if adapter.classify is None else adapter.logits(seen.output)
+        if logits is not None and logits.ndim != 2:
             raise AdapterError(
                 f"adapter {adapter.name!r}: the class scores have shape {list(logits.shape)}; expected "
                 "[B, K]. Give the adapter logits=<function from the network's output to [B, K]>." + help_
             )
-        if feature.ndim != 2 or feature.shape[0] != logits.shape[0]:
+        if feature.ndim != 2 or (logits is not None and feature.shape[0] != logits.shape[0]):
+            batch = "" if logits is None else f" with B = {logits.shape[0]}"
             raise AdapterError(
                 f"adapter {adapter.name!r}: the feature at {where} has shape {list(feature.shape)}; expected "
-                f"[B, D] with B = {logits.shape[0]}. Tap another submodule, or give the adapter "
+                f"[B, D]{batch}. Tap another submodule, or give the adapter "
                 "feature=<function from that tensor to [B, D]>." + help_
             )
-        try:
-            again = adapter.classify(module, in_precision_of(module, feature))
-        except Exception as error:
-            raise AdapterError(
-                f"adapter {adapter.name!r}: classify failed on the feature {list(feature.shape)} at {where}: "
-                f"{type(error).__name__}: {error}" + help_
-            ) from error
-        if not isinstance(again, Tensor) or again.shape != logits.shape:
-            raise AdapterError(
-                f"adapter {adapter.name!r}: classify(feature {list(feature.shape)} at {where}) gives "
-                f"{_describe(again)}; the network's class scores are {list(logits.shape)}." + help_
+        local_shape, global_shape = _prove_taps(module, adapter, seen, len(feature), help_)
+        difference, tolerance, conclusive = 0.0, 0.0, False
+        if logits is not None:
+            difference, tolerance, conclusive = _prove_classifier(
+                module, adapter, feature, logits, where, help_
             )
-        difference, tolerance = _difference(again, logits), _tolerance(feature, logits)
-        # `not <=` so that NaN fails too
-        if not difference <= tolerance:
-            raise AdapterError(
-                f"adapter {adapter.name!r} is wrong for {type(module).__name__}: classify(feature) differs "
-                f"from the network's output by up to {difference:.3g} (tolerance {tolerance:.3g}); feature "
-                f"{list(feature.shape)} at {where}, logits {list(logits.shape)}." + help_
-            )
-        moved = adapter.classify(module, in_precision_of(module, feature + feature.abs().mean() + 1))
-        conclusive = _difference(moved, logits) > tolerance
     return AdapterReport(
-        adapter, path, tuple(feature.shape), tuple(logits.shape), difference, tolerance, conclusive
+        adapter,
+        path,
+        tuple(feature.shape),
+        None if logits is None else tuple(logits.shape),
+        difference,
+        tolerance,
+        conclusive,
+        local_shape,
+        global_shape,
     )
 
 
-def run_tapped(module: nn.Module, adapter: Adapter, run: Callable[[], Any]) -> tuple[Tensor | None, Any]:
-    """Calls ``run``: (copy of the tapped tensor, output of ``logits_module``); None for what never ran."""
-    seen: list[Tensor] = []
-    outputs: list[Any] = []
-    with tapped(adapter.submodule(module), adapter.feature_from, lambda tensor: seen.append(tensor.clone())):
-        target = adapter.output_module(module)
-        handle = target.register_forward_hook(lambda _m, _a, output: outputs.append(output))
-        try:
-            run()
-        finally:
-            handle.remove()
-    return (seen[-1] if seen else None), (outputs[-1] if outputs else None)
+def _prove_classifier(
+    module: nn.Module, adapter: Adapter, feature: Tensor, logits: Tensor, where: str, help_: str
+) -> tuple[float, float, bool]:
+    """``classify(feature) == logits``: largest difference, tolerance, and whether the feature matters."""
+    assert adapter.classify is not None
+    try:
+        again = adapter.classify(module, in_precision_of(module, feature))
+    except Exception as error:
+        raise AdapterError(
+            f"adapter {adapter.name!r}: classify failed on the feature {list(feature.shape)} at {where}: "
+            f"{type(error).__name__}: {error}" + help_
+        ) from error
+    if not isinstance(again, Tensor) or again.shape != logits.shape:
+        raise AdapterError(
+            f"adapter {adapter.name!r}: classify(feature {list(feature.shape)} at {where}) gives "
+            f"{_describe(again)}; the network's class scores are {list(logits.shape)}." + help_
+        )
+    difference, tolerance = _difference(again, logits), _tolerance(feature, logits)
+    # `not <=` so that NaN fails too
+    if not difference <= tolerance:
+        raise AdapterError(
+            f"adapter {adapter.name!r} is wrong for {type(module).__name__}: classify(feature) differs "
+            f"from the network's output by up to {difference:.3g} (tolerance {tolerance:.3g}); feature "
+            f"{list(feature.shape)} at {where}, logits {list(logits.shape)}." + help_
+        )
+    moved = adapter.classify(module, in_precision_of(module, feature + feature.abs().mean() + 1))
+    return difference, tolerance, _difference(moved, logits) > tolerance
+
+
+def _prove_taps(
+    module: nn.Module, adapter: Adapter, seen: Observed, batch: int, help_: str
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Local features come one per centre and cloud, the pooled feature one per cloud: their shapes."""
+    local_shape = global_shape = None
+    for name, tap, found in (
+        ("local", adapter.local, seen.local),
+        ("global_", adapter.global_, seen.global_),
+    ):
+        if tap is not None and found is None:
+            raise AdapterError(
+                f"adapter {adapter.name!r}: {name} taps the {tap.where} of {tap.path(module)!r}, which "
+                f"{type(module).__name__}'s forward pass never runs." + help_
+            )
+    if seen.local is not None:
+        local, centers = seen.local
+        if (
+            local.ndim != 3
+            or centers.ndim != 3
+            or local.shape[0] != batch
+            or centers.shape != (*local.shape[:2], 3)
+        ):
+            raise AdapterError(
+                f"adapter {adapter.name!r}: local gives features {list(local.shape)} and centres "
+                f"{list(centers.shape)}; expected [B, M, C] and [B, M, 3] with B = {batch}: one feature for "
+                "each centre." + help_
+            )
+        local_shape = tuple(local.shape)
+    if seen.global_ is not None:
+        if seen.global_.ndim != 2 or seen.global_.shape[0] != batch:
+            raise AdapterError(
+                f"adapter {adapter.name!r}: global_ gives {list(seen.global_.shape)}; expected [B, D] with "
+                f"B = {batch}." + help_
+            )
+        global_shape = tuple(seen.global_.shape)
+    return local_shape, global_shape
+
+
+class Observed(NamedTuple):
+    """What one forward pass showed; None for what never ran or was not asked for.
+
+    Attributes:
+        feature: a copy of the tapped tensor, as it is.
+        output: of ``logits_module``.
+        local: [B, M, C] and [B, M, 3].
+        global_: [B, D'].
+    """
+
+    feature: Tensor | None
+    output: Any
+    local: tuple[Tensor, Tensor] | None = None
+    global_: Tensor | None = None
+
+
+def observe(module: nn.Module, adapter: Adapter, run: Callable[[], Any]) -> Observed:
+    """Calls ``run``, watching what the adapter taps of ``module``."""
+    found: dict[str, Any] = {}
+    inputs: list[tuple] = []
+
+    def keep(name: str, tap: Tap) -> Callable[[Any], None]:
+        def see(value: Any) -> None:
+            found[name] = tree_map(_copied, tap.select(module, value, inputs[0] if inputs else ()))
+
+        return see
+
+    with ExitStack() as stack:
+        for outer in (module, adapter.output_module(module)):
+            handle = outer.register_forward_pre_hook(lambda _m, args: inputs.append(args))
+            stack.callback(handle.remove)
+        submodule = adapter.submodule(module)
+        stack.enter_context(
+            tapped(
+                submodule,
+                adapter.feature_from,
+                lambda value: found.update(feature=_copied(first_tensor(value))),
+            )
+        )
+        for name, tap in (("local", adapter.local), ("global_", adapter.global_)):
+            if tap is not None:
+                stack.enter_context(tapped(adapter.tapped(tap, module), tap.where, keep(name, tap)))
+        handle = adapter.output_module(module).register_forward_hook(
+            lambda _m, _a, output: found.update(output=output)
+        )
+        stack.callback(handle.remove)
+        run()
+    return Observed(found.get("feature"), found.get("output"), found.get("local"), found.get("global_"))
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 @contextmanager
 def tapped(
-    submodule: nn.Module, where: Literal["input", "output"], see: Callable[[Tensor], None]
+    submodule: nn.Module, where: Literal["input", "output"], see: Callable[[Any], None]
 ) -> Iterator[None]:
-    """Calls ``see`` with the first tensor that goes into, or comes out of, ``submodule``."""
+    """Calls ``see`` with what goes into ``submodule`` (a tuple), or with what comes out of it."""
     if where == "input":
         handle = submodule.register_forward_pre_hook(
-            lambda _m, args, kwargs: see(first_tensor([*args, *kwargs.values()])), with_kwargs=True
+            lambda _m, args, kwargs: see((*args, *kwargs.values())), with_kwargs=True
         )
     else:
-        handle = submodule.register_forward_hook(lambda _m, _a, output: see(first_tensor(output)))
+        handle = submodule.register_forward_hook(lambda _m, _a, output: see(output))
     try:
         yield
     finally:
@@ -627,8 +761,6 @@ def quiet_evaluation(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _no_autocast(kinds: set[str]) -> Iterator[None]:
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         for kind in sorted(kinds):
             if torch.amp.autocast_mode.is_autocast_available(kind):

@@ -27,10 +27,10 @@ from benchmarks._harness import RESULTS, interleave, record, show
 from pointcmt import students
 from pointcmt.data import SyntheticShapes
 from pointcmt.generator import PointGenerator
+from pointcmt.methods import PointCMT
 from pointcmt.objectives import FeatureEnhancement
 from pointcmt.ops import emd, unit_cube
 from pointcmt.teacher import ImageTeacher
-from pointcmt.training import PointCMT
 from pointcmt.types import StudentState, TeacherOutput
 
 QUESTION = "What does PointCMT add to a training step?"

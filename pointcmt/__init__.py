@@ -9,8 +9,9 @@ from pointcmt._version import __version__
 
 if TYPE_CHECKING:
     from pointcmt.generator import PointGenerator
+    from pointcmt.methods import PointCMT
     from pointcmt.teacher import ImageTeacher
-    from pointcmt.training import CrossModalTraining, PointCMT
+    from pointcmt.training import CrossModalTraining
 
 __all__ = ["CrossModalTraining", "ImageTeacher", "PointCMT", "PointGenerator", "__version__"]
 
@@ -18,7 +19,7 @@ __all__ = ["CrossModalTraining", "ImageTeacher", "PointCMT", "PointGenerator", "
 _HOMES = {
     "CrossModalTraining": "pointcmt.training",
     "ImageTeacher": "pointcmt.teacher",
-    "PointCMT": "pointcmt.training",
+    "PointCMT": "pointcmt.methods",
     "PointGenerator": "pointcmt.generator",
 }
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,15 +17,19 @@ from pointcmt.adapters.registry import (
     AdapterReport,
     find_adapter,
     in_precision_of,
-    verify_adapter,
+    verify_call,
     verify_tail,
 )
-from pointcmt.borrowed import Lent, UntouchedStatistics, device_of
-from pointcmt.capture import Captured, StudentCapture
-from pointcmt.objectives import ClassifierEnhancement, FeatureEnhancement, Objective
+from pointcmt.distributed import KeptEqual
+from pointcmt.frozen import Frozen, UntouchedStatistics, device_of
+from pointcmt.hooks import Captured, StudentCapture
+from pointcmt.objectives.base import Objective, Sizes
 from pointcmt.ops._deferred import deferred
 from pointcmt.schedules import Guard
-from pointcmt.types import StudentState, TeacherOutput
+from pointcmt.types import ImageFeatures, StudentState, TeacherOutput, Views
+
+# after so many steps in which a head got gradients and did not move, its optimizer is asked about
+_STEPS_TO_MOVE = 10
 
 _active: weakref.WeakKeyDictionary[nn.Module, CrossModalTraining] = weakref.WeakKeyDictionary()
 
@@ -44,7 +49,12 @@ class CrossModalTraining:
     * Forward passes in eval mode or without gradients are ignored, so validation may go on inside the
       ``with``.
     * :meth:`loss` belongs to the latest training pass, and is called once for each.
-    * On the first training pass the adapter is proved on its points (``verify_adapter``).
+    * The adapter is checked (``verify_adapter``) on entering where ``points`` are given, else on the points
+      of the first training pass.
+    * What the objectives train (projection heads, connectors) is complete in :meth:`parameters` on entering,
+      for which ``points`` are needed where a head's size depends on the network. In several processes
+      (``torch.distributed``) it starts equal on all, and its gradients are averaged, whatever wraps the
+      student.
     * The image feature goes through the student's classifier in the student's mode: batch normalisation uses
       the statistics of these features and keeps none of them; dropout is active, and draws from the random
       generator, so that later draws differ from those of a run without the teacher.
@@ -57,23 +67,32 @@ class CrossModalTraining:
       because a ``GradScaler`` skips the step.
 
     Args:
-        teacher: ``views [B, V, C, H, W] -> TeacherOutput``, with ``classify(feature [B, D]) -> logits [B,
-            K]``: an ``ImageTeacher``. It is moved to the student's device while it is used.
-        student: the network to be trained, ending in a classifier; bare or wrapped.
+        teacher: ``views [B, V, C, H, W] -> TeacherOutput``: an ``ImageTeacher``, with or without a
+            classifier. It is moved to the student's device while it is used. Where an objective needs them it
+            is asked for more: ``teacher(views, per_view=True, maps=True)``.
+        student: the network to be trained; bare or wrapped.
         objectives: what to sum; names must differ.
         generator: point generator for the objectives that need one.
-        adapter: where the student's feature is: an ``Adapter``, the name of one, or None to find one.
+        adapter: where the student's features are: an ``Adapter``, the name of one, or None to find one.
         guard: scales the weights as training goes on (``pointcmt.schedules``); None leaves them.
+        points: a few clouds as the network takes them (a tensor, or a tuple of its positional arguments), on
+            any device; the network is run on them once, in eval mode, to check the adapter and to measure
+            sizes.
+        copies: k, where each training pass is of k augmented copies of B shapes as one batch of k·B, copy
+            after copy; ``loss`` is given the images of the B shapes.
+        train_teacher: train the teacher's weights too: they join :meth:`parameters`.
 
     Raises:
-        ValueError: no objectives, equal names, or a generator missing.
-        AdapterError: no adapter fits (on entering), or the one at hand is wrong (on the first training pass).
+        ValueError: no objectives, equal names, copies below 1; on entering: a generator missing, or
+            ``points`` where an objective has heads to size by them.
+        AdapterError: no adapter fits (on entering), or the one at hand is wrong (when it is checked).
         RuntimeError: the student is in another such context.
 
     Attributes:
         objectives: ``nn.ModuleList``; weights may be changed between steps. An objective of weight 0 is
-            skipped.
-        report: what the adapter's proof measured; None before the first training pass.
+            skipped; where all are, the teacher does not run.
+        report: what the adapter's check measured; None before it.
+        sizes: of features, for the objectives' heads; None outside.
     """
 
     def __init__(
@@ -85,7 +104,12 @@ class CrossModalTraining:
         generator: nn.Module | None = None,
         adapter: Adapter | str | None = None,
         guard: Guard | None = None,
+        points: Any = None,
+        copies: int = 1,
+        train_teacher: bool = False,
     ) -> None:
+        if copies < 1:
+            raise ValueError(f"copies is {copies}; expected at least 1")
         chosen = list(objectives)
         if not chosen:
             raise ValueError("objectives is empty; give at least one, for example [FeatureEnhancement()]")
@@ -105,15 +129,19 @@ class CrossModalTraining:
         self.objectives = nn.ModuleList(chosen)
         self.guard = guard
         self.report: AdapterReport | None = None
+        self.sizes: Sizes | None = None
+        self.copies = copies
         self._adapter = adapter
         self._generator = generator
-        for objective in chosen:
-            objective.bind(generator=generator, classify=self._teacher_logits)
+        self._points = points
+        self._train_teacher = train_teacher
         self._capture: StudentCapture | None = None
-        self._lent: Lent | None = None
+        self._frozen: Frozen | None = None
         self._statistics: UntouchedStatistics | None = None
+        self._kept_equal: KeptEqual | None = None
         self._used: Captured | None = None
         self._losses: dict[str, Tensor] = {}
+        self._versions: dict[int, tuple[int, int]] | None = {}
 
     # ---- entering and leaving
 
@@ -122,24 +150,42 @@ class CrossModalTraining:
             raise RuntimeError(
                 f"this {type(self).__name__} is entered already; leave it before entering it again"
             )
-        adapter = find_adapter(self.student, self._adapter)
-        capture = StudentCapture(self.student, adapter, self._prove, self._prove_tail)
+        points = None if self._points is None else self._sample()
+        adapter = find_adapter(self.student, self._adapter, points=points)
+        capture = StudentCapture(
+            self.student,
+            adapter,
+            self._prove,
+            self._prove_tail,
+            local=any(objective.needs_local for objective in self._objectives()),
+            global_=any(objective.needs_global for objective in self._objectives()),
+        )
         if capture.module in _active:
             raise RuntimeError(
                 f"this {type(capture.module).__name__} is being trained in another {type(self).__name__} "
                 "already: its losses would be counted twice. Leave that one first; to combine methods, give "
                 "one context several objectives"
             )
+        _check_adapter_has(adapter, self.objectives)
+        self._used, self.report, self._losses, self._versions = None, None, {}, {}
         try:
+            if points is not None:
+                self.report = verify_call(capture.module, adapter, *points)
+                capture.checked = True
+            self._statistics = UntouchedStatistics(capture.module)
+            self.sizes = self._measured()
+            for objective in self._objectives():
+                objective.bind(generator=self._generator, classify=self._teacher_logits, sizes=self.sizes)
             capture.open()
-            self._lent = Lent(self.teacher)
+            self._capture = capture
+            if not self._train_teacher:
+                self._frozen = Frozen(self.teacher)
+            self._kept_equal = KeptEqual(self._trained_modules())
         except BaseException:
-            capture.close()
+            self._capture = capture
+            self._leave()
             raise
         _active[capture.module] = self
-        self._capture = capture
-        self._statistics = UntouchedStatistics(capture.module)
-        self._used, self.report, self._losses = None, None, {}
         return self
 
     def __exit__(
@@ -148,24 +194,56 @@ class CrossModalTraining:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        capture, lent = self._capture, self._lent
-        self._capture = self._lent = self._statistics = self._used = None
-        if capture is not None:
-            _active.pop(capture.module, None)
-            capture.close()
-        if lent is not None:
-            lent.give_back()
+        if self._capture is not None:
+            _active.pop(self._capture.module, None)
+        self._leave()
         if error is None:
             deferred.look(wait=True)
         else:
             deferred.forget()
+
+    def _leave(self) -> None:
+        capture, frozen, equal = self._capture, self._frozen, self._kept_equal
+        self._capture = self._frozen = self._statistics = self._kept_equal = self._used = None
+        self.sizes = None
+        if capture is not None:
+            capture.close()
+        if frozen is not None:
+            frozen.restore()
+        if equal is not None:
+            equal.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be copied: it hangs on one network. Copy the network, and make "
+            f"another {type(self).__name__} for it"
+        )
+
+    def _sample(self) -> tuple[tuple, dict[str, Any]]:
+        """The points given at first, as arguments of the network on its device."""
+        args = self._points if isinstance(self._points, tuple) else (self._points,)
+        device = device_of(self.student)
+        return tuple(value.to(device) if isinstance(value, Tensor) else value for value in args), {}
+
+    def _measured(self) -> Sizes:
+        """What is known of the features' sizes on entering."""
+        report = self.report
+        feature = None if report is None else report.feature_shape[-1]
+        pooled = None if report is None or report.global_shape is None else report.global_shape[-1]
+        return Sizes(
+            feature=feature,
+            global_=feature if pooled is None else pooled,
+            local=None if report is None or report.local_shape is None else report.local_shape[-1],
+            image=getattr(self.teacher, "feature_dim", None),
+            maps=getattr(self.teacher, "map_channels", None),
+        )
 
     def _prove(self, args: tuple, kwargs: dict[str, Any]) -> None:
         capture = self._entered("the adapter's proof")
         capture.paused = True
         try:
             adapter = find_adapter(capture.module, self._adapter, points=(args, kwargs))
-            self.report = verify_adapter(capture.module, args, adapter, **kwargs)
+            self.report = verify_call(capture.module, adapter, args, kwargs)
         finally:
             capture.paused = False
         capture.use(adapter)
@@ -181,21 +259,27 @@ class CrossModalTraining:
     # ---- training
 
     def loss(
-        self, *, views: Tensor | None = None, image_features: Tensor | TeacherOutput | None = None
+        self,
+        *,
+        views: Tensor | Views | None = None,
+        image_features: Tensor | np.ndarray | TeacherOutput | ImageFeatures | None = None,
     ) -> Tensor:
         """The weighted sum of the objectives for the latest training pass of the student.
 
         Args:
-            views: [B, V, C, H, W] images of the same B shapes in the same order; the teacher runs on them.
+            views: [B, V, C, H, W] images of the same B shapes in the same order, bare or with their cameras
+                (``Views``); the teacher runs on them.
             image_features: [B, D] what this teacher's ``encode`` gave for them, computed beforehand; or a
-                ``TeacherOutput`` with its logits too. Exactly one of the two arguments is given.
+                ``TeacherOutput`` or ``ImageFeatures`` with more of it. Exactly one of the two arguments is
+                given.
 
         Returns:
             A scalar attached to the student's graph: add it to the task loss.
 
         Raises:
             RuntimeError: outside the ``with``, before a training pass, or again for the same one.
-            ValueError: both or neither argument, or sizes that do not fit.
+            ValueError: both or neither argument, sizes that do not fit, or something that an objective needs
+                is missing.
         """
         capture = self._entered("loss()")
         if (views is None) == (image_features is None):
@@ -219,19 +303,41 @@ class CrossModalTraining:
                     f"student to {type(self).__name__} as it is called in the loop (with its wrapper), or "
                     "give an adapter"
                 )
-        taught = self._teach(captured, views, image_features)
+        batch = len(captured.feature)
+        if batch % self.copies:
+            raise ValueError(
+                f"the student's latest training pass had {batch} clouds, which are not {self.copies} copies "
+                f"of each shape; give it {self.copies}·B clouds, copy after copy"
+            )
+        weighed = [(objective, self._weight(objective)) for objective in self._objectives()]
+        active = [(objective, weight) for objective, weight in weighed if weight != 0]
+        taught = self._teach(captured, views, image_features, [objective for objective, _ in active])
         # one backward pass frees the graph, so a pass serves once
-        self._used = Captured(captured.feature.detach(), captured.logits.detach())
+        self._used = captured.detached()
         capture.clear()
-        state = StudentState(captured.feature, captured.logits, self._classify)
+        self._losses = {}
+        if taught is None:
+            return captured.feature.new_zeros((), dtype=torch.float32)
+        if self._kept_equal is not None:
+            self._kept_equal.share_buffers()
+        self._ask_about_optimizer()
+        classify = None if capture.adapter.classify is None else self._classify
+        state = StudentState(
+            captured.feature,
+            captured.logits,
+            classify,
+            captured.local,
+            captured.centers,
+            self.copies,
+            captured.feature if captured.global_ is None else captured.global_,
+        )
+        repeated = _repeated(taught, self.copies)
         total: Tensor | None = None
         losses: dict[str, Tensor] = {}
-        for objective in self._objectives():
-            weight = self._weight(objective)
-            if weight == 0:
-                continue
+        for objective, weight in active:
             _follow(objective, captured.feature.device)
-            value = objective(state, taught)
+            _check_needs(objective, state, taught)
+            value = objective(state, taught if objective.sees_copies else repeated)
             if not isinstance(value, Tensor) or value.ndim != 0:
                 raise ValueError(
                     f"objective {objective.name!r} returned "
@@ -242,7 +348,8 @@ class CrossModalTraining:
             weighted = weight * value
             total = weighted if total is None else total + weighted
         self._losses = losses
-        return captured.logits.new_zeros((), dtype=torch.float32) if total is None else total
+        assert total is not None
+        return total
 
     @property
     def weights(self) -> dict[str, float]:
@@ -284,8 +391,40 @@ class CrossModalTraining:
         return self._classify(feature)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What the objectives themselves train (connectors); most have nothing. For the optimizer."""
-        return (parameter for parameter in self.objectives.parameters() if parameter.requires_grad)
+        """What this context trains beside the student: the objectives' heads and connectors, and the teacher
+        where it is trained. For the optimizer; complete on entering."""
+        for module in self._trained_modules().values():
+            yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What this context trains, with its buffers: for a checkpoint of the run."""
+        return {
+            f"{prefix}.{name}": value
+            for prefix, module in self._trained_modules().items()
+            for name, value in module.state_dict().items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes up what :meth:`state_dict` gave, after entering.
+
+        Raises:
+            ValueError: other names or shapes than this context's.
+        """
+        own = self.state_dict()
+        wrong = sorted(own.keys() ^ state.keys()) or [
+            name for name in own if own[name].shape != state[name].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"the state does not fit this {type(self).__name__}: {', '.join(wrong[:3])}"
+                f"{' …' if len(wrong) > 3 else ''} differ; give the objectives and options it was saved "
+                "with, after entering"
+            )
+        for prefix, module in self._trained_modules().items():
+            start = f"{prefix}."
+            module.load_state_dict(
+                {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+            )
 
     @property
     def adapter(self) -> Adapter:
@@ -293,6 +432,42 @@ class CrossModalTraining:
         return self._entered("adapter").adapter
 
     # ---- inside
+
+    def _trained_modules(self) -> dict[str, nn.Module]:
+        """By name, what has parameters to train."""
+        found: dict[str, nn.Module] = {
+            objective.name: objective
+            for objective in self._objectives()
+            if any(parameter.requires_grad for parameter in objective.parameters())
+        }
+        if self._train_teacher:
+            found["teacher"] = self.teacher
+        return found
+
+    def _ask_about_optimizer(self) -> None:
+        """Warns once where a head has had gradients for some steps and has not moved."""
+        if self._versions is None:
+            return
+        waiting = False
+        for parameter in self.parameters():
+            version, steps = self._versions.get(id(parameter), (parameter._version, 0))
+            if parameter._version != version:
+                continue
+            waiting = True
+            steps += parameter.grad is not None
+            self._versions[id(parameter)] = (version, steps)
+            if steps > _STEPS_TO_MOVE:
+                names = ", ".join(self._trained_modules())
+                warnings.warn(
+                    f"{names} got gradients in {_STEPS_TO_MOVE} steps and did not move: give the optimizer "
+                    f"the parameters of this {type(self).__name__} too, [*network.parameters(), "
+                    "*cmt.parameters()]",
+                    stacklevel=3,
+                )
+                waiting = False
+                break
+        if not waiting:
+            self._versions = None
 
     def _objectives(self) -> Iterator[Objective]:
         for objective in self.objectives:
@@ -315,6 +490,11 @@ class CrossModalTraining:
         feature = in_precision_of(module, feature)
         # the classifier may begin with the tapped module
         before, capture.paused = capture.paused, True
+        if capture.adapter.classify is None:
+            raise RuntimeError(
+                f"the adapter {capture.adapter.name!r} has no classify: give it classify=<the layers after "
+                "the feature>"
+            )
         try:
             with self._statistics():
                 return capture.adapter.logits(capture.adapter.classify(module, feature))
@@ -322,41 +502,75 @@ class CrossModalTraining:
             capture.paused = before
 
     def _teacher_logits(self, feature: Tensor) -> Tensor:
-        assert self._lent is not None, "objectives ask the teacher only inside loss()"
-        teacher = self._lent.at(feature.device)
-        return teacher.classify(in_precision_of(teacher, feature))  # type: ignore[operator]
+        teacher = self._teacher_at(feature.device)
+        classify = getattr(teacher, "classify", None)
+        if classify is None or getattr(teacher, "num_classes", 1) is None:
+            raise ValueError(f"this {type(teacher).__name__} has no classifier; {_NEEDS_CLASSIFIER}")
+        return classify(in_precision_of(teacher, feature))
+
+    def _teacher_at(self, device: torch.device) -> nn.Module:
+        if self._frozen is not None:
+            return self._frozen.at(device)
+        assert self._train_teacher, "objectives ask the teacher only inside loss()"
+        _follow(self.teacher, device)
+        return self.teacher
 
     def _teach(
-        self, captured: Captured, views: Tensor | None, image_features: Tensor | TeacherOutput | None
-    ) -> TeacherOutput:
-        assert self._lent is not None
-        device, batch = captured.feature.device, captured.feature.shape[0]
-        with torch.no_grad():
-            if views is not None:
-                if views.ndim != 5:
-                    raise ValueError(
-                        f"views has shape {list(views.shape)}; expected [B, V, C, H, W] (one view per shape: "
-                        "views.unsqueeze(1))"
-                    )
-                _check_batch("views", views.shape[0], batch)
-                output = self._lent.at(device)(views.to(device, non_blocking=True))
-                feature, logits = output[0], output[1]
-            else:
-                assert image_features is not None
-                feature, logits = (
-                    image_features if isinstance(image_features, tuple) else (image_features, None)
+        self,
+        captured: Captured,
+        views: Tensor | Views | None,
+        image_features: Tensor | np.ndarray | TeacherOutput | ImageFeatures | None,
+        active: list[Objective],
+    ) -> TeacherOutput | None:
+        """What the teacher says, as far as the active objectives need it; None where none is active."""
+        device, batch = captured.feature.device, len(captured.feature) // self.copies
+        if views is not None:
+            given = views if isinstance(views, Views) else Views(views)
+            if given.images.ndim != 5:
+                raise ValueError(
+                    f"views has shape {list(given.images.shape)}; expected [B, V, C, H, W] (one view per "
+                    "shape: views.unsqueeze(1))"
                 )
-                size = getattr(self.teacher, "feature_dim", feature.shape[-1])
-                if feature.ndim != 2 or feature.shape[1] != size:
+            _check_batch("views", len(given.images), batch)
+            if not active:
+                return None
+            given = given.map(lambda part: part.to(device, non_blocking=True))
+            wanted = {
+                name: True
+                for name, needs in (("per_view", "needs_per_view"), ("maps", "needs_maps"))
+                if any(getattr(objective, needs) for objective in active)
+            }
+            with torch.set_grad_enabled(self._train_teacher):
+                teacher = self._teacher_at(device)
+                try:
+                    output = _as_output(teacher(given.images, **wanted))
+                except TypeError as error:
+                    if not wanted or "unexpected keyword" not in str(error):
+                        raise
                     raise ValueError(
-                        f"image_features has shape {list(feature.shape)}; expected [B, {size}], features of "
-                        "this teacher. Compute them again with it (pointcmt cache-features)"
-                    )
-                _check_batch("image_features", feature.shape[0], batch)
-                feature = feature.to(device, non_blocking=True)
-                if logits is None:
-                    logits = self._teacher_logits(feature)
-        return TeacherOutput(feature.detach(), logits.detach().to(device, non_blocking=True))
+                        f"this {type(teacher).__name__} cannot give {' and '.join(wanted)}, which "
+                        f"{', '.join(objective.name for objective in active)} needs: use an ImageTeacher, or "
+                        f"take {' and '.join(wanted)} as keyword arguments in its forward()"
+                    ) from error
+            output = output._replace(views=given)
+        else:
+            assert image_features is not None
+            output = _as_output(image_features)
+            feature = output.feature
+            size = getattr(self.teacher, "feature_dim", feature.shape[-1])
+            if feature.ndim != 2 or feature.shape[1] != size:
+                raise ValueError(
+                    f"image_features has shape {list(feature.shape)}; expected [B, {size}], features of "
+                    "this teacher. Compute them again with it (pointcmt cache-features)"
+                )
+            _check_batch("image_features", feature.shape[0], batch)
+            if not active:
+                return None
+            output = _moved(output, device)
+        if output.logits is None and any(objective.needs_logits for objective in active):
+            with torch.set_grad_enabled(self._train_teacher):
+                output = output._replace(logits=self._teacher_logits(output.feature))
+        return output if self._train_teacher else output.map(Tensor.detach)
 
     def _why_nothing_captured(self, capture: StudentCapture) -> str:
         student = type(capture.module).__name__
@@ -385,69 +599,94 @@ class CrossModalTraining:
         )
 
 
-class PointCMT(CrossModalTraining):
-    """PointCMT's stage III: feature enhancement and classifier enhancement under an image teacher.
+_NEEDS_CLASSIFIER = (
+    "use an image teacher that was trained to classify (pointcmt train-teacher), or objectives that need no "
+    "class scores of it"
+)
 
-    ::
 
-        teacher = ImageTeacher.load("runs/mn40/teacher.safetensors")
-        with PointCMT(teacher, student, generator="runs/mn40/generator.safetensors") as cmt:
-            for points, labels, views in loader:
-                loss = criterion(student(points), labels) + cmt.loss(views=views)
+def _as_output(said: Any) -> TeacherOutput:
+    """Whatever a teacher, or a user who ran one, gives, as a ``TeacherOutput``."""
+    if isinstance(said, TeacherOutput):
+        return said
+    if isinstance(said, ImageFeatures):
+        return TeacherOutput(said.pooled, None, said.per_view, said.maps)
+    if isinstance(said, (tuple, list)):
+        return TeacherOutput(*said[:2])
+    return TeacherOutput(torch.as_tensor(said))
 
-    See :class:`CrossModalTraining` for what entering, training and leaving do.
 
-    Args:
-        teacher: image teacher.
-        student: the network to be trained.
-        generator: trained point generator, or the path of its file; feature enhancement needs it.
-        adapter: where the student's feature is: an ``Adapter``, the name of one, or None to find one.
-        objectives: in place of the paper's ``[FeatureEnhancement(weight=30.0),
-            ClassifierEnhancement(weight=0.3)]``.
-        guard: scales the weights as training goes on (``pointcmt.schedules``); None leaves them.
+def _moved(output: TeacherOutput, device: torch.device) -> TeacherOutput:
+    """On the device, and out of inference mode, whose tensors autograd refuses."""
 
-    Raises:
-        ValueError: feature enhancement without a generator.
-        FileNotFoundError: no file at the generator's path.
+    def move(value: Tensor) -> Tensor:
+        value = value.to(device, non_blocking=True)
+        return value.clone() if value.is_inference() else value
 
-    Source: Yan et al., "Let Images Give You More: Point Cloud Cross-Modal Training for Shape Analysis",
-    NeurIPS 2022.
-    """
+    return output.map(move)
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        student: nn.Module,
-        *,
-        generator: nn.Module | str | os.PathLike[str] | None = None,
-        adapter: Adapter | str | None = None,
-        objectives: Iterable[Objective] | None = None,
-        guard: Guard | None = None,
-    ) -> None:
-        if objectives is None:
-            objectives = [FeatureEnhancement(weight=30.0), ClassifierEnhancement(weight=0.3)]
-        super().__init__(
-            teacher,
-            student,
-            objectives=objectives,
-            generator=_loaded(generator),
-            adapter=adapter,
-            guard=guard,
+
+def _repeated(output: TeacherOutput, copies: int) -> TeacherOutput:
+    """The output for B shapes as one for k copies of them, copy after copy."""
+    if copies == 1:
+        return output
+    return output.map(lambda value: value.repeat(copies, *(1,) * (value.ndim - 1)))
+
+
+def _check_adapter_has(adapter: Adapter, objectives: Iterable[nn.Module]) -> None:
+    for objective in objectives:
+        assert isinstance(objective, Objective)
+        if objective.needs_local and adapter.local is None:
+            raise ValueError(
+                f"{objective.name} needs local features, and the adapter {adapter.name!r} does not say where "
+                "the network has them: give it local=Tap(...) (docs/adapters.md), or leave the local term out"
+            )
+
+
+def _check_needs(objective: Objective, student: StudentState, teacher: TeacherOutput) -> None:
+    """What an objective needs and did not get is an error that says what to do."""
+    missing = [
+        (what, mend)
+        for needed, given, what, mend in (
+            (objective.needs_logits, teacher.logits, "the teacher's logits", _NEEDS_CLASSIFIER),
+            (
+                objective.needs_per_view,
+                teacher.per_view,
+                "features per view",
+                "give loss(views=…), or cached features that hold per_view",
+            ),
+            (
+                objective.needs_maps,
+                teacher.maps,
+                "feature maps",
+                "give loss(views=…) of an encoder with maps (a convolutional one, or a vision transformer)",
+            ),
+            (
+                objective.needs_cameras,
+                None if teacher.views is None else teacher.views.view_matrix,
+                "the views' cameras",
+                "give loss(views=teacher.project(points, cameras=True))",
+            ),
+            (
+                objective.needs_classify,
+                student.classify,
+                "the student's classifier",
+                "give the adapter classify=…, or use objectives that need none",
+            ),
+            (objective.needs_local, student.local, "local features", "give the adapter local=Tap(...)"),
+        )
+        if needed and given is None
+    ]
+    if missing:
+        raise ValueError(
+            "; ".join(f"{objective.name} needs {what}, and there are none: {mend}" for what, mend in missing)
         )
 
 
-def _loaded(generator: nn.Module | str | os.PathLike[str] | None) -> nn.Module | None:
-    if generator is None or isinstance(generator, nn.Module):
-        return generator
-    from pointcmt.generator import PointGenerator
-
-    return PointGenerator.load(generator)
-
-
-def _follow(objective: Objective, device: torch.device) -> None:
-    here = device_of(objective)
+def _follow(module: nn.Module, device: torch.device) -> None:
+    here = device_of(module)
     if here is not None and here != device:
-        objective.to(device)
+        module.to(device)
 
 
 def _check_batch(what: str, given: int, expected: int) -> None:

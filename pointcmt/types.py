@@ -66,6 +66,10 @@ class Views(NamedTuple):
     view_matrix: Tensor | None = None
     projection_matrix: Tensor | None = None
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Views:
+        """A copy with every tensor changed alike."""
+        return Views._make(None if part is None else change(part) for part in self)
+
 
 class TeacherOutput(NamedTuple):
     """What the image teacher says of B shapes; carries no gradient into a frozen teacher.
@@ -84,6 +88,12 @@ class TeacherOutput(NamedTuple):
     maps: Tensor | None = None
     views: Views | None = None
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> TeacherOutput:
+        """A copy with every tensor changed alike, those of the views too."""
+        *tensors, views = self
+        changed = [None if value is None else change(value) for value in tensors]
+        return TeacherOutput._make((*changed, None if views is None else views.map(change)))
+
 
 class StudentState(NamedTuple):
     """What one forward pass of the student left for the objectives.
@@ -96,6 +106,8 @@ class StudentState(NamedTuple):
         local: [B, M, C] local features, attached to the graph, where an objective asks for them.
         centers: [B, M, 3] where they are.
         copies: k, where the pass was of k augmented copies of the teacher's B/k shapes, copy after copy.
+        global_: [B, D'] the encoder's pooled feature, where an objective asks for it; the shape feature where
+            the adapter does not say.
     """
 
     feature: Tensor
@@ -104,6 +116,7 @@ class StudentState(NamedTuple):
     local: Tensor | None = None
     centers: Tensor | None = None
     copies: int = 1
+    global_: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import distributed
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from pointcmt.training import PointCMT
+from pointcmt.methods import PointCMT
 from tests.toys import BATCH, DeepHead, Generator, Student, Teacher, batch, deep_head_adapter, hooks
 
 

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pointcmt import students
 from pointcmt.generator import PointGenerator
+from pointcmt.methods import PointCMT
 from pointcmt.teacher import ImageTeacher
-from pointcmt.training import PointCMT
 from tests.toys import hooks
 
 CLASSES, FEATURE, BATCH, POINTS = 7, 32, 4, 128

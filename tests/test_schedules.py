@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from pointcmt.methods import PointCMT
 from pointcmt.schedules import Decay, HeldOutAdvantage, ScheduleLength
-from pointcmt.training import PointCMT
 from tests.toys import Generator, Student, Teacher, batch
 
 

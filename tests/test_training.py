@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pointcmt.adapters import AdapterError
+from pointcmt.methods import PointCMT
 from pointcmt.objectives import (
     ClassifierEnhancement,
     FeatureEnhancement,
@@ -22,7 +23,7 @@ from pointcmt.objectives import (
     SoftLabels,
     SoftmaxRegression,
 )
-from pointcmt.training import CrossModalTraining, PointCMT
+from pointcmt.training import CrossModalTraining
 from pointcmt.types import StudentState, TeacherOutput
 from tests.toys import (
     BATCH,
@@ -697,8 +698,9 @@ def test_a_generator_of_another_feature_size_is_explained(teacher):
 
 def test_what_is_missing_or_doubled_is_explained(teacher, generator, tmp_path):
     student = make()
-    with pytest.raises(ValueError, match="pointcmt train-generator"):
-        PointCMT(teacher, student)
+    with pytest.raises(ValueError, match="pointcmt train-generator"), PointCMT(teacher, student):
+        pass
+    assert hooks(student) == 0 and teacher.training
     with pytest.raises(ValueError, match="objectives is empty"):
         PointCMT(teacher, student, objectives=[])
     with pytest.raises(ValueError, match="equal names"):

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from pointcmt.methods import PointCMT
 from pointcmt.objectives import FeatureL2
-from pointcmt.training import CrossModalTraining, PointCMT
+from pointcmt.training import CrossModalTraining
 from tests.toys import BATCH, DeepHead, Generator, Student, Teacher, batch, deep_head_adapter, hooks
 
 ROOT = Path(__file__).resolve().parents[1]

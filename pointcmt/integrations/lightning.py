@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from pointcmt.adapters import Adapter, list_adapters
+from pointcmt.methods import PointCMT
 from pointcmt.objectives import Objective
-from pointcmt.training import PointCMT
 from pointcmt.types import TeacherOutput
 
 try:

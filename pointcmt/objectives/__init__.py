@@ -1,6 +1,6 @@
 """One objective per file: what a student can be taught to do by an image teacher."""
 
-from pointcmt.objectives.base import Objective
+from pointcmt.objectives.base import Objective, Sizes
 from pointcmt.objectives.classifier_enhancement import ClassifierEnhancement
 from pointcmt.objectives.feature_enhancement import FeatureEnhancement
 from pointcmt.objectives.feature_l2 import FeatureL2
@@ -14,6 +14,7 @@ __all__ = [
     "FeatureL2",
     "NeuronSelectivityTransfer",
     "Objective",
+    "Sizes",
     "SoftLabels",
     "SoftmaxRegression",
 ]

@@ -23,12 +23,14 @@ class ClassifierEnhancement(Objective):
     """
 
     default_name = "classifier_enhancement"
+    needs_classify = True
 
     def __init__(self, weight: float = 0.3, name: str | None = None) -> None:
         super().__init__(weight, name)
 
     def forward(self, student: StudentState, teacher: TeacherOutput) -> Tensor:
         check_features(self, student, teacher)
+        assert student.logits is not None and student.classify is not None
         # log_softmax leaves log-probabilities as they are, so a student that returns those is served too
         ours = F.log_softmax(full_precision(student.logits), dim=1)
         image = F.log_softmax(full_precision(student.classify(teacher.feature)), dim=1)

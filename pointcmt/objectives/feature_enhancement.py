@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pointcmt.objectives.base import Objective, check_features, full_precision
+from pointcmt.objectives.base import Objective, Sizes, check_features, full_precision
 from pointcmt.objectives.cloud_distances import DISTANCES
 from pointcmt.ops import emd, unit_cube
 from pointcmt.ops._deferred import deferred
@@ -75,6 +75,7 @@ class FeatureEnhancement(Objective):
         *,
         generator: nn.Module | None = None,
         classify: Callable[[Tensor], Tensor] | None = None,
+        sizes: Sizes | None = None,
     ) -> None:
         if generator is not None and (self.generator is None or self._bound_here):
             self._freeze(generator)
@@ -105,7 +106,8 @@ class FeatureEnhancement(Objective):
                 "train-generator)"
             )
         # a forward pass in float16 that overflowed is for the GradScaler to skip, and no error
-        overflow = torch.float16 in (student.feature.dtype, student.logits.dtype)
+        logits = student.feature if student.logits is None else student.logits
+        overflow = torch.float16 in (student.feature.dtype, logits.dtype)
         # half precision would cost the matching more accuracy than it saves time
         with torch.autocast(student.feature.device.type, enabled=False), deferred.tolerated(overflow):
             dtype = next((p.dtype for p in self.generator.parameters()), torch.float32)

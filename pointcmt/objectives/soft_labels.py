@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from pointcmt.objectives.base import Objective, check_logits, full_precision
+from pointcmt.objectives.base import Objective, check_logits
 from pointcmt.types import StudentState, TeacherOutput
 
 
@@ -26,6 +26,7 @@ class SoftLabels(Objective):
     """
 
     default_name = "soft_labels"
+    needs_logits = True
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0, name: str | None = None) -> None:
         super().__init__(weight, name)
@@ -34,9 +35,9 @@ class SoftLabels(Objective):
         self.temperature = float(temperature)
 
     def forward(self, student: StudentState, teacher: TeacherOutput) -> Tensor:
-        check_logits(self, student, teacher)
-        ours = F.log_softmax(full_precision(student.logits) / self.temperature, dim=1)
-        theirs = F.log_softmax(full_precision(teacher.logits) / self.temperature, dim=1)
+        ours, theirs = (
+            F.log_softmax(scores / self.temperature, dim=1) for scores in check_logits(self, student, teacher)
+        )
         return self.temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
 
     def extra_repr(self) -> str:

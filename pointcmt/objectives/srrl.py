@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pointcmt.objectives.base import Objective, full_precision
+from pointcmt.objectives.base import Objective, Sizes, full_precision
 from pointcmt.types import StudentState, TeacherOutput
 
 
@@ -31,6 +31,7 @@ class SoftmaxRegression(Objective):
     """
 
     default_name = "srrl"
+    needs_logits = True
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class SoftmaxRegression(Objective):
         *,
         generator: nn.Module | None = None,
         classify: Callable[[Tensor], Tensor] | None = None,
+        sizes: Sizes | None = None,
     ) -> None:
         self._classify = () if classify is None else (classify,)
 
@@ -75,5 +77,6 @@ class SoftmaxRegression(Objective):
                 f"teacher_dim={teacher.feature.shape[1]} to build a connector"
             )
         feature_loss = F.mse_loss(full_precision(ours), full_precision(teacher.feature))
+        assert teacher.logits is not None
         logits = self._classify[0](ours)
         return feature_loss + F.mse_loss(full_precision(logits), full_precision(teacher.logits))

@@ -25,7 +25,7 @@ from pointcmt import compat
 from pointcmt.adapters import INPUT_LAYOUTS, Adapter, find_adapter, verify_adapter
 from pointcmt.adapters.registry import AdapterReport
 from pointcmt.data import SyntheticShapes
-from pointcmt.training import PointCMT
+from pointcmt.methods import PointCMT
 
 GENERATED_POINTS = 64  # of the small generator that stands for a trained one
 LEARNING_RATE = 1e-3

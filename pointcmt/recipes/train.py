@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from pointcmt.adapters import Adapter, find_adapter
 from pointcmt.checkpoint import save_module
 from pointcmt.data import Augmentation, FeatureCache, PointDataset
+from pointcmt.methods import PointCMT
 from pointcmt.objectives import Objective
 from pointcmt.recipes.build import StudentOptions, make_objectives, make_student
 from pointcmt.recipes.engine import (
@@ -39,7 +40,6 @@ from pointcmt.recipes.options import DataOptions, Splits, load_generator, load_t
 from pointcmt.recipes.progress import say, warn
 from pointcmt.recipes.run import RunFolder, to_json, write_json
 from pointcmt.schedules import Guard, HeldOutAdvantage, ScheduleLength
-from pointcmt.training import PointCMT
 
 
 @dataclass
@@ -329,8 +329,9 @@ def make_guard(
 
 def teacher_accuracy(cache: FeatureCache, data: PointDataset) -> float:
     """Part of the shapes, in [0, 1], that the teacher classifies rightly."""
-    logits = cache.output(torch.arange(len(data))).logits.numpy()
-    return overall_accuracy(logits.argmax(1), data.labels) / 100
+    logits = cache.output(torch.arange(len(data))).logits
+    assert logits is not None
+    return overall_accuracy(logits.numpy().argmax(1), data.labels) / 100
 
 
 def why_not_comparable(splits: Splits[PointDataset], teacher_file: Path) -> str | None:
@@ -441,7 +442,9 @@ def compare_with_teacher(
         }
     logits, labels = predict(classifier(model, adapter), tests["heldout"], accelerator)
     student_right = logits.argmax(1) == labels
-    taught = caches["heldout"].output(torch.arange(len(labels))).logits.numpy()
+    output = caches["heldout"].output(torch.arange(len(labels)))
+    assert output.logits is not None
+    taught = output.logits.numpy()
     teacher_right = taught.argmax(1) == labels
     ours = overall_accuracy(logits.argmax(1), labels)
     theirs = overall_accuracy(taught.argmax(1), labels)

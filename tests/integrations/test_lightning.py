@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from pointcmt.training import PointCMT
+from pointcmt.methods import PointCMT
 from tests.toys import Generator, Student, Teacher, batch, hooks
 
 lightning = pytest.importorskip("lightning.pytorch", reason="needs Lightning: pip install lightning")

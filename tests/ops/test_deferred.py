@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 
+from pointcmt.methods import PointCMT
 from pointcmt.objectives import FeatureEnhancement
 from pointcmt.ops import _deferred, check_deferred, emd
 from pointcmt.ops import emd as emd_face
 from pointcmt.ops._deferred import DeferredErrors
-from pointcmt.training import PointCMT
 from pointcmt.types import StudentState, TeacherOutput
 from tests.toys import Generator, Student, Teacher, batch, hooks
 

@@ -1,4 +1,4 @@
-"""Watching a student's forward pass from outside: its shape feature and its logits, with their graph."""
+"""What training hangs on somebody's network, and takes off again: hooks that keep what a pass said."""
 
 from __future__ import annotations
 
@@ -12,19 +12,33 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
 from torch.utils._pytree import tree_map
 
-from pointcmt.adapters.registry import Adapter, first_tensor, unwrap
-from pointcmt.borrowed import device_of
+from pointcmt.adapters.registry import Adapter, Tap, first_tensor, unwrap
+from pointcmt.frozen import device_of
 
 
 class Captured(NamedTuple):
-    """One training forward pass: feature [B, D] and logits [B, K], attached to the student's graph."""
+    """One training forward pass, attached to the student's graph.
+
+    Attributes:
+        feature: [B, D] the shape feature.
+        logits: [B, K]; None where the adapter knows no classifier.
+        global_: [B, D'] the encoder's pooled feature, where it was wanted.
+        local: [B, M, C] local features, where they were wanted.
+        centers: [B, M, 3] of ``local``.
+    """
 
     feature: Tensor
-    logits: Tensor
+    logits: Tensor | None
+    global_: Tensor | None = None
+    local: Tensor | None = None
+    centers: Tensor | None = None
+
+    def detached(self) -> Captured:
+        return Captured(*(None if value is None else value.detach() for value in self))  # type: ignore[arg-type]
 
 
 class StudentCapture:
-    """Hooks on a student that keep the feature and the logits of its latest training forward pass.
+    """Hooks on a student that keep what its latest training forward pass said.
 
     A pass counts when the student is in training mode and gradients are on; validation is not seen. What an
     autograd backward pass runs again (activation checkpointing) is not seen either. Under ``nn.DataParallel``
@@ -36,6 +50,8 @@ class StudentCapture:
     Args:
         student: the network as the caller has it, bare or wrapped.
         adapter: says what to capture.
+        local: keep local features and their centres too.
+        global_: keep the encoder's pooled feature too.
         on_first_pass: called before the first training pass with the arguments of the network, where that is
             possible (not from inside compiled code, nor from a replica); may call :meth:`use`.
         on_first_tail: called in its place, with the arguments of the adapter's ``logits_module``, where the
@@ -48,13 +64,20 @@ class StudentCapture:
         adapter: Adapter,
         on_first_pass: Callable[[tuple, dict[str, Any]], None],
         on_first_tail: Callable[[tuple, dict[str, Any]], None],
+        *,
+        local: bool = False,
+        global_: bool = False,
     ) -> None:
         self.student = student
+        self._wants_local, self._wants_global = local, global_
         self.module = unwrap(student)
         self.adapter = adapter
         self.paused = False
         # what compiled code may write; it must be a plain attribute of a plain object to be traceable
         self.pending: Tensor | None = None
+        self.pending_local: tuple[Tensor, Tensor] | None = None
+        self.pending_global: Tensor | None = None
+        self.pending_inputs: tuple = ()
         self.inputs: tuple[tuple, dict[str, Any]] | None = None
         self._captured: Captured | None = None
         self._on_first_pass = on_first_pass
@@ -67,7 +90,7 @@ class StudentCapture:
         self._handles: list[Any] = []
         self._outer = 0
         self._shielded: list[nn.Module] = []
-        self.compiled_in = False
+        self.checked = False  # the adapter was checked before entering
         self.tap_fired = False
         self.was_evaluated = False
 
@@ -76,7 +99,7 @@ class StudentCapture:
     def open(self) -> None:
         """Puts the hooks on."""
         _forget_compiled(self.student)
-        self._met_first_pass = False
+        self._met_first_pass = self.checked
         # outermost first: the only place that is outside of compiled code and of replicas
         outermost = self.student.register_forward_pre_hook(self._before, with_kwargs=True)
         self._handles.append(outermost)
@@ -99,6 +122,18 @@ class StudentCapture:
         self._handles.append(last.register_forward_hook(self._complete))
         self._shield(tapped)
         self._shield(last)
+        if self._wants_local and self.adapter.local is not None:
+            self._hook_tap(self.adapter.local, self._local_input, self._local_output)
+        if self._wants_global and self.adapter.global_ is not None:
+            self._hook_tap(self.adapter.global_, self._global_input, self._global_output)
+
+    def _hook_tap(self, tap: Tap, on_input: Callable, on_output: Callable) -> None:
+        module = self.adapter.tapped(tap, self.module)
+        if tap.where == "input":
+            self._handles.append(module.register_forward_pre_hook(on_input))
+        else:
+            self._handles.append(module.register_forward_hook(on_output))
+        self._shield(module)
 
     def use(self, adapter: Adapter) -> None:
         """Goes over to another adapter."""
@@ -120,13 +155,15 @@ class StudentCapture:
         self._handles, self._shielded = [], []
         self.clear()
         self.inputs = None
-        if self.compiled_in:
-            torch.compiler.reset()
-        else:
-            _forget_compiled(self.student)
+        # what was compiled with the hooks depends on this (dynamo guards on what a hook reads), also inside a
+        # compiled function of the caller's
+        self.paused = True
+        _forget_compiled(self.student)
 
     def clear(self) -> None:
-        self.pending = self._captured = self._replica_group = None
+        self.pending = self.pending_local = self.pending_global = None
+        self.pending_inputs = ()
+        self._captured = self._replica_group = None
         self._local = threading.local()
         self._replicas = {}
 
@@ -148,10 +185,11 @@ class StudentCapture:
         device = parts[0].feature.device
         if isinstance(self.student, DataParallel) and self.student.device_ids:
             device = torch.device(parts[0].feature.device.type, self.student.output_device)
-        return Captured(
-            torch.cat([part.feature.to(device) for part in parts]),
-            torch.cat([part.logits.to(device) for part in parts]),
-        )
+        joined = [
+            None if values[0] is None else torch.cat([value.to(device) for value in values])
+            for values in zip(*parts, strict=True)
+        ]
+        return Captured(*joined)  # type: ignore[arg-type]
 
     # ---- hooks; those that run inside the network must be traceable by torch.compile
 
@@ -160,10 +198,12 @@ class StudentCapture:
             return
         if torch.compiler.is_compiling():
             self.inputs = (args, kwargs)
+            self.pending_inputs = args
             return
         if _in_backward():
             return
-        self._local.pending = None
+        self._local.pending = self._local.local = self._local.global_ = None
+        self._local.inputs = args
         if self._met_first_pass:
             return
         if getattr(module, "_is_replica", False):
@@ -175,6 +215,8 @@ class StudentCapture:
         self._on_first_pass(*self._at_home(args, kwargs))
 
     def _before_last(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not getattr(self._local, "inputs", None) and not torch.compiler.is_compiling():
+            self._local.inputs = args  # the network itself was not called
         if self._met_first_pass or self.paused or not module.training or torch.compiler.is_compiling():
             return
         if torch.is_grad_enabled() and not _in_backward() and not getattr(module, "_is_replica", False):
@@ -218,6 +260,51 @@ class StudentCapture:
             self._local.pending = tensor.clone()
             self.tap_fired = True
 
+    # bound methods, by which a copy of the network tells them from its owner's hooks
+
+    def _local_input(self, _module: nn.Module, args: tuple) -> None:
+        self._tap_local(args)
+
+    def _local_output(self, _module: nn.Module, _args: tuple, output: Any) -> None:
+        self._tap_local(output)
+
+    def _global_input(self, _module: nn.Module, args: tuple) -> None:
+        self._tap_global(args)
+
+    def _global_output(self, _module: nn.Module, _args: tuple, output: Any) -> None:
+        self._tap_global(output)
+
+    def _tap_local(self, tapped: Any) -> None:
+        if self.paused or not torch.is_grad_enabled():
+            return
+        tap = self.adapter.local
+        assert tap is not None
+        if torch.compiler.is_compiling():
+            local, centers = tap.select(self.module, tapped, self.pending_inputs)
+            self.pending_local = (local.clone(), centers.clone())
+        elif not _in_backward():
+            inputs = getattr(self._local, "inputs", None) or ()
+            local, centers = tap.select(self.module, tapped, inputs)
+            self._local.local = (local.clone(), centers.detach().clone())
+
+    def _tap_global(self, tapped: Any) -> None:
+        if self.paused or not torch.is_grad_enabled():
+            return
+        tap = self.adapter.global_
+        assert tap is not None
+        if torch.compiler.is_compiling():
+            self.pending_global = tap.select(self.module, tapped, self.pending_inputs).clone()
+        elif not _in_backward():
+            inputs = getattr(self._local, "inputs", None) or ()
+            self._local.global_ = tap.select(self.module, tapped, inputs).clone()
+
+    def _captured_of(
+        self, feature: Tensor, output: Any, local: tuple[Tensor, Tensor] | None, global_: Tensor | None
+    ) -> Captured:
+        logits = None if self.adapter.classify is None else self.adapter.logits(output)
+        feature = self.adapter.feature(feature)
+        return Captured(feature, logits, global_, *(local if local is not None else (None, None)))
+
     def _complete(self, module: nn.Module, _args: tuple, output: Any) -> None:
         if self.paused or not torch.is_grad_enabled():
             return
@@ -226,19 +313,24 @@ class StudentCapture:
             return
         if torch.compiler.is_compiling():
             if self.pending is not None:
-                self._captured = Captured(self.adapter.feature(self.pending), self.adapter.logits(output))
-                self.pending = None
-                self.compiled_in = True
+                self._captured = self._captured_of(
+                    self.pending, output, self.pending_local, self.pending_global
+                )
+                self.pending = self.pending_local = self.pending_global = None
+                self.pending_inputs = ()
             return
         if _in_backward():
             return
-        pending = getattr(self._local, "pending", None)
-        if pending is None:
-            pending = self.pending
-        self._local.pending = self.pending = None
+        pending, local, global_ = (
+            getattr(self._local, name, None) for name in ("pending", "local", "global_")
+        )
+        if pending is None:  # the tapped part was compiled by itself
+            pending, local, global_ = self.pending, self.pending_local, self.pending_global
+        self._local.pending = self._local.local = self._local.global_ = self._local.inputs = None
+        self.pending = self.pending_local = self.pending_global = None
         if pending is None:
             return
-        captured = Captured(self.adapter.feature(pending), self.adapter.logits(output))
+        captured = self._captured_of(pending, output, local, global_)
         if not getattr(module, "_is_replica", False):
             self._captured = captured
             self._replicas = {}
@@ -279,42 +371,46 @@ def _is_ours(hook: Any) -> bool:
     return isinstance(getattr(hook, "__self__", None), StudentCapture)
 
 
+# --------------------------------------------------------------------------------------------------------
+# Private APIs of torch, each behind one function; tests/test_hooks.py says what breaks where one is gone
+
+
 def _in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread: then a forward pass is a recomputation."""
+    """Whether autograd is running a backward pass in this thread: then a forward pass is a recomputation.
+
+    ``torch._C._current_graph_task_id`` (2.0 to 2.15) is -1 outside of one.
+    """
     return torch._C._current_graph_task_id() != -1
 
 
 def _replica_place(module: nn.Module, captured: Captured) -> tuple[Any, int]:
     """Which DataParallel pass a replica belongs to, and its place in it.
 
-    All replicas' parameters are outputs of one broadcast, replica by replica.
+    All replicas' parameters are outputs of one broadcast, replica by replica
+    (``nn.parallel.replicate``'s ``_former_parameters``).
     """
     for child in module.modules():
         for parameter in getattr(child, "_former_parameters", {}).values():
             if isinstance(parameter, Tensor) and parameter.grad_fn is not None:
                 return parameter.grad_fn, parameter.output_nr
     # nothing to train in it, so no broadcast node: the device's number is the usual order
-    return None, captured.logits.device.index or 0
+    return None, captured.feature.device.index or 0
 
 
 def _forget_compiled(student: nn.Module) -> None:
-    """Makes compiled code of this student be compiled again.
+    """Makes compiled code of this student's own classes be compiled again; other compiled code stays.
 
-    ``torch.compile`` does not guard on hooks: code compiled without them would skip them, and code compiled
-    with them would go on capturing after they are gone.
+    ``torch.compile`` does not guard on hooks that come later: code compiled without them would skip them.
+    What is forgotten is kept by the code object of each class's ``forward``
+    (``torch._dynamo.eval_frame._debug_get_cache_entry_list``, ``torch._C._dynamo.eval_frame.reset_code``).
     """
-    if "torch._dynamo" in sys.modules and _is_compiled(student):
-        torch.compiler.reset()
+    if "torch._dynamo" not in sys.modules:
+        return
+    from torch._C._dynamo.eval_frame import reset_code
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-
-def _is_compiled(student: nn.Module) -> bool:
-    from torch._dynamo.eval_frame import OptimizedModule, _debug_get_cache_entry_list
-
-    codes = set()
     for module in student.modules():
-        if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
-            return True
-        code = getattr(type(module).forward, "__code__", None)
-        if code is not None:
-            codes.add(code)
-    return any(_debug_get_cache_entry_list(code) for code in codes)
+        forward = getattr(type(module).forward, "__wrapped__", type(module).forward)
+        code = getattr(forward, "__code__", None)
+        if code is not None and _debug_get_cache_entry_list(code):
+            reset_code(code)
