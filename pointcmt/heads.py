@@ -79,9 +79,7 @@ class LocalHead(nn.Module):
     not given there; 512 and BatchNorm are the defaults, as in CrossPoint's heads.
     """
 
-    def __init__(
-        self, in_features: int, hidden: int = 512, out_features: int = 512, pose: int = 64
-    ) -> None:
+    def __init__(self, in_features: int, hidden: int = 512, out_features: int = 512, pose: int = 64) -> None:
         super().__init__()
         self.first = nn.Linear(in_features, hidden)
         self.norm = nn.BatchNorm1d(hidden)
@@ -107,3 +105,39 @@ class LocalHead(nn.Module):
 
     def forward(self, local: Tensor, view_matrix: Tensor | None = None) -> Tensor:
         return self.with_pose(self.before_pose(local), view_matrix)
+
+
+class SizedHead(nn.Module):
+    """A :class:`ProjectionHead` whose input size is known only when a training context is entered.
+
+    Args:
+        hidden, out_features, bias: as of :class:`ProjectionHead`.
+    """
+
+    def __init__(self, hidden: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.hidden, self.out_features, self.bias = hidden, out_features, bias
+        self.head: ProjectionHead | None = None
+
+    def build(self, in_features: int) -> None:
+        """Makes the layers; a head that is made already stays, and must have that size.
+
+        Raises:
+            ValueError: it was made for another size.
+        """
+        if self.head is None:
+            self.head = ProjectionHead(in_features, self.hidden, self.out_features, self.bias)
+        made = self.head[0].in_features
+        if made != in_features:
+            raise ValueError(
+                f"this head was made for features of {made}, and is given {in_features}: use new objectives "
+                "for another network"
+            )
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.head is None:
+            raise RuntimeError(
+                "this head has no size yet: enter the training context, or call the objective's "
+                "bind(sizes=...)"
+            )
+        return self.head(features)

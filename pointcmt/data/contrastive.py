@@ -17,8 +17,8 @@ _AXES = ("x", "y", "z")
 
 @dataclass(frozen=True)
 class CloudAugmentation:
-    """Scale, rotation about one axis, translation, jitter and dropout of points, each cloud by itself, in that
-    order.
+    """Scale, rotation about one axis, translation, jitter and dropout of points, in that order, each cloud by
+    itself.
 
     Call it with points float [B, N, C], C of 3, or 6 with unit normals, which turn with the cloud; it gives
     new points of that shape.
@@ -74,12 +74,10 @@ class CloudAugmentation:
             batch, points=changed[..., :3], normals=None if batch.normals is None else changed[..., 3:]
         )
 
-    def with_motion(
-        self, points: Tensor, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def with_motion(self, points: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """New points [B, N, C], and what moved each cloud: [B, 4, 4], p' = motion @ (p, 1), jitter and
         dropout aside. For the cameras of images that show the clouds as they were
-        (``pointcmt.views.moved``).
+        (``pointcmt.views.cells.moved``).
 
         Raises:
             ValueError: points that are not a floating [B, N, 3] or [B, N, 6].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -195,3 +196,24 @@ def _check_finite(loss: str, name: str, tensor: Tensor) -> None:
         count = int((~torch.isfinite(tensor.detach())).sum())
         if count:
             raise ValueError(message.format(count=count))
+
+
+def needed_size(objective: str, size: int | None, what: str) -> int:
+    """The size, or the error that says how it becomes known."""
+    if size is None:
+        raise ValueError(
+            f"{objective}: the size of {what} is not known, and a projection head is made by it: give the "
+            "method points=<a few clouds as the network takes them>, and an image encoder that says its "
+            "feature_dim (and map_channels)"
+        )
+    return size
+
+
+def check_batch(objective: str, shapes: int) -> None:
+    """Raise ``ValueError`` for a batch of one shape over all ranks, before its heads fail on it."""
+    check_negatives(objective, shapes * world_size(), 2, gather=True)
+
+
+def chance(candidates: int) -> float:
+    """The loss of one that guesses among so many candidates on each rank."""
+    return math.log(candidates * world_size())

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from typing import Literal
 
+import torch
+from torch import Tensor, nn
+
+from pointcmt.heads import SizedHead
 from pointcmt.objectives._contrast import (
     MAX_LOGITS,
+    chance,
+    check_batch,
     check_negatives,
     gathered,
     log_sum_exp,
     mean_over_ranks,
+    needed_size,
     prepared,
 )
+from pointcmt.objectives.base import Objective, Sizes
+from pointcmt.types import StudentState, TeacherOutput
 
 
 def info_nce(
@@ -111,3 +120,224 @@ def _check_positives(positives: Tensor, anchors: int, candidates: int, symmetric
                 f"info_nce: {without} rows of positives have no positive; leave those anchors out, or give "
                 "each at least one"
             )
+
+
+class GlobalInfoNCE(Objective):
+    """InfoNCE from each cloud to the images of its batch, through a head on either side.
+
+    Args:
+        weight: 1.
+        temperature: τ; Pic@Point does not say its own, CrossPoint has 0.1.
+        hidden: width of both heads.
+        out_features: size of the common space.
+        symmetric: also from images to clouds (the mean of both directions).
+
+    Source: Pic@Point (Herzog and Suwelack, ACML 2024), equation 3: one direction, heads of two layers, 512-d.
+    """
+
+    default_name = "global_info_nce"
+    needs_global = True
+    sees_copies = True
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        temperature: float = 0.1,
+        hidden: int = 512,
+        out_features: int = 512,
+        symmetric: bool = False,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, name)
+        self.temperature, self.symmetric = temperature, symmetric
+        self.point_head = SizedHead(hidden, out_features)
+        self.image_head = SizedHead(hidden, out_features)
+        self.chance: float | None = None
+
+    def bind(
+        self,
+        *,
+        generator: nn.Module | None = None,
+        classify: Callable[[Tensor], Tensor] | None = None,
+        sizes: Sizes | None = None,
+    ) -> None:
+        sizes = sizes or Sizes()
+        self.point_head.build(needed_size(self.name, sizes.global_, "the network's pooled feature"))
+        self.image_head.build(needed_size(self.name, sizes.image, "the image feature"))
+
+    def forward(self, student: StudentState, teacher: TeacherOutput) -> Tensor:
+        assert student.global_ is not None
+        check_batch(self.name, len(teacher.feature))
+        self.chance = chance(len(teacher.feature))
+        images = self.image_head(teacher.feature)
+        losses = [
+            info_nce(part, images, temperature=self.temperature, symmetric=self.symmetric)
+            for part in self.point_head(student.global_).chunk(student.copies)
+        ]
+        return torch.stack(losses).mean()
+
+
+class IntraModalInfoNCE(Objective):
+    """InfoNCE between two augmented copies of each cloud, in both directions, through one head.
+
+    Args:
+        weight: 1.
+        temperature: τ; 0.1 as in CrossPoint, whose code MM-Point's comes from.
+        hidden, out_features: of the head; those of MM-Point's released checkpoint.
+
+    Source: MM-Point (Yu and Song, AAAI 2024), intra-modal term.
+    """
+
+    default_name = "intra_info_nce"
+    needs_global = True
+    sees_copies = True
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        temperature: float = 0.1,
+        hidden: int = 1024,
+        out_features: int = 512,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, name)
+        self.temperature = temperature
+        self.point_head = SizedHead(hidden, out_features)
+        self.chance: float | None = None
+
+    def bind(
+        self,
+        *,
+        generator: nn.Module | None = None,
+        classify: Callable[[Tensor], Tensor] | None = None,
+        sizes: Sizes | None = None,
+    ) -> None:
+        sizes = sizes or Sizes()
+        self.point_head.build(needed_size(self.name, sizes.global_, "the network's pooled feature"))
+
+    def forward(self, student: StudentState, teacher: TeacherOutput) -> Tensor:
+        first, second = two_copies(self.name, student, self.point_head)
+        self.chance = chance(len(first))
+        return info_nce(first, second, temperature=self.temperature, symmetric=True)
+
+
+class MultiViewInfoNCE(Objective):
+    """InfoNCE between each cloud and m views of it at once, in both directions, a pair of heads per view.
+
+    Of two copies of the clouds the first is compared with the first half of the views, the second with the
+    others.
+
+    Args:
+        weight: 1.
+        views: m.
+        temperature: τ.
+        hidden: width of all heads.
+        out_features: sizes of the m spaces, from coarse to fine; default: from 512 down to 128.
+        shared: one pair of heads for all views, of the first size (ablation).
+        reduction: ``"sum"`` over the views and both directions, as in the paper, or ``"mean"``, so that the
+            scale does not depend on m.
+
+    Raises:
+        ValueError: fewer than one view, or another number of sizes than of views.
+
+    Source: MM-Point (Yu and Song, AAAI 2024): inter-modal term and Multi-MLP. The paper's numbers are not
+    public: m of 4 is what its figure shows, 512 and 128 the sizes in its released checkpoint.
+    """
+
+    default_name = "multi_view_info_nce"
+    needs_global = True
+    needs_per_view = True
+    sees_copies = True
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        views: int = 4,
+        temperature: float = 0.1,
+        hidden: int = 1024,
+        out_features: Sequence[int] | None = None,
+        shared: bool = False,
+        reduction: Literal["sum", "mean"] = "sum",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, name)
+        if views < 1:
+            raise ValueError(f"{self.name}: views is {views}; expected at least 1")
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"{self.name}: reduction is {reduction!r}; expected 'sum' or 'mean'")
+        spaces = _coarse_to_fine(views) if out_features is None else list(out_features)
+        if len(spaces) != views:
+            raise ValueError(f"{self.name}: {len(spaces)} sizes in out_features for {views} views")
+        if shared:
+            spaces = spaces[:1]
+        self.views, self.temperature, self.reduction = views, temperature, reduction
+        self.point_heads = nn.ModuleList(SizedHead(hidden, size) for size in spaces)
+        self.image_heads = nn.ModuleList(SizedHead(hidden, size) for size in spaces)
+        self.chance: float | None = None
+
+    def bind(
+        self,
+        *,
+        generator: nn.Module | None = None,
+        classify: Callable[[Tensor], Tensor] | None = None,
+        sizes: Sizes | None = None,
+    ) -> None:
+        sizes = sizes or Sizes()
+        for heads, size, what in (
+            (self.point_heads, sizes.global_, "the network's pooled feature"),
+            (self.image_heads, sizes.image, "the image features"),
+        ):
+            for head in heads:
+                assert isinstance(head, SizedHead)
+                head.build(needed_size(self.name, size, what))
+
+    def forward(self, student: StudentState, teacher: TeacherOutput) -> Tensor:
+        assert student.global_ is not None and teacher.per_view is not None
+        batch, given = teacher.per_view.shape[:2]
+        if given != self.views:
+            raise ValueError(
+                f"{self.name}: {given} views per shape; expected {self.views}. Give loss() so many, or make "
+                f"the objective with views={given}"
+            )
+        check_batch(self.name, batch)
+        terms = 2 * self.views if self.reduction == "sum" else 1
+        self.chance = terms * chance(batch)
+        copies = student.global_.chunk(student.copies)
+        if len(self.point_heads) == 1:
+            # one batch for the shared head, so that its statistics are those of all views
+            images = self.image_heads[0](teacher.per_view).unbind(1)
+            clouds = self.point_heads[0](student.global_).chunk(student.copies)
+        losses = []
+        for view in range(self.views):
+            copy = view * len(copies) // self.views
+            if len(self.point_heads) == 1:
+                point, image = clouds[copy], images[view]
+            else:
+                point = self.point_heads[view](copies[copy])
+                image = self.image_heads[view](teacher.per_view[:, view])
+            losses.append(info_nce(point, image, temperature=self.temperature, symmetric=True))
+        return terms * torch.stack(losses).mean()
+
+
+def two_copies(objective: str, student: StudentState, head: nn.Module) -> list[Tensor]:
+    """Projections [B, D] of the two copies of each cloud.
+
+    Raises:
+        ValueError: the context has not two copies, or one shape.
+    """
+    if student.copies != 2:
+        raise ValueError(
+            f"{objective} compares two augmented copies of each cloud, and the pass was of {student.copies}: "
+            "make the context with copies=2, and give the network torch.cat([augment(points), "
+            "augment(points)])"
+        )
+    assert student.global_ is not None
+    check_batch(objective, len(student.global_) // 2)
+    return list(head(student.global_).chunk(2))
+
+
+def _coarse_to_fine(views: int) -> list[int]:
+    """Sizes from 512 down to 128 in even proportions, in multiples of 32."""
+    if views == 1:
+        return [512]
+    return [round(512 * 4 ** (-view / (views - 1)) / 32) * 32 for view in range(views)]

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import Literal
 
+import torch
+from torch import Tensor, nn
+
+from pointcmt.heads import LocalHead, MapHead
 from pointcmt.objectives._contrast import (
     MAX_LOGITS,
+    chance,
+    check_batch,
     check_negatives,
     gathered,
     log_sum_exp,
     mean_over_ranks,
+    needed_size,
     prepared,
 )
+from pointcmt.objectives.base import Objective, Sizes
+from pointcmt.types import StudentState, TeacherOutput
+from pointcmt.views.cells import OUTSIDE, cells_of, pixels_of, visible_at
 
 
 def local_info_nce(
@@ -25,7 +35,7 @@ def local_info_nce(
     gather: bool = True,
     max_logits: int = MAX_LOGITS,
 ) -> Tensor:
-    """Mean over the local features of −log(exp(z · q⁺ / τ) / Σ_q exp(z · q / τ)) over all cells of all images.
+    """Mean over the local features of −log(exp(z · q⁺ / τ) / Σ_q exp(z · q / τ)), q all cells of all images.
 
     The positive is the cell of the same shape's image that the feature's centre falls into; the other cells
     of that image are negatives as those of the others are. At chance it is ln(h·w·B), with B over all ranks.
@@ -64,7 +74,7 @@ def local_info_nce(
     if cell.shape != local.shape[:2] or cell.dtype != torch.int64:
         raise ValueError(
             f"local_info_nce: cell is {cell.dtype} {list(cell.shape)}; expected int64 "
-            f"{list(local.shape[:2])}, as pointcmt.views.cells_of gives"
+            f"{list(local.shape[:2])}, as pointcmt.views.cells.cells_of gives"
         )
     valid = cell >= 0
     if cell.device.type == "cpu" and cell.numel():
@@ -77,7 +87,7 @@ def local_info_nce(
             raise ValueError(
                 "local_info_nce: no centre falls into its image: the cameras are not those of these points. "
                 "Give views of the same clouds (teacher.project(points, cameras=True)), and turn the cameras "
-                "with clouds that were turned (pointcmt.views.moved)"
+                "with clouds that were turned (pointcmt.views.cells.moved)"
             )
     with torch.autocast(local.device.type, enabled=False):
         anchors, rows = prepared(
@@ -94,3 +104,112 @@ def local_info_nce(
         positive = (anchors * rows.gather(1, index)).sum(-1) / temperature
         total = log_sum_exp(anchors.flatten(0, 1), candidates, temperature, max_logits=max_logits)
         return mean_over_ranks(total - positive.flatten(), valid.flatten(), gather)
+
+
+class LocalInfoNCE(Objective):
+    """Local InfoNCE from the network's local features to the cells of the images' feature maps.
+
+    Each local feature's centre is projected into the image by the image's cameras; of several views of a
+    shape the loss is the mean.
+
+    Args:
+        weight: 1.
+        temperature: τ; Pic@Point does not say its own, CrossPoint has 0.1.
+        hidden: width of the heads.
+        out_features: size of the common space.
+        pose: size of the code of the view matrix, which the head for points is told; 0: it is not told
+            (ablation).
+        hidden_points: centres that the cloud's own surface hides ``"count"`` too, as in the paper, with the
+            cell that they project to; or ``"skip"`` takes visible ones only, for which the views must say
+            which points are visible.
+        max_logits: at most so many logits are in memory at a time.
+
+    Raises:
+        ValueError: hidden_points is neither.
+
+    Source: Pic@Point (Herzog and Suwelack, ACML 2024), sections 3.2 and 3.3.
+    """
+
+    default_name = "local_info_nce"
+    needs_local = True
+    needs_maps = True
+    needs_cameras = True
+    sees_copies = True
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        temperature: float = 0.1,
+        hidden: int = 512,
+        out_features: int = 512,
+        pose: int = 64,
+        hidden_points: Literal["count", "skip"] = "count",
+        max_logits: int = MAX_LOGITS,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, name)
+        if hidden_points not in ("count", "skip"):
+            raise ValueError(f"{self.name}: hidden_points is {hidden_points!r}; expected 'count' or 'skip'")
+        self.temperature, self.hidden_points, self.max_logits = temperature, hidden_points, max_logits
+        self.widths = hidden, out_features, pose
+        self.point_head: LocalHead | None = None
+        self.map_head: MapHead | None = None
+        self.chance: float | None = None
+
+    def bind(
+        self,
+        *,
+        generator: nn.Module | None = None,
+        classify: Callable[[Tensor], Tensor] | None = None,
+        sizes: Sizes | None = None,
+    ) -> None:
+        sizes = sizes or Sizes()
+        local = needed_size(self.name, sizes.local, "the network's local features")
+        maps = needed_size(self.name, sizes.maps, "the image encoder's feature maps")
+        hidden, out_features, pose = self.widths
+        if self.point_head is None or self.map_head is None:
+            self.point_head = LocalHead(local, hidden, out_features, pose)
+            self.map_head = MapHead(maps, hidden, out_features)
+        made = self.point_head.first.in_features, self.map_head.head[0].in_features
+        if made != (local, maps):
+            raise ValueError(
+                f"{self.name}: its heads were made for local features of {made[0]} and maps of {made[1]}, "
+                f"and are given {local} and {maps}: use new objectives for another network"
+            )
+
+    def forward(self, student: StudentState, teacher: TeacherOutput) -> Tensor:
+        local, centers, maps, views = student.local, student.centers, teacher.maps, teacher.views
+        assert local is not None and centers is not None and maps is not None and views is not None
+        assert views.view_matrix is not None
+        if student.copies != 1:
+            raise ValueError(
+                f"{self.name} takes one copy of each cloud, and the pass was of {student.copies}: each "
+                "augmented copy would need cameras of its own"
+            )
+        if self.point_head is None or self.map_head is None:
+            raise RuntimeError(f"{self.name} has no heads yet: enter the training context, or call bind()")
+        if views.projection_matrix is None:
+            raise ValueError(
+                f"{self.name}: the views have a view matrix and no projection matrix; give both "
+                "(teacher.project(points, cameras=True))"
+            )
+        check_batch(self.name, len(maps))
+        height, width = maps.shape[3:]
+        self.chance = chance(len(maps) * height * width)
+        pixels = pixels_of(centers, views.view_matrix, views.projection_matrix)
+        cell = cells_of(pixels, height, width)  # [B, V, M]
+        if self.hidden_points == "skip":
+            cell = torch.where(visible_at(pixels, views), cell, OUTSIDE)
+        images = self.map_head(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
+        before = self.point_head.before_pose(local)
+        losses = [
+            local_info_nce(
+                self.point_head.with_pose(before, views.view_matrix[:, view]),
+                images[:, view],
+                cell[:, view],
+                temperature=self.temperature,
+                max_logits=self.max_logits,
+            )
+            for view in range(maps.shape[1])
+        ]
+        return torch.stack(losses).mean()
