@@ -86,7 +86,7 @@ class Tap:
         select: ``(module, tapped, inputs) -> (local [B, M, C], centers [B, M, 3])``, or ``-> [B, D]`` for
             :attr:`Adapter.global_`: ``module`` the network,
             ``tapped`` what the submodule was given or gave, ``inputs`` the positional arguments of the
-            network's own call (or of ``logits_module`` where scripts never call the network).
+            network's own call, () where scripts never call it (``logits_module``).
     """
 
     module: str | Callable[[nn.Module], str]
@@ -685,9 +685,8 @@ def observe(module: nn.Module, adapter: Adapter, run: Callable[[], Any]) -> Obse
         return see
 
     with ExitStack() as stack:
-        for outer in (module, adapter.output_module(module)):
-            handle = outer.register_forward_pre_hook(lambda _m, args: inputs.append(args))
-            stack.callback(handle.remove)
+        handle = module.register_forward_pre_hook(lambda _m, args: inputs.append(args))
+        stack.callback(handle.remove)
         submodule = adapter.submodule(module)
         stack.enter_context(
             tapped(

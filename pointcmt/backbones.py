@@ -74,9 +74,17 @@ class SimpleViewResNet(nn.Module):
         for block in blocks:
             block.zero_init_last()  # each block starts as the identity, as in the public code
 
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images [M, C, H, W] → maps [M, num_features, h, w]."""
+        return self.stages(self.stem(images))
+
+    def forward_head(self, maps: Tensor) -> Tensor:
+        """Maps [M, num_features, h, w] → [M, num_features]."""
+        return maps.mean((2, 3))
+
     def forward(self, images: Tensor) -> Tensor:
         """Images [M, C, H, W] → [M, num_features]."""
-        return self.stages(self.stem(images)).mean((2, 3))
+        return self.forward_head(self.forward_features(images))
 
 
 @register_model

@@ -215,8 +215,6 @@ class StudentCapture:
         self._on_first_pass(*self._at_home(args, kwargs))
 
     def _before_last(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not getattr(self._local, "inputs", None) and not torch.compiler.is_compiling():
-            self._local.inputs = args  # the network itself was not called
         if self._met_first_pass or self.paused or not module.training or torch.compiler.is_compiling():
             return
         if torch.is_grad_enabled() and not _in_backward() and not getattr(module, "_is_replica", False):
@@ -283,9 +281,10 @@ class StudentCapture:
             local, centers = tap.select(self.module, tapped, self.pending_inputs)
             self.pending_local = (local.clone(), centers.clone())
         elif not _in_backward():
-            inputs = getattr(self._local, "inputs", None) or ()
-            local, centers = tap.select(self.module, tapped, inputs)
-            self._local.local = (local.clone(), centers.detach().clone())
+            inputs = self._inputs_of_pass()
+            if inputs is not None:
+                local, centers = tap.select(self.module, tapped, inputs)
+                self._local.local = (local.clone(), centers.detach().clone())
 
     def _tap_global(self, tapped: Any) -> None:
         if self.paused or not torch.is_grad_enabled():
@@ -295,8 +294,15 @@ class StudentCapture:
         if torch.compiler.is_compiling():
             self.pending_global = tap.select(self.module, tapped, self.pending_inputs).clone()
         elif not _in_backward():
-            inputs = getattr(self._local, "inputs", None) or ()
-            self._local.global_ = tap.select(self.module, tapped, inputs).clone()
+            inputs = self._inputs_of_pass()
+            if inputs is not None:
+                self._local.global_ = tap.select(self.module, tapped, inputs).clone()
+
+    def _inputs_of_pass(self) -> tuple | None:
+        """What the network was called with; () where scripts never call it; None where only a part of it is
+        being called now."""
+        inputs = getattr(self._local, "inputs", None)
+        return () if inputs is None and self.adapter.logits_module else inputs
 
     def _captured_of(
         self, feature: Tensor, output: Any, local: tuple[Tensor, Tensor] | None, global_: Tensor | None

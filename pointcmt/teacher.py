@@ -1,10 +1,10 @@
-"""Stage I of PointCMT: a multi-view image teacher over any timm backbone."""
+"""Image encoders over any timm backbone: the multi-view teacher of PointCMT, with or without a classifier."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import timm
 import torch
@@ -13,37 +13,43 @@ from torch import Tensor, nn
 
 import pointcmt.backbones  # noqa: F401  registers simpleview_resnet with timm
 from pointcmt.checkpoint import PathLike, fingerprint, load_module, save_module
-from pointcmt.types import TeacherOutput
+from pointcmt.types import ImageFeatures, TeacherOutput, Views
 from pointcmt.views import ViewSpec
 
 _VIEW_POOLS = ("max", "mean")
 
 
 class ImageTeacher(nn.Module):
-    """One 2D network shared by the V views of a shape, pooling over the views, a linear classifier (MVCNN).
+    """One 2D network shared by the V views of a shape, and pooling over the views (MVCNN); it may classify.
 
     The teacher of PointCMT (Yan et al. 2022, §3.1 and the authors' code), after Su et al. 2015: every view
     goes through the backbone and its global pooling; where the backbone's width is not ``feature_dim``, a
     projection (linear, BatchNorm, ReLU, so that the feature stays as non-negative as a ResNet's own); then
     the maximum, or mean, over views is the shape feature, and dropout and one linear layer classify it.
 
+    Methods that need no labels take it as an encoder: ``num_classes=None``. ``feature_dim=None`` then leaves
+    the backbone's own width, without a projection, so that pretrained features stay what they are.
+
     Args:
-        num_classes: number of classes K.
+        num_classes: number of classes K; None: an encoder without a classifier, whose ``logits`` are None.
         backbone: any timm model name, ``"simpleview_resnet"`` included: small, from scratch, made for views
             projected from points (see ``pointcmt.backbones``).
         in_chans: image channels C; 3 for photographs and renderings, 1 for depth.
-        feature_dim: size D of the shape feature; the student's feature must have the same.
+        feature_dim: size D of the shape feature; for PointCMT the student's must have the same. None: the
+            backbone's own width.
         view_pool: ``"max"`` or ``"mean"`` over views.
         pretrained: start from timm's pretrained weights (downloaded on first use).
         dropout: probability, before the classifier.
         backbone_options: further keyword arguments of ``timm.create_model``, JSON-serialisable; for example
             ``{"img_size": 128}`` for a vision transformer.
-        mean: C channel means that are subtracted from views in [0, 1]; ``"auto"``: those the backbone was
-            trained with (ImageNet's if it says nothing) for 3 channels, none otherwise. None: none.
+        mean: C channel means that are subtracted from views in [0, 1]; ``"auto"``: for 3 channels that are
+            colours (no ``view_spec``), or a pretrained backbone, those the backbone was trained with
+            (ImageNet's if it says nothing), none otherwise. None: none.
         std: C standard deviations, likewise.
         view_spec: how its images are made of points, for ``project``; None where they are not.
 
     Attributes:
+        map_channels: channels of the backbone's top-level feature maps; None where it has none.
         config: the arguments from which ``load`` builds it again.
         images_per_pass: outside training, the backbone sees at most this many images at a time, which bounds
             memory.
@@ -58,10 +64,10 @@ class ImageTeacher(nn.Module):
 
     def __init__(
         self,
-        num_classes: int,
+        num_classes: int | None,
         backbone: str = "resnet18",
         in_chans: int = 3,
-        feature_dim: int = 512,
+        feature_dim: int | None = 512,
         view_pool: str = "max",
         pretrained: bool = False,
         dropout: float = 0.0,
@@ -76,7 +82,7 @@ class ImageTeacher(nn.Module):
             ("in_chans", in_chans),
             ("feature_dim", feature_dim),
         ):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name}={value}; expected at least 1")
         if view_pool not in _VIEW_POOLS:
             raise ValueError(f"view_pool={view_pool!r}; expected 'max' or 'mean'")
@@ -90,22 +96,27 @@ class ImageTeacher(nn.Module):
         self.view_spec = view_spec
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.feature_dim = feature_dim
         self.view_pool = view_pool
         options = dict(backbone_options or {})
         self.backbone = _create_backbone(backbone, pretrained, in_chans, options)
         width = _feature_width(self.backbone)
+        self.feature_dim: int = width if feature_dim is None else feature_dim
+        self.map_channels: int | None = getattr(self.backbone, "num_features", None)
         self.projection: nn.Module = nn.Identity()
-        if width != feature_dim:
+        if width != self.feature_dim:
             self.projection = nn.Sequential(
-                nn.Linear(width, feature_dim, bias=False), nn.BatchNorm1d(feature_dim), nn.ReLU()
+                nn.Linear(width, self.feature_dim, bias=False), nn.BatchNorm1d(self.feature_dim), nn.ReLU()
             )
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(feature_dim, num_classes)
+        self.classifier = None if num_classes is None else nn.Linear(self.feature_dim, num_classes)
 
+        # statistics of photographs mean nothing to depth and normals, but for weights made with them
+        of_colours = in_chans == 3 and (view_spec is None or pretrained)
         trained_with = getattr(self.backbone, "pretrained_cfg", None) or {}
-        means = _statistic("mean", mean, in_chans, trained_with.get("mean") or IMAGENET_DEFAULT_MEAN)
-        deviations = _statistic("std", std, in_chans, trained_with.get("std") or IMAGENET_DEFAULT_STD)
+        default = trained_with.get("mean") or IMAGENET_DEFAULT_MEAN
+        means = _statistic("mean", mean, in_chans, default if of_colours else None)
+        default = trained_with.get("std") or IMAGENET_DEFAULT_STD
+        deviations = _statistic("std", std, in_chans, default if of_colours else None)
         if deviations is not None and min(deviations) <= 0:
             raise ValueError(f"std={deviations}; expected positive numbers")
         # they stand in the configuration, hence not in the state_dict
@@ -135,8 +146,14 @@ class ImageTeacher(nn.Module):
         )
         self.backbone.to(memory_format=self._memory_format)
 
-    def project(self, points: Tensor) -> Tensor:
+    @overload
+    def project(self, points: Tensor, *, cameras: Literal[False] = False) -> Tensor: ...
+    @overload
+    def project(self, points: Tensor, *, cameras: Literal[True]) -> Views: ...
+    def project(self, points: Tensor, *, cameras: bool = False) -> Tensor | Views:
         """Clouds [B, N, 3] → the views [B, V, C, H, W] that this teacher was trained on, on their device.
+
+        With ``cameras`` a ``Views``: with the pixel of each point, whether it is visible, and the matrices.
 
         Raises:
             ValueError: it was trained on other images, or a shape that is not [B, N, 3].
@@ -147,13 +164,26 @@ class ImageTeacher(nn.Module):
                 "images, or made without view_spec. Give it its own images, or views of "
                 "pointcmt.views.project_points that are like them"
             )
-        return self.view_spec.project(points)
+        return self.view_spec.project(points, cameras=True) if cameras else self.view_spec.project(points)
 
     def encode(self, views: Tensor) -> Tensor:
         """Views [B, V, C, H, W], any V ≥ 1, values in [0, 1] for images → shape feature [B, D].
 
         Raises:
             ValueError: another shape, number of channels or dtype.
+        """
+        return self.features(views).pooled
+
+    def features(self, views: Tensor, *, per_view: bool = False, maps: bool = False) -> ImageFeatures:
+        """Views [B, V, C, H, W] → the pooled feature [B, D], and on request more.
+
+        Args:
+            views: any V ≥ 1, values in [0, 1] for images.
+            per_view: also give the features [B, V, D] of each view, before pooling.
+            maps: also give the backbone's top-level maps [B, V, C, h, w].
+
+        Raises:
+            ValueError: another shape, number of channels or dtype; maps of a backbone that has none.
         """
         self._check(views)
         batch, count = views.shape[:2]
@@ -163,12 +193,13 @@ class ImageTeacher(nn.Module):
         images = images.contiguous(memory_format=self._memory_format)
         # in training BatchNorm needs the whole batch at once
         step = len(images) if self.training else self.images_per_pass
-        if len(images) <= step:
-            features = self._per_view(images)
-        else:
-            features = torch.cat([self._per_view(part) for part in images.split(step)])
-        features = features.view(batch, count, self.feature_dim)
-        return features.amax(1) if self.view_pool == "max" else features.mean(1)
+        parts = [self._per_view(part, maps) for part in images.split(step)]
+        features = torch.cat([part[0] for part in parts]).view(batch, count, self.feature_dim)
+        pooled = features.amax(1) if self.view_pool == "max" else features.mean(1)
+        found = None
+        if maps:
+            found = torch.cat([part[1] for part in parts if part[1] is not None]).unflatten(0, (batch, count))
+        return ImageFeatures(pooled, features if per_view else None, found)
 
     def classify(self, feature: Tensor) -> Tensor:
         """Shape feature [B, D] → logits [B, K]."""
@@ -176,12 +207,19 @@ class ImageTeacher(nn.Module):
             raise ValueError(
                 f"feature has shape {list(feature.shape)}; this teacher classifies [B, {self.feature_dim}]"
             )
+        if self.classifier is None:
+            raise ValueError(
+                "this image encoder has no classifier: make ImageTeacher(num_classes=K, …), and train it "
+                "(pointcmt train-teacher)"
+            )
         return self.classifier(self.dropout(feature))
 
-    def forward(self, views: Tensor) -> TeacherOutput:
-        """Views [B, V, C, H, W] → ``TeacherOutput(feature [B, D], logits [B, K])``; errors as ``encode``."""
-        feature = self.encode(views)
-        return TeacherOutput(feature, self.classify(feature))
+    def forward(self, views: Tensor, per_view: bool = False, maps: bool = False) -> TeacherOutput:
+        """Views [B, V, C, H, W] → ``TeacherOutput``: feature [B, D], logits [B, K] where it classifies, and
+        what is asked for as of :meth:`features`; errors as there."""
+        found = self.features(views, per_view=per_view, maps=maps)
+        logits = None if self.classifier is None else self.classify(found.pooled)
+        return TeacherOutput(found.pooled, logits, found.per_view, found.maps)
 
     def fingerprint(self) -> str:
         """sha256 of configuration and weights; cached features are bound to it."""
@@ -201,13 +239,28 @@ class ImageTeacher(nn.Module):
         """
         return load_module(path, "teacher", cls)
 
-    def _per_view(self, images: Tensor) -> Tensor:
-        features = self.backbone(images)
+    def _per_view(self, images: Tensor, maps: bool) -> tuple[Tensor, Tensor | None]:
+        """[M, C, H, W] → features [M, D], and maps [M, C', h, w] where they are wanted."""
+        found = None
+        if maps:
+            before_pooling = self._top(images)
+            found = _as_maps(self.backbone, before_pooling, images.shape[-2:])
+            features = self.backbone.forward_head(before_pooling)  # type: ignore[operator]
+        else:
+            features = self.backbone(images)
         if features.ndim == 4:  # a backbone that does not pool: [M, width, h, w]
             features = features.mean((2, 3))
         elif features.ndim == 3:  # tokens: [M, tokens, width]
             features = features.mean(1)
-        return self.projection(features)
+        return self.projection(features), found
+
+    def _top(self, images: Tensor) -> Tensor:
+        if not hasattr(self.backbone, "forward_features") or not hasattr(self.backbone, "forward_head"):
+            raise ValueError(
+                f"{type(self.backbone).__name__} has no forward_features and forward_head, so that it gives "
+                "no maps: use another backbone, such as resnet18 or a vision transformer"
+            )
+        return self.backbone.forward_features(images)  # type: ignore[operator]
 
     def _check(self, views: Tensor) -> None:
         if views.ndim != 5:
@@ -252,6 +305,28 @@ def _create_backbone(name: str, pretrained: bool, in_chans: int, options: dict[s
         ) from error
 
 
+def _as_maps(backbone: nn.Module, features: Tensor, image: Sequence[int]) -> Tensor:
+    """What ``forward_features`` gave as maps [M, C, h, w]: tokens back in their grid, without class tokens.
+
+    Raises:
+        ValueError: tokens that make no grid.
+    """
+    if features.ndim == 4:
+        last = getattr(backbone, "output_fmt", None) or getattr(backbone, "data_format", "NCHW")
+        channels = getattr(backbone, "num_features", features.shape[1])
+        nhwc = str(last).endswith("NHWC") or (features.shape[1] != channels and features.shape[3] == channels)
+        return features.permute(0, 3, 1, 2) if nhwc else features
+    patches = features[:, getattr(backbone, "num_prefix_tokens", 0) :]
+    count = patches.shape[1]
+    rows = round((count * image[0] / image[1]) ** 0.5)
+    if rows == 0 or count % rows:
+        raise ValueError(
+            f"{type(backbone).__name__} gives {count} tokens for images of {image[0]}×{image[1]} pixels, "
+            "which make no grid: it has no maps; use another backbone"
+        )
+    return patches.transpose(1, 2).unflatten(2, (rows, count // rows))
+
+
 def _feature_width(backbone: nn.Module) -> int:
     # some families (MobileNetV3, EfficientViT) widen the feature once more after pooling
     return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]
@@ -270,14 +345,15 @@ def _bears_channels_last(backbone: nn.Module) -> bool:
 
 
 def _statistic(
-    name: str, given: Sequence[float] | str | None, in_chans: int, default: Sequence[float]
+    name: str, given: Sequence[float] | str | None, in_chans: int, default: Sequence[float] | None
 ) -> list[float] | None:
-    if given is None or (isinstance(given, str) and given == "auto" and in_chans != 3):
+    """``given`` checked; ``default`` for "auto"."""
+    if given is None or (isinstance(given, str) and given == "auto" and default is None):
         return None
     if isinstance(given, str):
         if given != "auto":
             raise ValueError(f"{name}={given!r}; expected {in_chans} numbers, None or 'auto'")
-        given = default
+        given = default or ()
     values = [float(value) for value in given]
     if len(values) != in_chans:
         raise ValueError(f"{name}={values} has {len(values)} numbers; expected one per channel: {in_chans}")

@@ -117,7 +117,7 @@ def test_save_and_load(tmp_path, in_chans):
     assert loaded.config == teacher.config
     assert loaded.fingerprint() == teacher.fingerprint()
     views = rand(3, 2, in_chans, 16, 16, seed=1)
-    for one, other in zip(teacher.eval()(views), loaded(views), strict=True):
+    for one, other in zip(teacher.eval()(views)[:2], loaded(views)[:2], strict=True):
         assert torch.equal(one, other)
 
 
@@ -247,3 +247,65 @@ def test_without_knowing_it_says_so_and_is_the_teacher_it_was() -> None:
         teacher.project(torch.zeros(1, 5, 3))
     with pytest.raises(ValueError, match=r"in_chans=1, but views of depth\+normal have 4 channels"):
         small(view_spec={"channels": ["depth", "normal"]})
+
+
+# ---- as an encoder
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "grid"),
+    [
+        ("resnet18", {}, (2, 3)),
+        ("vit_tiny_patch16_224", {"img_size": (64, 96), "depth": 1}, (4, 6)),
+        ("simpleview_resnet", {"width": 0.125}, (8, 12)),
+        ("swin_tiny_patch4_window7_224", {"img_size": (64, 96), "depths": (1, 1, 1, 1)}, (2, 3)),
+    ],
+)
+def test_maps_are_what_the_pooled_feature_is_made_of(backbone, options, grid):
+    encoder = ImageTeacher(None, backbone, feature_dim=None, backbone_options=options).eval()
+    views = rand(2, 3, 3, 64, 96)
+    with torch.no_grad():
+        found = encoder.features(views, per_view=True, maps=True)
+        plain = encoder.features(views)
+    assert found.maps.shape == (2, 3, encoder.map_channels, *grid)
+    assert found.per_view.shape == (2, 3, encoder.feature_dim)
+    torch.testing.assert_close(found.pooled, plain.pooled)
+    torch.testing.assert_close(found.per_view.amax(1), found.pooled)
+    assert plain.per_view is None and plain.maps is None
+    if backbone != "vit_tiny_patch16_224":  # that one pools its class token
+        torch.testing.assert_close(found.maps.mean((3, 4)), found.per_view, atol=2e-5, rtol=1e-4)
+
+
+def test_a_map_keeps_rows_and_columns_apart():
+    """What is bright in the image's upper left is there in the map too."""
+    encoder = ImageTeacher(None, "simpleview_resnet", in_chans=1, feature_dim=None, backbone_options=SMALL)
+    views = torch.zeros(1, 1, 1, 32, 64)
+    views[..., :8, :8] = 1
+    with torch.no_grad():
+        bright = encoder.eval().features(views, maps=True).maps
+        dark = encoder.features(0 * views, maps=True).maps
+    rows, columns = (bright - dark).abs().sum((0, 1, 2)).nonzero().unbind(1)
+    height, width = bright.shape[-2:]
+    assert rows.max() < height / 2 and columns.max() < width / 4 + 2
+
+
+def test_an_encoder_without_a_classifier_says_so(tmp_path):
+    encoder = ImageTeacher(None, "simpleview_resnet", in_chans=1, feature_dim=12, backbone_options=SMALL)
+    views = rand(2, 2, 1, 16, 16)
+    output = encoder(views)
+    assert output.feature.shape == (2, 12) and output.logits is None
+    with pytest.raises(ValueError, match="no classifier"):
+        encoder.classify(output.feature)
+    encoder.save(tmp_path / "e.safetensors")
+    loaded = ImageTeacher.load(tmp_path / "e.safetensors")
+    assert loaded.num_classes is None and loaded.fingerprint() == encoder.fingerprint()
+
+
+def test_three_channels_that_are_no_colours_get_no_statistics_of_photographs():
+    normals = ViewSpec(channels=("normal",), size=16)
+    assert not small(in_chans=3, view_spec=normals).normalizes
+    assert small(in_chans=3).normalizes
+    views = rand(1, 2, 3, 16, 16)
+    assert not torch.equal(
+        small(in_chans=3).eval().encode(views), small(in_chans=3, view_spec=normals).eval().encode(views)
+    )

@@ -175,7 +175,7 @@ def draws_of(
                 views=described,
                 n=count * n,
                 feature_dim=teacher.feature_dim,
-                num_classes=teacher.num_classes,
+                num_classes=teacher.num_classes,  # type: ignore[arg-type]
             )
             with console.status(f"teacher features of {count} augmented copies of {n} train shapes"):
                 for rows in cache.missing().split(batch_size):
@@ -222,7 +222,7 @@ def _build(
         views=described,
         n=len(part),
         feature_dim=teacher.feature_dim,
-        num_classes=teacher.num_classes,
+        num_classes=teacher.num_classes,  # type: ignore[arg-type]
     )
     batches = Batches(shapes, batch_size, device, workers=workers, what="view_points")
     with console.status(f"teacher features of {len(part)} {name} shapes"):

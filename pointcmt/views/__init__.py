@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
+from pointcmt.types import Views
 from pointcmt.views.cameras import Rig, list_rigs, register_rig, rig
-from pointcmt.views.projection import count_channels, estimate_normals, project_points, unit_sphere
+from pointcmt.views.projection import (
+    count_channels,
+    estimate_normals,
+    pixels_of,
+    project_points,
+    unit_sphere,
+)
 
 __all__ = [
     "Rig",
@@ -16,6 +23,7 @@ __all__ = [
     "count_channels",
     "estimate_normals",
     "list_rigs",
+    "pixels_of",
     "project_points",
     "register_rig",
     "rig",
@@ -62,9 +70,16 @@ class ViewSpec:
         """Views V of a shape."""
         return len(rig(self.rig, self.up))
 
-    def project(self, points: Tensor) -> Tensor:
-        """Clouds [B, N, 3] → views [B, V, C, S, S] float32 on their device."""
-        return project_points(points, **asdict(self))
+    @overload
+    def project(self, points: Tensor, *, cameras: Literal[False] = False) -> Tensor: ...
+    @overload
+    def project(self, points: Tensor, *, cameras: Literal[True]) -> Views: ...
+    def project(self, points: Tensor, *, cameras: bool = False) -> Tensor | Views:
+        """Clouds [B, N, 3] → views [B, V, C, S, S] float32 on their device; with ``cameras`` a ``Views``."""
+        options = asdict(self)
+        if cameras:
+            return project_points(points, cameras=True, **options)
+        return project_points(points, **options)
 
     def describe(self) -> dict[str, Any]:
         """JSON-serialisable record, equal where views are made alike; ``ViewSpec(**record)`` restores it."""

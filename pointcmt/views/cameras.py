@@ -68,6 +68,25 @@ class Rig:
         rotation = torch.stack([right, down, forward], dim=1)
         return rotation.to(device, torch.float32), eyes.to(device, torch.float32)
 
+    def matrices(self, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+        """View and projection matrices [V, 4, 4] float32, in the conventions of ``pointcmt.types.Views``.
+
+        With ``p = view @ (x, y, z, 1)`` in the camera's axes (right, down, depth) and ``c = projection @ p``,
+        the point is at ``(u, v) = (c[:2] / c[3] + 1) / 2`` of the image; ``c[2] / c[3]`` grows from 0 at
+        depth 0.1 to 1 at depth 10.
+        """
+        rotation, eyes = self.frames(device)
+        view = torch.eye(4, device=device).repeat(len(self), 1, 1)
+        view[:, :3, :3] = rotation
+        view[:, :3, 3] = -(rotation * eyes[:, None, :]).sum(-1)
+        near, far = 0.1, 10.0
+        reach = 1 / math.tan(math.radians(self.field_of_view) / 2)
+        projection = torch.zeros(4, 4, device=device)
+        projection[0, 0] = projection[1, 1] = reach
+        projection[2, 2], projection[2, 3] = far / (far - near), -far * near / (far - near)
+        projection[3, 2] = 1
+        return view, projection.repeat(len(self), 1, 1)
+
 
 # name → the rig with z up
 _RIGS: dict[str, Rig] = {}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from pointcmt.ops import knn
+from pointcmt.types import Views
 from pointcmt.views.cameras import Rig
 from pointcmt.views.cameras import rig as find_rig
 
@@ -38,7 +40,15 @@ def count_channels(channels: Sequence[str] = ("depth",)) -> int:
     return sum(CHANNELS[name] for name in channels)
 
 
-@torch.no_grad()
+@overload
+def project_points(
+    points: Tensor, rig: str | Rig = ..., size: int = ..., *, cameras: Literal[False] = ..., **options: Any
+) -> Tensor: ...
+@overload
+def project_points(
+    points: Tensor, rig: str | Rig = ..., size: int = ..., *, cameras: Literal[True], **options: Any
+) -> Views: ...
+@torch.no_grad()  # type: ignore[misc]  # the options stand below, once
 def project_points(
     points: Tensor,
     rig: str | Rig = "simpleview",
@@ -49,7 +59,9 @@ def project_points(
     splat: float = 0.0,
     normalize: bool = False,
     neighbors: int = 16,
-) -> Tensor:
+    cameras: bool = False,
+    tolerance: float = 0.02,
+) -> Tensor | Views:
     """Project clouds onto the images of a rig, in batch, on the device of the points.
 
     With the defaults this is SimpleView's projection (Goyal et al. 2021, §4; princeton-vl/SimpleView,
@@ -76,9 +88,14 @@ def project_points(
         splat: radius of a point in pixels; 0 draws one pixel, 1 a plus, 1.5 a 3×3 square.
         normalize: centre each cloud and scale it to the unit sphere first.
         neighbors: points in each normal's estimate (at most N are used).
+        cameras: give a ``Views``: the images with the pixel of each point, whether it is visible, and the
+            cameras' matrices, which take the coordinates as they were given, before ``normalize``.
+        tolerance: a point is visible where nothing drawn on its pixel, discs included, lies nearer to the
+            camera by more than this, in units of the unit sphere. Points of one surface that share a pixel
+            differ in depth; 0.02 is about a pixel's side in views of 128 pixels.
 
     Returns:
-        [B, V, C, S, S] float32.
+        [B, V, C, S, S] float32; with ``cameras`` a ``Views`` of it.
 
     Raises:
         ValueError: shapes, dtypes or options other than these.
@@ -92,19 +109,23 @@ def project_points(
     if not 0 <= splat <= size:
         raise ValueError(f"splat={splat}; expected a radius in pixels between 0 and size={size}")
     total = count_channels(channels)
-    cameras = find_rig(rig, up)
-    batch, number, views = points.shape[0], points.shape[1], len(cameras)
+    if tolerance < 0:
+        raise ValueError(f"tolerance={tolerance}; expected a distance of 0 or more")
+    rigged = find_rig(rig, up)
+    batch, number, views = points.shape[0], points.shape[1], len(rigged)
     if number > _MAX_POINTS:
         raise ValueError(
             f"points has {number} points per cloud; expected at most {_MAX_POINTS}: sample fewer"
         )
     with torch.autocast(points.device.type, enabled=False):
         points = points.float()
+        given = points
         if normalize:
             points = unit_sphere(points)
         if batch == 0 or number == 0:
-            return points.new_zeros(batch, views, total, size, size)
-        rotation, eyes = cameras.frames(points.device)
+            nothing = points.new_zeros(batch, views, total, size, size)
+            return _with_cameras(nothing, given, rigged, normalize) if cameras else nothing
+        rotation, eyes = rigged.frames(points.device)
         seen_from = (rotation * eyes[:, None, :]).sum(-1)  # [V, 3] the eyes in their own cameras' axes
         camera = [
             turned - eye[:, None] for turned, eye in zip(_turn(points, rotation), seen_from.t(), strict=True)
@@ -114,7 +135,7 @@ def project_points(
         # each image is padded by the radius of a point, so that a disc never wraps around a border
         margin = math.floor(splat)
         width = size + 2 * margin
-        focal = size / (2 * math.tan(math.radians(cameras.field_of_view) / 2))
+        focal = size / (2 * math.tan(math.radians(rigged.field_of_view) / 2))
         scale = focal / depth
         column = torch.floor(across * scale + size / 2)
         row = torch.floor(down * scale + size / 2)
@@ -155,7 +176,61 @@ def project_points(
                 sums = _accumulate(fixed, pixel, offsets, batch * views * width * width)
                 mean = _crop(sums, batch, views, width, margin).float() / (1 << _FRACTION)
                 images.append(mean / count.clamp(min=1))
-        return images[0] if len(images) == 1 else torch.cat(images, dim=2)
+        made = images[0] if len(images) == 1 else torch.cat(images, dim=2)
+        if not cameras:
+            return made
+        pixels = torch.stack([across * scale, down * scale], dim=-1) / size + 0.5
+        nearest = depth.new_full((batch * views * width * width,), math.inf)
+        behind = torch.where(drawn, depth, math.inf).view(-1)
+        for offset in offsets:
+            nearest.scatter_reduce_(0, pixel + offset, behind, "amin")
+        visible = drawn & (depth <= nearest[pixel].view_as(depth) + tolerance)
+        return _with_cameras(made, given, rigged, normalize, pixels, visible)
+
+
+def _with_cameras(
+    images: Tensor,
+    points: Tensor,
+    rigged: Rig,
+    normalize: bool,
+    pixels: Tensor | None = None,
+    visible: Tensor | None = None,
+) -> Views:
+    """Images of clouds [B, N, 3] with the matrices of a rig, which undo the clouds' normalisation."""
+    batch, number, _ = points.shape
+    view, projection = rigged.matrices(points.device)
+    view, projection = view.repeat(batch, 1, 1, 1), projection.repeat(batch, 1, 1, 1)
+    if normalize and number:
+        centre, radius = _sphere(points)
+        scaled = torch.eye(4, device=points.device).repeat(batch, 1, 1)
+        scaled[:, :3, :3] /= radius
+        scaled[:, :3, 3] = (-centre / radius).squeeze(1)
+        view = view @ scaled[:, None]
+    if pixels is None or visible is None:
+        pixels = points.new_zeros(batch, len(rigged), number, 2)
+        visible = torch.zeros(batch, len(rigged), number, dtype=torch.bool, device=points.device)
+    return Views(images, pixels, visible, view, projection)
+
+
+def pixels_of(points: Tensor, view_matrix: Tensor, projection_matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Where points are in images, by the images' cameras.
+
+    Args:
+        points: [B, N, 3].
+        view_matrix, projection_matrix: [B, V, 4, 4], as of ``Views``.
+
+    Returns:
+        (u, v) [B, V, N, 2], and whether the point is in front of the camera and inside its image: bool
+        [B, V, N].
+    """
+    matrix = (projection_matrix.double() @ view_matrix.double()).float()
+    homogeneous = torch.cat([points.float(), points.new_ones(*points.shape[:2], 1).float()], dim=-1)
+    clip = (matrix[:, :, None] * homogeneous[:, None, :, None]).sum(-1)  # [B, V, N, 4]
+    depth = clip[..., 3:]
+    ahead = depth > 0
+    pixels = (clip[..., :2] / torch.where(ahead, depth, 1.0) + 1) / 2
+    inside = ahead.squeeze(-1) & ((pixels >= 0) & (pixels <= 1)).all(-1)
+    return pixels, inside
 
 
 def unit_sphere(points: Tensor) -> Tensor:
@@ -165,9 +240,15 @@ def unit_sphere(points: Tensor) -> Tensor:
     """
     if points.shape[1] == 0:
         return points
-    points = points - points.mean(1, keepdim=True)
-    radius = points.norm(dim=-1).amax(1)[:, None, None]
-    return points / torch.where(radius > 0, radius, 1.0)
+    centre, radius = _sphere(points)
+    return (points - centre) / radius
+
+
+def _sphere(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [B, 1, 3] of each cloud, and its largest distance from there [B, 1, 1]; 1 where that is 0."""
+    centre = points.mean(1, keepdim=True)
+    radius = (points - centre).norm(dim=-1).amax(1)[:, None, None]
+    return centre, torch.where(radius > 0, radius, 1.0)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from pointcmt.views import (
     count_channels,
     estimate_normals,
     list_rigs,
+    pixels_of,
     project_points,
     rig,
     unit_sphere,
@@ -256,3 +257,63 @@ def test_cuda_agrees_and_repeats_itself(cuda):
     assert torch.equal(first, project_points(points.to(cuda), **options))
     differs = ((first.cpu() - expected).abs() > 1e-3).any(2).float().mean()
     assert differs < 0.01
+
+
+# ---- cameras
+
+
+@pytest.mark.parametrize("splat", [0.0, 1.5])
+@pytest.mark.parametrize("size", [7, 64, 128])
+@pytest.mark.parametrize("up", ["x", "y", "z"])
+@pytest.mark.parametrize("name", ["simpleview", "ring12", "dodecahedron20"])
+def test_a_point_that_is_drawn_lands_on_its_own_pixel(name, up, size, splat):
+    points = clouds(11, batch=40, number=1) * 0.8
+    views = project_points(points, name, size, up=up, splat=splat, cameras=True)
+    cell = (views.pixels.squeeze(2) * size).floor().long()  # [B, V, 2], column and row
+    assert views.visible.all() and (cell >= 0).all() and (cell < size).all()
+    depth = views.images[:, :, 0]
+    batch, view = torch.meshgrid(torch.arange(40), torch.arange(len(rig(name))), indexing="ij")
+    assert (depth[batch, view, cell[..., 1], cell[..., 0]] > 0).all()
+    if splat == 0:
+        assert ((depth > 0).sum((2, 3)) == 1).all()
+    # the matrices say the same as the drawing
+    pixels, inside = pixels_of(points, views.view_matrix, views.projection_matrix)
+    torch.testing.assert_close(pixels, views.pixels, atol=1e-5, rtol=0)
+    assert inside.all()
+
+
+def test_matrices_take_the_points_as_they_were_given():
+    points = 40 * clouds(12) + 300
+    views = project_points(points, "ring12", 32, normalize=True, cameras=True)
+    pixels, inside = pixels_of(points, views.view_matrix, views.projection_matrix)
+    torch.testing.assert_close(pixels, views.pixels, atol=2e-4, rtol=0)
+    assert torch.equal(inside, ((views.pixels >= 0) & (views.pixels <= 1)).all(-1))
+    assert torch.equal(views.images, project_points(points, "ring12", 32, normalize=True))
+
+
+def test_what_lies_behind_is_not_visible():
+    """Two points on the ray of the first camera, and one beside them."""
+    points = torch.tensor([[[-0.5, 0.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.6, 0.0]]])
+    views = project_points(points, "simpleview", 64, cameras=True)
+    assert rig("simpleview").eyes[0] == (-1.4, 0, 0) and rig("simpleview").eyes[2] == (1.4, 0, 0)
+    assert views.visible[0, 0].tolist() == [True, False, True]
+    assert views.visible[0, 2].tolist() == [False, True, True]
+    near = torch.tensor([[[-0.5, 0.0, 0.0], [-0.49, 0.0, 0.0]]])
+    assert project_points(near, "simpleview", 64, cameras=True).visible[0, 0].all()
+    strict = project_points(near, "simpleview", 64, cameras=True, tolerance=0.0).visible[0, 0]
+    assert strict.tolist() == [True, False]
+
+
+def test_points_outside_of_the_image_are_not_visible():
+    points = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 3.0, 0.0], [-1.5, 0.0, 0.0], [math.nan, 0, 0]]])
+    views = project_points(points, "simpleview", 64, cameras=True)
+    assert views.visible[0, 0].tolist() == [True, False, False, False]
+    _, inside = pixels_of(points[:, :3], views.view_matrix, views.projection_matrix)
+    assert inside[0, 0].tolist() == [True, False, False]
+
+
+def test_cameras_of_nothing():
+    views = project_points(torch.zeros(2, 0, 3), cameras=True, normalize=True)
+    assert views.pixels.shape == (2, 6, 0, 2) and views.view_matrix.shape == (2, 6, 4, 4)
+    with pytest.raises(ValueError, match="tolerance"):
+        project_points(torch.zeros(1, 1, 3), cameras=True, tolerance=-1)
