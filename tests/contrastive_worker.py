@@ -1,4 +1,4 @@
-"""One of two processes of tests/objectives/test_contrastive.py: the losses and gradients of a part of a batch."""
+"""One of two processes of tests/objectives/test_contrastive.py: losses and gradients of a part of a batch."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from pointcmt.adapters import Adapter, Tap
 from pointcmt.types import TeacherOutput, Views
+from pointcmt.views import pixels_of
+from pointcmt.views.cells import cells_of
 
 LOCAL, MAPS, IMAGE, SIZE = 24, 10, 12, 32
 
@@ -32,6 +34,11 @@ class Network(nn.Module):
 def network(channels: int = 3) -> Network:
     torch.manual_seed(50)
     return Network(channels)
+
+
+def made(num_classes: int) -> Network:
+    """For ``--student tests.pretraining_toys:made``."""
+    return Network(num_classes=num_classes)
 
 
 def _local(module: nn.Module, tapped: Any, inputs: tuple) -> tuple[Tensor, Tensor]:
@@ -111,10 +118,8 @@ def clouds(batch: int = 6, points: int = 20, seed: int = 0) -> Tensor:
 
 def views_of(points: Tensor, views: int = 1, with_cameras: bool = True) -> Views:
     """Images of density [B, V, 1, S, S], with pixels and cameras; every point counts as visible."""
-    from pointcmt.views.cells import cells_of, pixels_of
-
     view_matrix, projection = cameras(len(points), views)
-    pixels = pixels_of(points, view_matrix, projection)
+    pixels, _ = pixels_of(points, view_matrix, projection)
     cell = cells_of(pixels, SIZE, SIZE)
     picture = torch.zeros(len(points), views, SIZE * SIZE)
     picture.scatter_add_(2, cell.clamp(min=0), (cell >= 0).float())

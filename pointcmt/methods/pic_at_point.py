@@ -32,7 +32,8 @@ class PicAtPoint(CrossModalTraining):
     See :class:`~pointcmt.training.CrossModalTraining` for what entering, training and leaving do.
 
     Args:
-        images: image encoder, with or without a classifier; it stays frozen and in eval mode.
+        images: image encoder, with or without a classifier; frozen and in eval mode, as in the paper, unless
+            ``train_images``.
         network: the network to be trained; its adapter must say where local features are, for the local term.
         points: a few clouds as the network takes them: the heads are made by the sizes of its features.
         adapter: where the network's features are: an ``Adapter``, the name of one, or None to find one.
@@ -44,6 +45,7 @@ class PicAtPoint(CrossModalTraining):
         temperature: τ of both terms, which the paper does not say; 0.1 is CrossPoint's.
         hidden: width of all heads.
         out_features: size of the common spaces.
+        train_images: train the image encoder too, for one without pretrained weights.
         objectives: in place of all of these.
         guard: scales the weights as training goes on (``pointcmt.schedules``); None leaves them.
 
@@ -70,6 +72,7 @@ class PicAtPoint(CrossModalTraining):
         temperature: float = 0.1,
         hidden: int = 512,
         out_features: int = 512,
+        train_images: bool = False,
         objectives: Iterable[Objective] | None = None,
         guard: Guard | None = None,
     ) -> None:
@@ -94,4 +97,12 @@ class PicAtPoint(CrossModalTraining):
                     "PicAtPoint with local_weight=0 and global_weight=0 has no loss: give one of them"
                 )
             objectives = chosen
-        super().__init__(images, network, objectives=objectives, adapter=adapter, guard=guard, points=points)
+        super().__init__(
+            images,
+            network,
+            objectives=objectives,
+            adapter=adapter,
+            guard=guard,
+            points=points,
+            train_teacher=train_images,
+        )

@@ -176,6 +176,10 @@ class GlobalInfoNCE(Objective):
         ]
         return torch.stack(losses).mean()
 
+    def embed(self, student: StudentState, teacher: TeacherOutput) -> tuple[Tensor, Tensor]:
+        """Clouds and images [B, D] each in the common space: do the right ones find each other?"""
+        return self.point_head(student.global_).chunk(student.copies)[0], self.image_head(teacher.feature)
+
 
 class IntraModalInfoNCE(Objective):
     """InfoNCE between two augmented copies of each cloud, in both directions, through one head.
@@ -219,6 +223,11 @@ class IntraModalInfoNCE(Objective):
         first, second = two_copies(self.name, student, self.point_head)
         self.chance = chance(len(first))
         return info_nce(first, second, temperature=self.temperature, symmetric=True)
+
+    def embed(self, student: StudentState, teacher: TeacherOutput) -> tuple[Tensor, Tensor]:
+        """Both copies [B, D] each in the space that they are compared in."""
+        first, second = two_copies(self.name, student, self.point_head)
+        return first, second
 
 
 class MultiViewInfoNCE(Objective):
@@ -317,6 +326,12 @@ class MultiViewInfoNCE(Objective):
                 image = self.image_heads[view](teacher.per_view[:, view])
             losses.append(info_nce(point, image, temperature=self.temperature, symmetric=True))
         return terms * torch.stack(losses).mean()
+
+    def embed(self, student: StudentState, teacher: TeacherOutput) -> tuple[Tensor, Tensor]:
+        """Clouds and their first views [B, D] each in the first space."""
+        assert student.global_ is not None and teacher.per_view is not None
+        clouds = self.point_heads[0](student.global_.chunk(student.copies)[0])
+        return clouds, self.image_heads[0](teacher.per_view[:, 0])
 
 
 def two_copies(objective: str, student: StudentState, head: nn.Module) -> list[Tensor]:

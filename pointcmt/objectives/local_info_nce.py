@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pointcmt.heads import LocalHead, MapHead
 from pointcmt.objectives._contrast import (
@@ -22,7 +23,8 @@ from pointcmt.objectives._contrast import (
 )
 from pointcmt.objectives.base import Objective, Sizes
 from pointcmt.types import StudentState, TeacherOutput
-from pointcmt.views.cells import OUTSIDE, cells_of, pixels_of, visible_at
+from pointcmt.views import pixels_of
+from pointcmt.views.cells import OUTSIDE, cells_of, visible_at
 
 
 def local_info_nce(
@@ -178,38 +180,59 @@ class LocalInfoNCE(Objective):
             )
 
     def forward(self, student: StudentState, teacher: TeacherOutput) -> Tensor:
-        local, centers, maps, views = student.local, student.centers, teacher.maps, teacher.views
-        assert local is not None and centers is not None and maps is not None and views is not None
-        assert views.view_matrix is not None
-        if student.copies != 1:
-            raise ValueError(
-                f"{self.name} takes one copy of each cloud, and the pass was of {student.copies}: each "
-                "augmented copy would need cameras of its own"
-            )
-        if self.point_head is None or self.map_head is None:
-            raise RuntimeError(f"{self.name} has no heads yet: enter the training context, or call bind()")
-        if views.projection_matrix is None:
-            raise ValueError(
-                f"{self.name}: the views have a view matrix and no projection matrix; give both "
-                "(teacher.project(points, cameras=True))"
-            )
-        check_batch(self.name, len(maps))
-        height, width = maps.shape[3:]
-        self.chance = chance(len(maps) * height * width)
-        pixels = pixels_of(centers, views.view_matrix, views.projection_matrix)
-        cell = cells_of(pixels, height, width)  # [B, V, M]
-        if self.hidden_points == "skip":
-            cell = torch.where(visible_at(pixels, views), cell, OUTSIDE)
-        images = self.map_head(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
-        before = self.point_head.before_pose(local)
+        assert teacher.maps is not None and teacher.views is not None
+        matrices = teacher.views.view_matrix
+        assert matrices is not None
+        check_batch(self.name, len(teacher.maps))
+        before, images, cell = self._projected(student, teacher)
+        self.chance = chance(len(images) * images.shape[3] * images.shape[4])
         losses = [
             local_info_nce(
-                self.point_head.with_pose(before, views.view_matrix[:, view]),
+                self._head().with_pose(before, matrices[:, view]),
                 images[:, view],
                 cell[:, view],
                 temperature=self.temperature,
                 max_logits=self.max_logits,
             )
-            for view in range(maps.shape[1])
+            for view in range(images.shape[1])
         ]
         return torch.stack(losses).mean()
+
+    def found(self, student: StudentState, teacher: TeacherOutput) -> Tensor:
+        """Part in % of the local features whose own cell is the one of its image that they are most similar
+        to, in the first view: to watch without labels. At chance 100 / (h·w)."""
+        assert teacher.views is not None and teacher.views.view_matrix is not None
+        before, images, cell = self._projected(student, teacher)
+        local = self._head().with_pose(before, teacher.views.view_matrix[:, 0])
+        cells = F.normalize(images[:, 0].flatten(2).float(), dim=1)  # [B, D, h·w]
+        right = (local.float() @ cells).argmax(-1) == cell[:, 0]
+        return 100 * right.sum() / (cell[:, 0] >= 0).sum().clamp(min=1)
+
+    def _head(self) -> LocalHead:
+        if self.point_head is None:
+            raise RuntimeError(f"{self.name} has no heads yet: enter the training context, or call bind()")
+        return self.point_head
+
+    def _projected(self, student: StudentState, teacher: TeacherOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """The local features before the pose is joined [B, M, hidden], the maps in the common space
+        [B, V, D, h, w], and the cell of each centre [B, V, M]."""
+        local, centers, maps, views = student.local, student.centers, teacher.maps, teacher.views
+        assert local is not None and centers is not None and maps is not None and views is not None
+        if student.copies != 1:
+            raise ValueError(
+                f"{self.name} takes one copy of each cloud, and the pass was of {student.copies}: each "
+                "augmented copy would need cameras of its own"
+            )
+        if views.view_matrix is None or views.projection_matrix is None:
+            raise ValueError(
+                f"{self.name}: the views lack a view or a projection matrix; give both "
+                "(teacher.project(points, cameras=True))"
+            )
+        before = self._head().before_pose(local)
+        assert self.map_head is not None
+        images = self.map_head(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
+        pixels, counts = pixels_of(centers, views.view_matrix, views.projection_matrix)
+        if self.hidden_points == "skip":
+            counts &= visible_at(pixels, views)
+        cell = torch.where(counts, cells_of(pixels, maps.shape[3], maps.shape[4]), OUTSIDE)
+        return before, images, cell

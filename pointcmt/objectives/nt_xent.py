@@ -119,6 +119,11 @@ class IntraModalNTXent(Objective):
         self.chance = _chance(len(first))
         return nt_xent(first, second, temperature=self.temperature)
 
+    def embed(self, student: StudentState, teacher: TeacherOutput) -> tuple[Tensor, Tensor]:
+        """Both copies [B, D] each in the space that they are compared in."""
+        first, second = two_copies(self.name, student, self.point_head)
+        return first, second
+
 
 class CrossModalNTXent(Objective):
     """NT-Xent between each cloud and its image, through a head on either side.
@@ -179,11 +184,15 @@ class CrossModalNTXent(Objective):
         return self._shared[0] if self.point_head is None else self.point_head
 
     def forward(self, student: StudentState, teacher: TeacherOutput) -> Tensor:
-        assert student.global_ is not None
         check_batch(self.name, len(teacher.feature))
         self.chance = _chance(len(teacher.feature))
+        return nt_xent(*self.embed(student, teacher), temperature=self.temperature)
+
+    def embed(self, student: StudentState, teacher: TeacherOutput) -> tuple[Tensor, Tensor]:
+        """Clouds and images [B, D] each in the common space."""
+        assert student.global_ is not None
         clouds = torch.stack(self._head()(student.global_).chunk(student.copies)).mean(0)
-        return nt_xent(clouds, self.image_head(teacher.feature), temperature=self.temperature)
+        return clouds, self.image_head(teacher.feature)
 
 
 def _chance(shapes: int) -> float:

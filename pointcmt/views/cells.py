@@ -11,43 +11,10 @@ OUTSIDE = -1
 """The cell of a point that falls into none."""
 
 
-def pixels_of(points: Tensor, view_matrix: Tensor, projection_matrix: Tensor) -> Tensor:
-    """Where points [B, M, 3] are in V images each: (u, v) [B, V, M, 2], u to the right, v down, both in
-    [0, 1] inside the image.
-
-    Points that are not in front of the camera get (−1, −1), which is outside.
-
-    Args:
-        points: in the coordinates that the cameras are given in.
-        view_matrix: [B, V, 4, 4] world to camera; see :class:`pointcmt.types.Views`.
-        projection_matrix: [B, V, 4, 4] camera to clip space.
-
-    Raises:
-        ValueError: other shapes.
-    """
-    expected = (len(points), view_matrix.shape[1] if view_matrix.ndim == 4 else -1, 4, 4)
-    if (
-        points.ndim != 3
-        or points.shape[2] != 3
-        or view_matrix.shape != expected
-        or projection_matrix.shape != expected
-    ):
-        raise ValueError(
-            f"pixels_of: points {list(points.shape)}, view_matrix {list(view_matrix.shape)} and "
-            f"projection_matrix {list(projection_matrix.shape)}; expected [B, M, 3], [B, V, 4, 4] and "
-            "[B, V, 4, 4]"
-        )
-    points = points.float()
-    # written out: a matrix product may run in TF32 or half precision, which moves points to other cells
-    whole = _product(projection_matrix, view_matrix)[:, :, None]  # [B, V, 1, 4, 4]
-    clip = (whole[..., :3] * points[:, None, :, None, :]).sum(-1) + whole[..., 3]  # [B, V, M, 4]
-    behind = clip[..., 3:] <= 0
-    pixels = (clip[..., :2] / torch.where(behind, 1.0, clip[..., 3:]) + 1) / 2
-    return torch.where(behind, -1.0, pixels)
-
-
 def cells_of(pixels: Tensor, height: int, width: int) -> Tensor:
     """Cell ``row·width + column`` of (u, v) [..., 2] on a map of height × width: int64 [...].
+
+    For where points are in images: ``pointcmt.views.pixels_of``.
 
     ``column = ⌊width·u⌋`` and ``row = ⌊height·v⌋``; u = 1 and v = 1 belong to the last ones. −1 outside the
     image and for NaN.

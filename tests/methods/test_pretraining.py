@@ -19,8 +19,9 @@ from pointcmt.objectives import (
     Sizes,
 )
 from pointcmt.types import StudentState, TeacherOutput
+from pointcmt.views import pixels_of
 from pointcmt.views.augmentation import ViewAugmentation
-from pointcmt.views.cells import cells_of, moved, pixels_of
+from pointcmt.views.cells import cells_of, moved
 from tests.pretraining_toys import (
     IMAGE,
     LOCAL,
@@ -94,7 +95,7 @@ def test_pic_at_point_is_the_papers_sum():
             features = model.points(points)
             z = F.normalize(local.point_head(features, views.view_matrix[:, 0]), dim=-1).flatten(0, 1)
             cells = F.normalize(local.map_head(said.maps[:, 0]), dim=1).flatten(2).mT.flatten(0, 1)
-            cell = cells_of(pixels_of(points, views.view_matrix, views.projection_matrix)[:, 0], 4, 4)
+            cell = cells_of(pixels_of(points, views.view_matrix, views.projection_matrix)[0][:, 0], 4, 4)
             target = (torch.arange(4)[:, None] * 16 + cell).flatten()
             assert (cell >= 0).all()
             expected = F.cross_entropy(z @ cells.T / 0.2, target)
@@ -139,7 +140,7 @@ def test_the_pose_matters_to_the_local_head_and_turning_both_changes_only_the_co
     points = clouds(2)
     turn = torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]).repeat(2, 1, 1)
     turned = moved(views_of(points, 2), turn)
-    pixels = pixels_of(points @ turn.mT, turned.view_matrix, projection)
+    pixels, _ = pixels_of(points @ turn.mT, turned.view_matrix, projection)
     torch.testing.assert_close(pixels, views_of(points, 2).pixels, rtol=1e-4, atol=1e-5)
 
 
