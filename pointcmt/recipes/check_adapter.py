@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pointcmt import compat
-from pointcmt.adapters import INPUT_LAYOUTS, Adapter, find_adapter, verify_adapter
+from pointcmt.adapters import INPUT_LAYOUTS, Adapter, AdapterError, find_adapter, verify_adapter
 from pointcmt.adapters.registry import AdapterReport
 from pointcmt.data import SyntheticShapes
 from pointcmt.methods import PointCMT
@@ -181,6 +181,11 @@ def check_network(
         inputs = INPUT_LAYOUTS[layout](clouds)
     report = verify_adapter(network, inputs, adapter)
     chosen = report.adapter
+    if report.logits_shape is None:
+        raise AdapterError(
+            f"adapter {chosen.name!r} has no classify, so that only the features' shapes can be checked: "
+            f"{report}"
+        )
     feature_dim, classes = report.feature_shape[1], report.logits_shape[1]
     labels = torch.arange(batch, device=where) % classes
 
@@ -250,6 +255,7 @@ def _require_reach(network: nn.Module, adapter: Adapter, taught: Tensor, feature
     for module, _ in modes:  # batch statistics of this one pass must not be kept
         module.training = False
     try:
+        assert adapter.classify is not None
         score = adapter.logits(adapter.classify(network, feature)).sum()
         own = torch.autograd.grad(score, parameters, allow_unused=True)
     finally:
