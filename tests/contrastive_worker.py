@@ -1,4 +1,4 @@
-"""One of two processes of tests/objectives/test_contrastive.py: losses and gradients of a part of a batch."""
+"""One of two processes of tests/test_pretraining_distributed.py."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from pointcmt.cli import main as command_line
 from tests.objectives.contrastive_cases import CASES, batch, projector
 
 
-def main() -> None:
+def losses(folder: Path) -> None:
+    """Losses and gradients of a part of a batch: 5 shapes of 8 here, 3 there."""
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     results = {}
     for name, loss in CASES.items():
         network = projector()
         wrapped = DistributedDataParallel(network)
-        # parts of different sizes: 5 shapes and 3
         part = slice(0, 5) if rank == 0 else slice(5, 8)
         value = loss(wrapped, *(tensor[part] for tensor in batch()))
         value.backward()
@@ -27,10 +28,9 @@ def main() -> None:
         distributed.all_reduce(mean)
         results[name] = {"loss": mean / 2, "gradients": [p.grad for p in network.parameters()]}
     if rank == 0:
-        torch.save(results, Path(sys.argv[1]) / "results.pt")
-    distributed.barrier()
-    distributed.destroy_process_group()
+        torch.save(results, folder / "results.pt")
 
 
 if __name__ == "__main__":
-    main()
+    losses(Path(sys.argv[1]))
+    raise SystemExit(command_line(sys.argv[2:]))  # leaves the processes

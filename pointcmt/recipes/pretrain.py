@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,7 +32,7 @@ from pointcmt.recipes.engine import (
     make_accelerator,
     seed_everything,
 )
-from pointcmt.recipes.networks import clouds_of, encode, weights_of
+from pointcmt.recipes.networks import clouds_of, encode
 from pointcmt.recipes.options import DataOptions, ViewOptions, parse_assignments
 from pointcmt.recipes.progress import console, say, warn
 from pointcmt.recipes.run import RunFolder, find_checkpoint, to_json, write_json
@@ -105,9 +104,10 @@ class EncoderOptions:
     backbone_options: tuple[str, ...] = ()
     """Arguments for timm.create_model, as NAME=VALUE."""
     pretrained: bool = False
-    """Start from timm's pretrained weights (needs the network)."""
+    """Start from ImageNet's weights: of the installed extra pretrained (--backbone tf_efficientnet_lite0),
+    else timm's (needs the network)."""
     encoder_weights: Path | None = None
-    """File with weights of the backbone: a state_dict by torch.save or safetensors."""
+    """File with weights of the backbone, in timm's names: .safetensors or .pth."""
 
 
 @dataclass
@@ -290,13 +290,11 @@ def make_encoder(options: Pretrain, show: bool) -> tuple[ImageTeacher, ViewSpec]
         backbone=images.backbone,
         in_chans=spec.num_channels,
         feature_dim=None,
-        pretrained=images.pretrained,
+        pretrained=images.pretrained if images.encoder_weights is None else images.encoder_weights,
         backbone_options=parse_assignments(images.backbone_options, "--backbone-options"),
         view_spec=spec,
     )
-    if images.encoder_weights is not None:
-        load_backbone(encoder, images.encoder_weights)
-    elif not (images.pretrained or options.contrast.trains_images()):
+    if not (images.pretrained or images.encoder_weights or options.contrast.trains_images()):
         warn(
             f"the image encoder ({images.backbone}) is frozen and has random weights; Pic@Point's has those "
             "of ImageNet. Give --pretrained, --encoder-weights FILE, --encoder RUN of train-teacher, or "
@@ -304,27 +302,6 @@ def make_encoder(options: Pretrain, show: bool) -> tuple[ImageTeacher, ViewSpec]
             show,
         )
     return encoder, spec
-
-
-def load_backbone(encoder: ImageTeacher, file: Path) -> None:
-    """Weights of a timm backbone from a file; its first convolution is fitted to the images' channels, and a
-    classifier is left out."""
-    if not file.is_file():
-        raise FileNotFoundError(f"--encoder-weights {file}: there is no such file")
-    own, weights = encoder.backbone.state_dict(), weights_of(file)
-    for name in own.keys() & weights.keys():
-        ours, theirs = own[name].shape, weights[name].shape
-        if len(ours) == len(theirs) == 4 and ours[1] != theirs[1] == 3 and ours[::2] == theirs[::2]:
-            weights[name] = adapt_input_conv(ours[1], weights[name])
-    wrong = sorted(own.keys() - weights.keys()) + [
-        name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"the weights in {file} are not those of --backbone {encoder.config['backbone']}: "
-            f"{', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''} are missing or of another shape"
-        )
-    encoder.backbone.load_state_dict({name: weights[name] for name in own})
 
 
 def encoder_words(options: Pretrain) -> str:
