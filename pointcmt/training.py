@@ -566,7 +566,7 @@ class CrossModalTraining:
             _check_batch("image_features", feature.shape[0], batch)
             if not active:
                 return None
-            output = _moved(output, device)
+            output = _moved(output, captured.feature)
         if output.logits is None and any(objective.needs_logits for objective in active):
             with torch.set_grad_enabled(self._train_teacher):
                 output = output._replace(logits=self._teacher_logits(output.feature))
@@ -616,11 +616,14 @@ def _as_output(said: Any) -> TeacherOutput:
     return TeacherOutput(torch.as_tensor(said))
 
 
-def _moved(output: TeacherOutput, device: torch.device) -> TeacherOutput:
-    """On the device, and out of inference mode, whose tensors autograd refuses."""
+def _moved(output: TeacherOutput, feature: Tensor) -> TeacherOutput:
+    """To the student's feature's device, no wider than float32 unless it is, and out of inference mode, whose
+    tensors autograd refuses."""
 
     def move(value: Tensor) -> Tensor:
-        value = value.to(device, non_blocking=True)
+        value = value.to(feature.device, non_blocking=True)
+        if value.dtype == torch.float64 != feature.dtype:
+            value = value.float()
         return value.clone() if value.is_inference() else value
 
     return output.map(move)
