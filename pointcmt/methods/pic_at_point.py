@@ -22,12 +22,16 @@ class PicAtPoint(CrossModalTraining):
         with PicAtPoint(images, network, points=sample) as pre:
             optimizer = Adam([*network.parameters(), *pre.parameters()])
             for points in loader:
+                cameras = draw_cameras(len(points), 20)
+                views = project_chosen(images.view_spec, points, cameras)
+                points, motion = change.with_motion(points)
                 network(points)
-                loss = pre.loss(views=images.project(points, cameras=True))
+                loss = pre.loss(views=moved(views, motion))
 
-    The paper takes one view by chance of twenty per shape and step. Clouds that are turned after their images
-    were made need cameras that are turned with them: ``views=moved(views, rotation)``
-    (``pointcmt.views.cells``).
+    Here, as in the paper, with one view by chance of a rig's twenty per shape and step
+    (``pointcmt.views.sampling``), and with clouds that are turned
+    (``pointcmt.data.contrastive.CloudAugmentation``) and their cameras with them (``pointcmt.views.cells``).
+    ``views=images.project(points, cameras=True)`` takes all views of the clouds as they are.
 
     See :class:`~pointcmt.training.CrossModalTraining` for what entering, training and leaving do.
 

@@ -224,7 +224,14 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
             headline=(watch.name,),
             extras=nn.ModuleList([*pre.objectives, *([encoder] if options.contrast.trains_images() else [])]),
         )
-        outcome = fit(task, options.loop, options.machine, accelerator, run)
+        try:
+            outcome = fit(task, options.loop, options.machine, accelerator, run)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"a batch of {options.loop.batch_size} shapes does not fit into memory ({error}): use a smaller "
+                "--batch-size (it has fewer negatives, and --accumulate does not bring them back), smaller "
+                "pictures (--size), fewer --views-per-step, or --precision bf16, and another --out"
+            ) from error
         chance = chances(pre)
     for parameter in untouched:
         parameter.requires_grad_(True)

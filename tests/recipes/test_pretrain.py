@@ -136,6 +136,7 @@ def test_what_a_frozen_encoder_says_can_be_kept(tmp_path):
         ["--method", "mm-point", "--views-per-step", "2", "--shared-head", "--image-levels", "0"],
         ["--method", "mm-point", "--train-images", "no", "--intra-weight", "0", "--image-levels", "1"],
         ["--method", "crosspoint", "--cross-weight", "0", "--holdout", "0"],
+        ["--precision", "bf16", "--train-images", "yes"],
     ],
 )
 def test_ablations(ablation, tmp_path):
@@ -275,6 +276,15 @@ def test_errors_say_what_to_do(words, message, tmp_path, capsys):
     given = ["pretrain", "--out", str(tmp_path / "run"), *TOY, *DATA, *CPU, *SMALL, *words]
     assert main(given) == 1
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_batch_that_memory_does_not_hold(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(pretrain, "fit", full)
+    assert main(["pretrain", "--out", str(tmp_path / "run"), *TOY, *DATA, *CPU, *SMALL]) == 1
+    assert "16 shapes does not fit into memory (no room): use a smaller" in capsys.readouterr().err
 
 
 class NoLocal(nn.Module):
