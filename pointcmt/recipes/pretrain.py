@@ -228,9 +228,9 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
             outcome = fit(task, options.loop, options.machine, accelerator, run)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
-                f"a batch of {options.loop.batch_size} shapes does not fit into memory ({error}): use a smaller "
-                "--batch-size (it has fewer negatives, and --accumulate does not bring them back), smaller "
-                "pictures (--size), fewer --views-per-step, or --precision bf16, and another --out"
+                f"a batch of {options.loop.batch_size} shapes does not fit into memory ({error}): use a "
+                "smaller --batch-size (it has fewer negatives, which --accumulate does not bring back), "
+                "smaller pictures (--size), fewer --views-per-step, or --precision bf16, and another --out"
             ) from error
         chance = chances(pre)
     for parameter in untouched:
