@@ -216,3 +216,38 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else str(value)
+
+
+def is_timing(value: Any) -> bool:
+    """Whether a cell is a recorded ``Timing``."""
+    return isinstance(value, Mapping) and {"median", "spread"} <= value.keys()
+
+
+def as_text(value: Any) -> str:
+    """One value as text."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {as_text(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return " × ".join(map(as_text, value))
+    return str(value).replace("|", "\\|")
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a Markdown table; timings become one column, their spread."""
+    flat = []
+    for row in rows:
+        timings = [value for value in row.values() if is_timing(value)]
+        line = {key: as_text(value) for key, value in row.items() if not is_timing(value)}
+        if timings:
+            line["spread"] = f"{max(timing['spread'] for timing in timings):.0%}"
+        flat.append(line)
+    columns = list(dict.fromkeys(key for line in flat for key in line))
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(line.get(column, "") for column in columns) + " |" for line in flat]
+    return "\n".join(lines)

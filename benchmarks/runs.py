@@ -9,8 +9,9 @@ import argparse
 from pathlib import Path
 
 from benchmarks._harness import RESULTS, record
-from pointcmt.recipes.demo import measure_together
-from pointcmt.report import HEADINGS, compare, find_runs
+from pointcmt.studies.charts import HEADINGS
+from pointcmt.studies.demo import measure_together
+from pointcmt.studies.report import compare, find_runs
 
 
 def main(argv: list[str] | None = None) -> int:

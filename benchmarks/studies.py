@@ -33,10 +33,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import tables
-from benchmarks._harness import RESULTS, ROOT
-from pointcmt.recipes.robustness import curves
-from pointcmt.recipes.study_table import (
+from benchmarks._harness import RESULTS, ROOT, as_markdown, as_text
+from pointcmt.studies.charts import Row, save_robustness, save_rows
+from pointcmt.studies.robustness import curves
+from pointcmt.studies.tables import (
     accuracy,
     excludes_zero,
     interval_text,
@@ -50,7 +50,6 @@ from pointcmt.recipes.study_table import (
     table_of,
     test_sets,
 )
-from pointcmt.report import Row, save_robustness, save_rows
 
 PAGE = ROOT / "docs" / "results.md"
 HEAD = """# Results
@@ -394,7 +393,7 @@ def placeholder(text: str) -> str:
         "oa": lambda: mean_sd(wanted(name, given).oa[given.get("test", "test")]),
         "teacher": lambda: f"{Kept(RESULTS / name).teachers[bare[0]]['last']['test_oa']:.1f}",
         "table": lambda: study_table(Kept(RESULTS / name)),
-        "rows": lambda: tables.markdown(exploration(name)),
+        "rows": lambda: as_markdown(exploration(name)),
         "value": lambda: value(name, bare[0], given),
     }
     if kind not in kinds:
@@ -433,7 +432,7 @@ def value(name: str, column: str, where: Mapping[str, str]) -> str:
         raise ValueError(
             f"notes.md: {len(rows)} rows of explore/{name}.json have {dict(where)}; expected one"
         )
-    return tables.cell(rows[0][column])
+    return as_text(rows[0][column])
 
 
 def studies() -> list[Kept]:

@@ -8,10 +8,11 @@ was measured side by side: ratios, gaps, agreement, and how far the timings spre
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from benchmarks._harness import RESULTS, ROOT
+from benchmarks import studies
+from benchmarks._harness import RESULTS, ROOT, as_markdown, as_text
 
 PAGE = ROOT / "docs" / "performance.md"
 HEAD = """# Performance
@@ -25,41 +26,6 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- begin:results -->", "<!-- end:results -->"
 
 
-def is_timing(value: Any) -> bool:
-    """Whether a cell is a recorded ``Timing``."""
-    return isinstance(value, Mapping) and {"median", "spread"} <= value.keys()
-
-
-def cell(value: Any) -> str:
-    """One value as text."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {cell(inner)}" for key, inner in value.items())
-    if isinstance(value, list):
-        return " × ".join(map(cell, value))
-    return str(value).replace("|", "\\|")
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table; timings become one column, their spread."""
-    flat = []
-    for row in rows:
-        timings = [value for value in row.values() if is_timing(value)]
-        line = {key: cell(value) for key, value in row.items() if not is_timing(value)}
-        if timings:
-            line["spread"] = f"{max(timing['spread'] for timing in timings):.0%}"
-        flat.append(line)
-    columns = list(dict.fromkeys(key for line in flat for key in line))
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(line.get(column, "") for column in columns) + " |" for line in flat]
-    return "\n".join(lines)
-
-
 def section(record: Mapping[str, Any], heading: bool = True) -> str:
     """One record as a section of the page; without its heading where it goes on with the one before."""
     machine = record["machine"]
@@ -69,9 +35,9 @@ def section(record: Mapping[str, Any], heading: bool = True) -> str:
     commit = (record["commit"] or "unknown")[:10]
     text = [f"## {record['question']}", ""] if heading else []
     text += [f"{where}; torch {machine['versions'].get('torch')}; commit `{commit}`; {record['date'][:10]}."]
-    settings = ", ".join(f"{key}: {cell(value)}" for key, value in record["notes"].items())
+    settings = ", ".join(f"{key}: {as_text(value)}" for key, value in record["notes"].items())
     text += [f"Settings: {settings}.", ""] if settings else [""]
-    text += [markdown(record["rows"])]
+    text += [as_markdown(record["rows"])]
     if record["skipped"]:
         text += ["", "Not measured: " + "; ".join(f"{k} ({v})" for k, v in record["skipped"].items()) + "."]
     return "\n".join(text)
@@ -79,8 +45,6 @@ def section(record: Mapping[str, Any], heading: bool = True) -> str:
 
 def results() -> str:
     """The README's tables: the study on the CPU where there is one, then each record of runs."""
-    from benchmarks import studies  # it writes its own page with this module's tables
-
     parts = []
     if (RESULTS / "cpu" / "study.json").exists():
         parts.append(studies.summary(studies.Kept(RESULTS / "cpu")))
@@ -90,7 +54,7 @@ def results() -> str:
         where = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
         rows = [{k: v for k, v in row.items() if k != "OA by seed"} for row in record["rows"]]
         text = f"{record['question']} `{record['notes']['command']}`, on {where}, {record['date'][:10]}:"
-        parts.append(f"{text}\n\n{markdown(rows)}")
+        parts.append(f"{text}\n\n{as_markdown(rows)}")
     return "\n\n".join(parts)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks._harness import RESULTS, record, show
-from pointcmt.recipes.ablate import Cost, override
+from pointcmt.recipes.config import override
 from pointcmt.recipes.engine import LoopOptions, MachineOptions, OutOfTime
 from pointcmt.recipes.options import DataOptions, ViewOptions
 from pointcmt.recipes.train_teacher import TrainTeacher, train_teacher
-from pointcmt.recipes.workers import Job, run_jobs, slots
+from pointcmt.studies.ablate import Cost
+from pointcmt.studies.jobs import Job, run_jobs, slots
 
 QUESTION = "What makes a good teacher of images that are made of points?"
 BASE = "the study's recipe"
@@ -143,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     data = DataOptions(options.modelnet40, num_points=512, view_points=1024, per_class=options.per_class)
     machine = MachineOptions(device="cpu", tensorboard=False, minutes=options.minutes)
     jobs = [
-        Job(f"{what}: {name}, seed {seed}", run, (folder, data, changed, seed))
+        Job(f"{what}: {name}, seed {seed}", functools.partial(run, folder, data, changed, seed))
         for seed in options.seeds
         for what, variants in VARIANTS.items()
         for name, changed in variants.items()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules import module as registration
 
 from pointcmt._version import __version__
 
@@ -31,6 +36,34 @@ _MAKERS = {
 
 
 @contextmanager
+def naming_file(path: PathLike) -> Iterator[None]:
+    """Inside, an error of the file system is one that names ``path`` and says what to do.
+
+    torch and safetensors report a full disk as errors of their own, without a file's name.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        text = str(error)
+        by_torch = "PytorchStreamWriter" in text or "inline_container" in text
+        about_files = by_torch or isinstance(error, OSError | SafetensorError)
+        if not about_files or isinstance(error, FileNotFoundError | FileExistsError):
+            raise
+        hint = "look at the free space and the permissions there"
+        if (
+            number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            or by_torch
+            or "large" in text
+            or "space" in text
+        ):
+            hint = "the disk, or a quota, is full: make room, or write elsewhere; what was there is as it was"
+        elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
+            hint = "the folder may not be written to: give another one, or change its permissions"
+        raise OSError(f"{path} cannot be written ({text}): {hint}") from error
+
+
+@contextmanager
 def atomic_write(path: PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on leaving without an error it becomes ``path``.
 
@@ -44,25 +77,32 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
             temporary.write_text("{}")
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # the suffix is kept: numpy, matplotlib and others choose a format, or a name, by it
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private; a checkpoint has the user's own default
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # else a crash of the machine can leave the new name on an empty file
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with naming_file(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # the suffix is kept: numpy, matplotlib and others choose a format, or a name, by it
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # mkstemp makes it private; a checkpoint has the user's default
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())  # else a crash of the machine can leave the new name on an empty file
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
-def save_module(path: PathLike, module: nn.Module, kind: str, config: dict[str, Any]) -> Path:
+def save_module(
+    path: PathLike,
+    module: nn.Module,
+    kind: str,
+    config: dict[str, Any],
+    about: Mapping[str, Any] | None = None,
+) -> Path:
     """Write ``module``'s state_dict as safetensors, with what is needed to build it again in the metadata.
 
     Args:
@@ -70,11 +110,15 @@ def save_module(path: PathLike, module: nn.Module, kind: str, config: dict[str, 
         module: any module; tensors that share storage (tied weights) are written once for each name.
         kind: what it is (``"teacher"``, ``"generator"``, ``"student"``): checked when it is loaded.
         config: JSON-serialisable keyword arguments of the module's class.
+        about: what else its users need, JSON-serialisable: names of the classes, data, views; see
+            :func:`read_about`.
 
     Returns:
         The path.
     """
     metadata = {"kind": kind, "config": json.dumps(config), "pointcmt": __version__}
+    if about:
+        metadata["about"] = json.dumps(dict(about))
     # clone: safetensors refuses views of one storage
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
     with atomic_write(path) as temporary:
@@ -92,23 +136,63 @@ def read_config(path: PathLike, kind: str) -> dict[str, Any]:
     return _open(path, kind)[0]
 
 
-def load_module(path: PathLike, kind: str, cls: type[Module]) -> Module:
+def read_about(path: PathLike) -> dict[str, Any]:
+    """What a checkpoint says of itself beside its configuration; {} for one of an older version.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_config`.
+    """
+    return _metadata(Path(path)).get("about") or {}
+
+
+def kind_of(path: PathLike) -> str:
+    """``teacher``, ``generator`` or ``student``, as the checkpoint says.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_config`.
+    """
+    return _metadata(Path(path))["kind"]
+
+
+def load_module(
+    path: PathLike,
+    kind: str,
+    cls: Callable[..., Module],
+    check: Callable[[dict[str, Any], PathLike], None] | None = None,
+) -> Module:
     """Build ``cls(**config)`` from a checkpoint of ``save_module`` and load its weights: eval mode, CPU.
 
-    Draws no random numbers: a training script that is seeded goes on as it would without the module.
+    Draws no random numbers: a training script that is seeded goes on as it would without the module. A file
+    is data: its configuration cannot have anything downloaded or read, and a network that is larger than
+    the weights in the file is refused while it is built.
+
+    Args:
+        path: the file.
+        kind: what it must be.
+        cls: what is built.
+        check: what the configuration must satisfy; default: :func:`check_configuration`.
 
     Raises:
         FileNotFoundError: nothing at ``path``.
         ValueError: not a safetensors file, a truncated one, one of another kind, or weights that do not
-            fit the class.
+            fit the class or are not finite.
     """
     config, tensors = _open(path, kind, weights=True)
+    (check or check_configuration)(config, path)
+    name = getattr(cls, "__name__", str(cls))
+    for key, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"{path}: the weights {key} are not finite: the file was damaged, or its training diverged. "
+                f"Copy it again, or train again: {_maker(kind)}"
+            )
     try:
-        with torch.random.fork_rng(devices=[]):  # initial weights, which are about to be replaced
+        # initial weights, which are about to be replaced
+        with torch.random.fork_rng(devices=[]), no_larger_than(tensors, path):
             module = cls(**config)
     except TypeError as error:
         raise ValueError(
-            f"{path}: {cls.__name__} does not take the configuration in this checkpoint ({config}): {error}. "
+            f"{path}: {name} does not take the configuration in this checkpoint ({config}): {error}. "
             f"It was written by another version of pointcmt (here {__version__})."
         ) from error
     own = module.state_dict()
@@ -130,11 +214,98 @@ def load_module(path: PathLike, kind: str, cls: type[Module]) -> Module:
             if names
         ]
         raise ValueError(
-            f"{path}: the weights do not fit {cls.__name__}(**{config}); {'; '.join(problems)}. "
+            f"{path}: the weights do not fit {name}(**{config}); {'; '.join(problems)}. "
             f"Load it with the pointcmt version that wrote it, or train again: {_maker(kind)}"
         )
     module.load_state_dict(tensors)
     return module.eval()
+
+
+# arguments by which a library would read another file or open the network (timm.create_model and its kind)
+_REACHES_OUT = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "weights", "url")
+_LARGEST_NUMBER = 1 << 20
+
+
+def check_configuration(value: Any, path: PathLike, name: str = "config") -> None:
+    """Raise a ValueError where the configuration in a file asks for more than building a network.
+
+    Nothing in it may have weights downloaded or another file opened, nor sizes beyond all measure.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key in _REACHES_OUT or (key == "pretrained" and inner is not False):
+                raise ValueError(
+                    f"{path}: its configuration has {key}={inner!r}, which would read another file or open "
+                    "the network; a checkpoint holds its weights itself. It was changed, or is not to be "
+                    "trusted"
+                )
+            check_configuration(inner, path, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            check_configuration(inner, path, f"{name}[{place}]")
+    elif isinstance(value, str):
+        if re.search(r"://|^[\w-]+:|^[/~]", value) or "hf-hub" in value or "hf_hub" in value:
+            raise ValueError(
+                f"{path}: its configuration has {name}={value!r}, an address or a path; expected the name of "
+                "a network that is built here. A checkpoint is data, and opens nothing"
+            )
+        if re.search(r"\d{7}|\de\d", value):
+            raise ValueError(
+                f"{path}: its configuration has {name}={value!r:.80}; expected numbers below a million"
+            )
+    elif isinstance(value, int | float) and not abs(value) <= _LARGEST_NUMBER:
+        raise ValueError(f"{path}: its configuration has {name}={value}; expected a number below a million")
+
+
+@contextmanager
+def no_larger_than(tensors: Mapping[str, Tensor], path: PathLike) -> Iterator[None]:
+    """Inside, a module that is built is refused once it outgrows the weights that are to be loaded into it.
+
+    A damaged file may name a million layers; the error comes before they take memory or time. What is left
+    out of a state_dict, and layers that are replaced while a network is built, have room for as much again.
+
+    Raises:
+        ValueError: more than twice as many parameters and buffers, or numbers in them, as the file has.
+    """
+    most_tensors = 2 * len(tensors) + 100
+    most_numbers = 2 * sum(value.numel() for value in tensors.values()) + (1 << 22)
+    have, thread = [0, 0], threading.get_ident()
+
+    def count(_: nn.Module, name: str, value: Tensor | None) -> None:
+        if value is None or threading.get_ident() != thread:  # the hooks are the whole process's
+            return
+        have[0] += 1
+        have[1] += value.numel()
+        if have[0] > most_tensors or have[1] > most_numbers:
+            raise ValueError(
+                f"{path}: its configuration makes a network far larger than the weights in the file "
+                f"({len(tensors)} tensors): one of the two was changed"
+            )
+
+    hooks = [
+        registration.register_module_parameter_registration_hook(count),
+        registration.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def names_digest(names: Iterable[str]) -> str:
+    """Which names these are, in 8 characters each: a file says what it was trained on without their list."""
+    return "".join(sorted({_name_digest(name) for name in names}))
+
+
+def seen_before(names: Iterable[str], digest: str) -> list[str]:
+    """Those of the names that ``digest`` of :func:`names_digest` has."""
+    known = {digest[start : start + 8] for start in range(0, len(digest), 8)}
+    return [name for name in names if _name_digest(name) in known]
+
+
+def _name_digest(name: str) -> str:
+    return base64.b64encode(hashlib.sha256(name.encode()).digest()[:6]).decode()
 
 
 def fingerprint(module: nn.Module, config: dict[str, Any]) -> str:
@@ -164,23 +335,40 @@ def _open(path: PathLike, kind: str, weights: bool = False) -> tuple[dict[str, A
         )
     if not path.exists():
         raise FileNotFoundError(f"no {kind} checkpoint at {path}. Make one with: {_maker(kind)}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({path.stat().st_size} bytes): {error}. Expected a "
-            f"{kind} checkpoint of pointcmt; copy it again, or make one with: {_maker(kind)}"
-        ) from error
-    if "kind" not in metadata or "config" not in metadata:
-        raise ValueError(
-            f"{path} is a safetensors file without pointcmt's metadata; expected a {kind} checkpoint, "
-            f"as written by: {_maker(kind)}"
-        )
+    metadata = _metadata(path, kind)
     if metadata["kind"] != kind:
         raise ValueError(
             f"{path} holds a {metadata['kind']}, expected a {kind}. Give the path of a {kind}, as written "
             f"by: {_maker(kind)}"
         )
-    return json.loads(metadata["config"]), tensors
+    tensors = {}
+    if weights:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return metadata["config"], tensors
+
+
+def _metadata(path: Path, kind: str = "") -> dict[str, Any]:
+    """``kind``, ``config`` and ``about`` of a checkpoint."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            raw = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({path.stat().st_size} bytes): {error}. Expected a "
+            f"{kind} checkpoint of pointcmt; copy it again, or make one with: {_maker(kind)}"
+        ) from error
+    if "kind" not in raw or "config" not in raw:
+        raise ValueError(
+            f"{path} is a safetensors file without pointcmt's metadata; expected a {kind} checkpoint, "
+            f"as written by: {_maker(kind)}"
+        )
+    found: dict[str, Any] = {"kind": raw["kind"]}
+    for name in ("config", "about"):
+        try:
+            found[name] = json.loads(raw.get(name, "{}"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: its {name} is not JSON ({error}); copy the file again") from error
+        if not isinstance(found[name], dict):
+            raise ValueError(f"{path}: its {name} is {found[name]!r:.60}; expected a JSON object")
+    return found

@@ -13,21 +13,21 @@ import tyro
 # command → module, its options, the function that takes them. Imported when needed: --help must not wait
 # for timm
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "demo": ("demo", "Demo", "demo"),
-    "train-teacher": ("train_teacher", "TrainTeacher", "train_teacher"),
-    "train-generator": ("train_generator", "TrainGenerator", "train_generator"),
-    "cache-features": ("features", "CacheFeatures", "cache_features"),
-    "train": ("train", "Train", "train"),
-    "pretrain": ("pretrain", "Pretrain", "pretrain"),
-    "probe": ("probe", "Probe", "probe"),
-    "few-shot": ("few_shot", "FewShot", "few_shot"),
-    "evaluate": ("evaluate", "Evaluate", "evaluate"),
-    "ablate": ("ablate", "Ablate", "ablate"),
-    "robustness": ("robustness", "Robustness", "robustness"),
-    "report": ("write_report", "Report", "report"),
-    "render-views": ("render_views", "RenderViews", "render_views"),
-    "adapters": ("adapters", "Adapters", "adapters"),
-    "doctor": ("doctor", "Doctor", "doctor"),
+    "demo": ("studies.demo", "Demo", "demo"),
+    "train-teacher": ("recipes.train_teacher", "TrainTeacher", "train_teacher"),
+    "train-generator": ("recipes.train_generator", "TrainGenerator", "train_generator"),
+    "cache-features": ("recipes.features", "CacheFeatures", "cache_features"),
+    "train": ("recipes.train", "Train", "train"),
+    "pretrain": ("recipes.pretrain", "Pretrain", "pretrain"),
+    "probe": ("recipes.probe", "Probe", "probe"),
+    "few-shot": ("recipes.few_shot", "FewShot", "few_shot"),
+    "evaluate": ("recipes.evaluate", "Evaluate", "evaluate"),
+    "ablate": ("studies.ablate", "Ablate", "ablate"),
+    "robustness": ("studies.robustness", "Robustness", "robustness"),
+    "report": ("studies.report", "Report", "report"),
+    "render-views": ("recipes.render_views", "RenderViews", "render_views"),
+    "adapters": ("recipes.adapters", "Adapters", "adapters"),
+    "doctor": ("recipes.doctor", "Doctor", "doctor"),
 }
 SUMMARY = {
     "demo": "all stages on shapes that come with the package, and a report: five minutes on two cores",
@@ -61,6 +61,8 @@ def usage() -> str:
         "",
         "pointcmt COMMAND --help explains every option.",
         "--debug, after any command, shows the whole traceback of an error.",
+        "--import MODULE, after any command, imports your own module (or file.py) first: the adapters,",
+        "students, objectives and data sets that it registers are known then.",
         "Several processes (GPUs, or CPUs): torchrun --nproc-per-node N -m pointcmt COMMAND [OPTIONS]",
     ]
     return "\n".join(lines)
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments, modules = own_modules([argument for argument in arguments if argument != "--debug"])
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
@@ -90,7 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     module_name, options_name, function_name = COMMANDS[command]
     try:
-        module = importlib.import_module(f"pointcmt.recipes.{module_name}")
+        if modules:
+            from pointcmt.recipes.build import import_module
+
+            for name in modules:
+                import_module(name)
+        module = importlib.import_module(f"pointcmt.{module_name}")
         options_type: type[Any] = getattr(module, options_name)
         function: Callable[[Any], Any] = getattr(module, function_name)
         options = tyro.cli(
@@ -99,6 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments[1:],
             config=(tyro.conf.OmitArgPrefixes,),
         )
+        # tyro has seen to types and choices; numbers that are none, such as nan, are seen to here
+        from pointcmt.recipes.config import plain, structure
+
+        structure(plain(options), options_type, command)
         result = function(options)
         leave_processes()
         return result if isinstance(result, int) else 0
@@ -110,12 +121,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"\npointcmt {command}: interrupted; {again} goes on from the last whole epoch", file=sys.stderr
         )
         return 130
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
         if debug:
             traceback.print_exc()
         else:
             print(f"pointcmt {command}: {error}\n(--debug shows where)", file=sys.stderr)
         return 1
+
+
+def own_modules(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without ``--import MODULE``, and the modules."""
+    rest, modules, words = [], [], iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--import":
+            modules.append(value if equals else next(words, ""))
+        else:
+            rest.append(word)
+    return rest, modules
 
 
 def leave_processes() -> None:

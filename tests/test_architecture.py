@@ -24,6 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "views": {"ops", "checkpoint"},
     "data": {"views", "checkpoint"},
     "students": {"ops"},
+    "tasks": set(),
+    "pictures": {"checkpoint"},
     "backbones": set(),
     "pretrained": set(),
     "teacher": {"backbones", "pretrained", "views", "checkpoint"},
@@ -36,12 +38,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"schedules", "objectives", "adapters", "frozen", "hooks", "distributed", "ops"},
     "methods": {"training", "objectives", "adapters", "generator", "schedules", "views"},
     "integrations": {"methods", "training", "objectives", "adapters"},
-    "report": {"checkpoint", "data", "views"},
     "recipes": {
-        "methods", "training", "teacher", "generator", "students", "views", "data", "report", "objectives",
-        "adapters", "ops", "checkpoint", "compat", "schedules",
+        "methods", "training", "teacher", "generator", "students", "views", "data", "pictures", "objectives",
+        "adapters", "ops", "checkpoint", "compat", "schedules", "tasks",
     },
-    "cli": {"recipes", "data"},
+    "studies": {"recipes", "tasks", "data", "pictures", "checkpoint"},
+    "cli": {"recipes", "studies", "data"},
 }  # fmt: skip
 
 

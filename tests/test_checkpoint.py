@@ -1,11 +1,27 @@
 import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pointcmt.checkpoint import atomic_write, fingerprint, load_module, read_config, save_module
+from pointcmt.checkpoint import (
+    atomic_write,
+    fingerprint,
+    kind_of,
+    load_module,
+    names_digest,
+    read_about,
+    read_config,
+    save_module,
+    seen_before,
+)
+from pointcmt.teacher import ImageTeacher
 
 
 class Small(nn.Module):
@@ -149,3 +165,110 @@ def test_weights_that_do_not_fit(saved, tmp_path):
     save_module(tmp_path / "d.safetensors", Small(5), "teacher", {"depth": 6})
     with pytest.raises(ValueError, match=r"Small does not take the configuration .*depth"):
         load_module(tmp_path / "d.safetensors", "teacher", Small)
+
+
+# a checkpoint is data
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"pretrained": True}, "pretrained=True, which would read another file or open the network"),
+        ({"backbone_options": {"checkpoint_path": "x.pth"}}, "checkpoint_path='x.pth', which would read"),
+        ({"backbone_options": {"pretrained_cfg": {"url": "http://x"}}}, "pretrained_cfg="),
+        ({"backbone": "hf-hub:somebody/network"}, "an address or a path"),
+        ({"backbone": "hf_hub:somebody/network"}, "an address or a path"),
+        ({"backbone": "local-dir:/etc"}, "an address or a path"),
+        ({"backbone_options": {"a": ["https://x/y.pth"]}}, "an address or a path"),
+        ({"backbone": "/etc/passwd"}, "an address or a path"),
+        ({"feature_dim": 10**12}, "expected a number below a million"),
+        ({"feature_dim": 1e300}, "expected a number below a million"),
+        ({"feature_dim": float("nan")}, "expected a number below a million"),
+        ({"backbone_options": {"layers": [1, 99999999]}}, "expected a number below a million"),
+        ({"backbone_options": {"depth": "9999999999"}}, "expected numbers below a million"),
+        ({"backbone_options": {"layers": [900000, 1, 1, 1]}}, "far larger than the weights in the file"),
+        ({"backbone_options": {"width": 300.0}}, "far larger than the weights in the file"),
+        ({"feature_dim": 1000000}, "far larger than the weights in the file"),
+    ],
+)
+def test_a_teacher_s_file_opens_nothing_and_builds_nothing_huge(config, words, tmp_path, monkeypatch):
+    teacher = ImageTeacher(
+        2, "simpleview_resnet", 1, 8, backbone_options={"width": 0.1, "layers": [1]}, mean=None, std=None
+    )
+    changed = {**teacher.config, **config}
+    path = save_module(tmp_path / "t.safetensors", teacher, "teacher", changed)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a connection was opened"))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=words) as error:
+        ImageTeacher.load(path)
+    assert "t.safetensors" in str(error.value) and time.monotonic() - began < 20
+    module = torch.nn.modules.module
+    assert not module._global_parameter_registration_hooks and not module._global_buffer_registration_hooks
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    module = Small(5)
+    with torch.no_grad():
+        module.linear.weight[1, 2] = float("nan")
+    path = save_module(tmp_path / "n.safetensors", module, "teacher", {"width": 5})
+    with pytest.raises(ValueError, match=r"n\.safetensors: the weights linear\.weight are not finite"):
+        load_module(path, "teacher", Small)
+
+
+def test_what_a_file_says_of_itself(saved, tmp_path):
+    assert read_about(saved[1]) == {} and kind_of(saved[1]) == "teacher"
+    about = {"classes": ["a:b", "http://c", "02691156"], "n": 1}
+    path = save_module(tmp_path / "a.safetensors", Small(5), "teacher", {"width": 5}, about)
+    assert read_about(path) == about
+    load_module(path, "teacher", Small)  # names of classes are names
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3", "[" * 50_000])
+def test_metadata_that_is_no_object_names_the_file(text, tmp_path):
+    for name in ("config", "about"):
+        metadata = {"kind": "teacher", "config": "{}"} | {name: text}
+        save_file({"a": torch.zeros(3)}, tmp_path / "x.safetensors", metadata=metadata)
+        with pytest.raises(ValueError, match=rf"x\.safetensors: its {name} is"):
+            read_config(tmp_path / "x.safetensors", "teacher")
+
+
+def test_names_are_known_again_by_their_digest():
+    names = [f"chair/{k:04d}" for k in range(1000)]
+    digest = names_digest(names[::2])
+    assert len(digest) == 500 * 8 and seen_before(names, digest) == names[::2]
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path):
+    """A limit on the size of files stands for the disk, in a process of its own."""
+    code = (
+        "import resource, signal, sys, torch; from safetensors.torch import save_file\n"
+        "from pointcmt.checkpoint import atomic_write\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "x = torch.zeros(100_000)\n"
+        "ways = [lambda p: p.write_text('x' * 10**6), lambda p: torch.save(x, p)]\n"
+        "for how in [*ways, lambda p: save_file({'x': x}, p)]:\n"
+        "    try:\n"
+        "        with atomic_write(sys.argv[1]) as temporary:\n"
+        "            how(temporary)\n"
+        "    except OSError as error:\n"
+        "        print(str(error).replace(chr(10), ' '))\n"
+    )
+    path = tmp_path / "file.pt"
+    path.write_text("before")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    for line in lines:
+        assert line.startswith(f"{path} cannot be written (") and "is full" in line
+    assert path.read_text() == "before" and os.listdir(tmp_path) == [path.name]
+
+
+def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    refused = pytest.raises(OSError, match=r"c\.json cannot be written .*may not be written to")
+    with refused, atomic_write(tmp_path / "c.json"):
+        pass

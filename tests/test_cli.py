@@ -19,7 +19,7 @@ from pointcmt.cli import COMMANDS, SUMMARY, main
 def test_every_command_has_a_summary_and_an_entry():
     assert set(COMMANDS) == set(SUMMARY)
     for module, options, function in COMMANDS.values():
-        loaded = importlib.import_module(f"pointcmt.recipes.{module}")
+        loaded = importlib.import_module(f"pointcmt.{module}")
         assert getattr(loaded, options).__doc__ and callable(getattr(loaded, function))
 
 
@@ -63,7 +63,7 @@ def test_help_of_a_command_explains_every_option(command, capsys):
     printed = capsys.readouterr().out
     assert f"usage: pointcmt {command}" in printed
     module, options, _ = COMMANDS[command]
-    options_type = getattr(importlib.import_module(f"pointcmt.recipes.{module}"), options)
+    options_type = getattr(importlib.import_module(f"pointcmt.{module}"), options)
     fields = option_fields(options_type)
     for name, explained in fields:
         assert explained, f"{options}.{name} has no words below it"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import _harness, studies
-from pointcmt.recipes.study_table import paired_interval
+from pointcmt.studies.tables import paired_interval
 
 STUDENTS, SEEDS = ("pointnet2", "dgcnn"), (0, 1, 2, 3)
 

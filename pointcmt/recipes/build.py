@@ -1,22 +1,26 @@
-"""Students and objectives by name."""
+"""Students and objectives by name, and the user's own modules."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from pointcmt import objectives, students
+from pointcmt import objectives
 from pointcmt.objectives import Objective
 from pointcmt.recipes.options import parse_assignments
+from pointcmt.students.registry import list_students
 
-STUDENTS = ("pointnet2", "dgcnn", "rscnn", "pointmlp")
+IMPORTED: list[str] = []
+"""What was given by --import, for the processes that this one starts."""
 
 
 @dataclass
@@ -24,7 +28,8 @@ class StudentOptions:
     """Which student."""
 
     student: str = "pointnet2"
-    """pointnet2, dgcnn, rscnn or pointmlp; or module:factory for a network of your own."""
+    """pointnet2, dgcnn, rscnn, pointmlp, or the name of one that --import registers; or module:factory for a
+    network of your own."""
     width: float | None = None
     """Factor for the widths of all layers but the feature (students of this package only); default: 1."""
     feature_dim: int | None = None
@@ -34,6 +39,37 @@ class StudentOptions:
     """Further arguments of the student, as NAME=VALUE, such as variant=msg."""
     adapter: str | None = None
     """Name of the adapter; default: the registered one that matches, else the generic one."""
+
+
+def import_module(name: str) -> Any:
+    """Import a user's module: ``package.module`` from the current folder or the path, or ``folder/file.py``.
+
+    What it registers (adapters, students, objectives, data sets) is known from then on.
+
+    Raises:
+        ValueError: there is no such module, or it ends with an error.
+    """
+    if os.getcwd() not in sys.path:  # as `python -m` does: the user's own module lies where they are
+        sys.path.insert(0, os.getcwd())
+    try:
+        if not name.endswith(".py"):
+            module = importlib.import_module(name)
+        else:
+            path = Path(name)
+            if not path.is_file():
+                raise ImportError(f"there is no file {path.resolve()}")
+            if path.stem in sys.modules and getattr(sys.modules[path.stem], "__file__", "") == str(path):
+                return sys.modules[path.stem]
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[path.stem] = module  # the code may import itself by name
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
+    if name not in IMPORTED:
+        IMPORTED.append(name)
+    return module
 
 
 def make_student(options: StudentOptions, num_classes: int) -> nn.Module:
@@ -71,29 +107,45 @@ def make_student(options: StudentOptions, num_classes: int) -> nn.Module:
 
 
 def find_factory(name: str) -> Callable[..., Any]:
-    """The factory of a student: one of this package's, or ``module:factory``.
+    """The factory of a student: a registered one, or ``module:factory``.
 
     Raises:
         ValueError: there is none of that name.
     """
-    if name in STUDENTS:
-        return getattr(students, name)
-    module_name, colon, attribute = name.partition(":")
+    known = list_students()
+    if name in known:
+        return known[name]
+    module_name, colon, attribute = name.rpartition(":")
     if not colon:
         raise ValueError(
-            f"unknown student {name!r}; expected one of {', '.join(STUDENTS)}, or module:factory for your "
-            f"own "
-            "(module importable from the current folder)"
+            f"unknown student {name!r}; expected one of {', '.join(known)}; the name of one that --import "
+            "MODULE registers; or module:factory for your own (module importable from the current folder)"
         )
-    if os.getcwd() not in sys.path:  # as `python -m` does: the user's own module lies where they are
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"--student {name}: cannot import {module_name}: {error}") from error
-    if not hasattr(module, attribute):
-        raise ValueError(f"--student {name}: {module_name} has no {attribute}")
+    module = import_module(module_name)
+    if not callable(getattr(module, attribute, None)):
+        raise ValueError(f"--student {name}: {module_name} has no function or class {attribute}")
     return getattr(module, attribute)
+
+
+def check_named_by_file(student: str, file: Path) -> None:
+    """A file may name registered students only: it is data, and code comes from the command line.
+
+    Raises:
+        ValueError: ``module:factory`` of a module that was not imported by the user.
+    """
+    module, colon, _ = student.rpartition(":")
+    if student in list_students() or (colon and module in IMPORTED):
+        return
+    if colon:
+        raise ValueError(
+            f"{file} names the student {student!r}, which is code of a module that you did not name: a file "
+            f"imports nothing. If you trust that module, add --import {module}, or to evaluate and "
+            f"robustness --student {student}"
+        )
+    raise ValueError(
+        f"{file} names the student {student!r}, which is not known here; expected one of "
+        f"{', '.join(list_students())}. Give the module that registers it with --import"
+    )
 
 
 def split_weights(pairs: Sequence[str]) -> dict[str, float]:
@@ -106,11 +158,26 @@ def split_weights(pairs: Sequence[str]) -> dict[str, float]:
 
 
 def objective_classes() -> dict[str, type[Objective]]:
-    """Every objective of the package by its name."""
-    found = [value for value in vars(objectives).values() if inspect.isclass(value)]
-    return {
-        cls.default_name: cls for cls in found if issubclass(cls, Objective) and not inspect.isabstract(cls)
-    }
+    """Every objective that was imported, this package's and anybody's, by its ``default_name``.
+
+    Raises:
+        ValueError: two of one name.
+    """
+    found: dict[str, type[Objective]] = {}
+    waiting = list(Objective.__subclasses__())
+    while waiting:
+        one = waiting.pop()
+        waiting += one.__subclasses__()
+        name = vars(one).get("default_name")  # its own: a subclass that has none is a variant, by its class
+        if not isinstance(name, str) or inspect.isabstract(one):
+            continue
+        if name in found and found[name].__qualname__ != one.__qualname__:
+            raise ValueError(
+                f"two objectives are called {name!r}: {found[name].__module__}.{found[name].__qualname__} "
+                f"and {one.__module__}.{one.__qualname__}; give one of them another default_name"
+            )
+        found[name] = one
+    return dict(sorted(found.items()))
 
 
 def make_objectives(
@@ -129,6 +196,6 @@ def make_objectives(
         made.append(objectives.ClassifierEnhancement(ce_weight))
     for name, weight in split_weights(further).items():
         if name not in known:
-            raise ValueError(f"--objectives {name}: expected one of {', '.join(sorted(known))}")
+            raise ValueError(f"--objectives {name}: expected one of {', '.join(known)}")
         made.append(known[name](weight=weight))
     return made

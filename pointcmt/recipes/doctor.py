@@ -15,17 +15,20 @@ from pointcmt.adapters import list_adapters
 from pointcmt.adapters.registry import adapter_problems
 from pointcmt.ops import _extension
 from pointcmt.ops.emd import emd, reference_emd
+from pointcmt.recipes.build import objective_classes
 from pointcmt.recipes.progress import console
 from pointcmt.recipes.run import commit, environment
+from pointcmt.students.registry import list_students
 
 REQUIRED = (
     "torch", "torchvision", "timm", "numpy", "h5py", "safetensors", "accelerate", "tyro", "rich",
-    "matplotlib",
+    "matplotlib", "pyyaml", "scipy", "cattrs",
     "scikit-learn", "trimesh", "geomloss",
 )  # fmt: skip
 OPTIONAL = {
     "pyvista": "rendering meshes (pip install 'pointcmt[mesh]')",
     "tensorboard": "TensorBoard event files (pip install 'pointcmt[tensorboard]')",
+    "submitit": "studies on a SLURM cluster (pip install 'pointcmt[cluster]')",
 }
 
 
@@ -127,6 +130,8 @@ def doctor(options: Doctor | None = None) -> int:
     table.add_row("torch's CUDA", str(torch.version.cuda or "none"))
     table.add_row("compiled kernels", ", ".join(k for k, ok in there["kernels"].items() if ok) or "none")
     table.add_row("adapters", ", ".join(adapter.name for adapter in list_adapters()) or "none")
+    table.add_row("students", ", ".join(list_students()))
+    table.add_row("objectives", ", ".join(objective_classes()))
     console.print(table)
     errors, remarks = trouble()
     for text in remarks:

@@ -13,9 +13,9 @@ import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,11 +23,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
 
-from pointcmt.data.loading import epoch_order
+from pointcmt.recipes.batches import Batch, Batches
+from pointcmt.recipes.processes import answering, forget_accelerator, share_buffers
 from pointcmt.recipes.progress import EpochProgress, say
 from pointcmt.recipes.run import RunFolder
+from pointcmt.tasks import Task
+
+__all__ = ["Batch", "Batches", "LoopOptions", "MachineOptions", "fit", "make_accelerator", "seed_everything"]
 
 
 @dataclass
@@ -77,6 +80,9 @@ class MachineOptions:
     """Show progress: bars on a terminal, one line per evaluation elsewhere."""
     minutes: float = 0.0
     """Stop after the epoch in which this command has run for so many minutes; --resume goes on. 0: never."""
+    timeout: float = 60.0
+    """Seconds that several processes wait for one of them while training, before they end with its name; 0:
+    as long as torch does."""
 
 
 STARTED = time.monotonic()
@@ -113,10 +119,7 @@ def make_accelerator(machine: MachineOptions) -> Accelerator:
     cpu = machine.device == "cpu" or (machine.device == "auto" and not torch.cuda.is_available())
     if cpu and machine.precision == "fp16":
         raise ValueError("--precision fp16 needs a GPU; use --precision bf16 or no on a CPU")
-    # accelerate keeps its first device and precision for the whole process; a recipe may be one of several
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=False)
+    forget_accelerator()
     if cpu:
         keep_freed_memory()
     return Accelerator(cpu=cpu, mixed_precision=machine.precision)
@@ -145,117 +148,12 @@ def seed_everything(*numbers: int) -> None:
     torch.manual_seed(state % 2**63)
 
 
-class Batch(NamedTuple):
-    """One batch on the device; ``inputs`` are points [B, N, 3], or views [B, V, C, H, W] of an image
-    folder."""
+class Trained(Protocol):
+    """What is trained beside the model, such as a training context with connectors in its objectives."""
 
-    inputs: Tensor
-    labels: Tensor
-    index: Tensor  # type: ignore[assignment]  # tuple.index, which nobody calls
-
-
-class Batches:
-    """Batches of a dataset, in an order that follows from (seed, epoch), shared among the processes.
-
-    Args:
-        dataset: items ``(input, label, index)``. One with ``points`` [n, N, 3] and ``labels`` [n] is put on
-            the device whole; another is read through a ``DataLoader``.
-        batch_size: over all processes.
-        device: of the batches.
-        seed: of the order; None keeps the dataset's order, and keeps a last batch that is not full.
-        rank, world: this process and the number of them.
-        workers: loading processes for a dataset without ``points``.
-        what: the attribute that holds the clouds: ``points``, or ``view_points`` for views.
-
-    Raises:
-        ValueError: the dataset is empty, or too small for a training batch.
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        batch_size: int,
-        device: torch.device,
-        seed: int | None = None,
-        rank: int = 0,
-        world: int = 1,
-        workers: int = 0,
-        what: str = "points",
-    ) -> None:
-        self.n = len(dataset)
-        self.dataset, self.seed, self.rank, self.world, self.workers = dataset, seed, rank, world, workers
-        self.device = torch.device(device)
-        if batch_size < 1:
-            raise ValueError(f"the batch size is {batch_size}; expected at least 1")
-        if self.n == 0:
-            raise ValueError("the dataset is empty: expected at least one shape")
-        self.batch_size = min(batch_size, self.n)
-        if seed is not None and self.batch_size < 2 * world:
-            raise ValueError(
-                f"a training batch of {self.batch_size} over {world} process(es) leaves fewer than two "
-                f"shapes to "
-                "each, and batch normalisation needs two: use a larger --batch-size or more shapes"
-            )
-        self.points: Tensor | None = None
-        if getattr(dataset, what, None) is not None:
-            self.points = torch.as_tensor(getattr(dataset, what), dtype=torch.float32, device=self.device)
-            self.labels = torch.as_tensor(np.asarray(dataset.labels), dtype=torch.int64, device=self.device)
-
-    def __len__(self) -> int:
-        if self.seed is not None:
-            return self.n // self.batch_size  # the order changes each epoch, so no shape is always left out
-        return -(-self.n // self.batch_size)
-
-    def epoch(self, epoch: int = 0) -> Iterator[Batch]:
-        """This process's part of every batch of one epoch. ``index`` are rows of the dataset."""
-        order = epoch_order(self.n, self.seed or 0, epoch, self.seed is not None)
-        size = self.batch_size
-        whole = [torch.from_numpy(order[k * size : (k + 1) * size]) for k in range(len(self))]
-        return self._take([piece[self.rank :: self.world] for piece in whole])
-
-    def rows(self, rows: Tensor) -> Iterator[Batch]:
-        """Batches of the given rows [m], in their order, all in this process."""
-        return self._take(list(rows.split(self.batch_size)) if len(rows) else [])
-
-    def _take(self, pieces: list[Tensor]) -> Iterator[Batch]:
-        if self.points is not None:
-            for piece in pieces:
-                index = piece.to(self.device)
-                yield Batch(self.points[index], self.labels[index], index)
-            return
-        loader = DataLoader(
-            self.dataset, batch_sampler=[piece.tolist() for piece in pieces], num_workers=self.workers
-        )
-        for piece, (inputs, labels, _) in zip(pieces, loader, strict=True):
-            yield Batch(inputs.to(self.device), labels.to(self.device), piece.to(self.device))
-
-
-@dataclass
-class Task:
-    """What one stage brings to the loop."""
-
-    model: nn.Module
-    """What is trained."""
-    batches: Batches
-    """Training batches."""
-    step: Callable[[nn.Module, Batch, float], dict[str, Tensor]]
-    """(model, batch, fraction of the run that is done) → named scalar losses; ``loss`` is what is
-    minimised."""
-    evaluate: Callable[[nn.Module], dict[str, float]]
-    """Model in eval mode, without gradients → metrics."""
-    save: Callable[[nn.Module, Any], object]
-    """(model, path): writes the checkpoint."""
-    watch: str
-    """The metric that says which epoch was best."""
-    watch_means: str
-    """What choosing by that metric means, in words for results.json."""
-    higher_is_better: bool = True
-    extras: nn.Module | None = None
-    """Further trained modules (parameters of objectives); never part of the checkpoint."""
-    observe: Callable[[dict[str, float]], object] | None = None
-    """Told the metrics of each evaluation, and on resuming those of the last one."""
-    headline: tuple[str, ...] = field(default=())
-    """Metrics that the progress bar shows."""
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any], /) -> Any: ...
 
 
 def learning_rate(options: LoopOptions, step: int, steps: int, per_epoch: int) -> float:
@@ -295,242 +193,258 @@ def _moving_average(decay: float) -> Callable[..., None]:
     return update
 
 
-def check_options(options: LoopOptions) -> None:
+def check_loop(options: LoopOptions) -> None:
     """Raise a ValueError for an option that makes no sense."""
-    for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("eval_every", 1)):
+    for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("eval_every", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least {least}"
             )
     if not 0 <= options.average < 1:
         raise ValueError(f"--average is {options.average}; expected a decay in [0, 1), such as 0.999")
-    if options.lr <= 0:
+    if not options.lr > 0:
         raise ValueError(f"--lr is {options.lr}; expected a positive learning rate")
+    for name in ("weight_decay", "warmup", "clip"):
+        if not getattr(options, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected 0 or more")
 
 
 def fit(
-    task: Task, options: LoopOptions, machine: MachineOptions, accelerator: Accelerator, run: RunFolder
+    model: nn.Module,
+    task: Task,
+    batches: Batches,
+    save: Callable[[nn.Module, Any], object],
+    options: LoopOptions,
+    machine: MachineOptions,
+    accelerator: Accelerator,
+    run: RunFolder,
+    *,
+    extras: Trained | None = None,
+    observe: Callable[[dict[str, float]], object] | None = None,
 ) -> dict[str, Any]:
-    """Train ``task.model`` to the end, from the beginning or from where the run folder stands.
+    """Train ``model`` to the end, from the beginning or from where the run folder stands.
+
+    Args:
+        model: what is trained; afterwards it holds the weights that the last evaluation was of.
+        task: loss, metrics and the figure to watch.
+        batches: of training.
+        save: (model, path): writes a checkpoint.
+        options: of the loop.
+        machine: where it runs.
+        accelerator: of :func:`make_accelerator`.
+        run: the folder that is written: state.pt, metrics.jsonl, last.safetensors, best.safetensors.
+        extras: what else is trained and resumed; never part of the checkpoint. Where there are several
+            processes it keeps its own parameters equal on them.
+        observe: told the metrics of each evaluation, and on resuming those of the last one.
 
     Returns:
         ``last`` and ``best`` metrics with their epochs, what best was chosen by, epochs and seconds.
-        In the folder: state.pt, metrics.jsonl, last.safetensors, best.safetensors.
 
     Raises:
-        RuntimeError: the loss is not finite any more.
+        RuntimeError: the loss is not finite any more, or one of several processes is lost.
     """
-    check_options(options)
-    per_epoch = len(task.batches) // options.accumulate or 1
-    steps = per_epoch * options.epochs
-    model = task.model.to(accelerator.device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if task.extras is not None:
-        task.extras.to(accelerator.device)
-        parameters += [p for p in task.extras.parameters() if p.requires_grad]
-    average = (
-        AveragedModel(model, multi_avg_fn=_moving_average(options.average), use_buffers=True)
-        if options.average
-        else None
-    )
-    optimizer = make_optimizer(options, parameters)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-
-    first, best, spent = 0, None, 0.0
-    state = run.load_state()
-    if state is not None:
-        model.load_state_dict(state["model"])
-        if average is not None:
-            average.load_state_dict(state["average"])
-        if task.extras is not None:
-            task.extras.load_state_dict(state["extras"])
-        optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler is not None and state["scaler"] is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        first, best, spent = state["epoch"], state["best"], state["seconds"]
-        if task.observe is not None and state["metrics"]:
-            task.observe(state["metrics"])
-        say(f"resuming {run.path} after epoch {first} of {options.epochs}", accelerator.is_main_process)
-    run.forget_metrics_after(first)
-    accelerator.wait_for_everyone()
-
-    board = _tensorboard(run, first, machine)
-    show = accelerator.is_main_process and machine.progress
-    metrics: dict[str, float] = state["metrics"] if state is not None else {}
-    with EpochProgress(run.path.name, options.epochs, len(task.batches), first, show) as progress:
-        for epoch in range(first, options.epochs):
-            began = time.perf_counter()
-            seed_everything(options.seed, epoch, accelerator.process_index)
-            wrapped.train()
-            losses = _one_epoch(
-                task, options, accelerator, wrapped, optimizer, average, epoch, steps, per_epoch, progress
-            )
-            record: dict[str, Any] = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **losses}
-            if (epoch + 1) % options.eval_every == 0 or epoch + 1 == options.epochs:
-                shown = average.module if average is not None else model
-                share_buffers(shown, accelerator)
-                metrics = evaluate(task, shown, accelerator)
-                if task.observe is not None:
-                    task.observe(metrics)
-                record |= metrics
-                if best is None or _better(metrics[task.watch], best[task.watch], task.higher_is_better):
-                    best = {"epoch": epoch + 1, **metrics}
-                    if accelerator.is_main_process:
-                        task.save(shown, run.path / "best.safetensors")
-                progress.evaluated(epoch + 1, losses, {k: metrics[k] for k in task.headline})
-            seconds = time.perf_counter() - began
-            spent += seconds
-            record["seconds"] = round(seconds, 3)
-            run.log(record)
-            if board is not None:
-                for name, value in record.items():
-                    if name != "epoch":
-                        board.add_scalar(name, value, epoch + 1)
-            if accelerator.is_main_process:
-                task.save(average.module if average is not None else model, run.path / "last.safetensors")
-            run.save_state(
-                {
-                    "epoch": epoch + 1,
-                    "model": model.state_dict(),
-                    "average": None if average is None else average.state_dict(),
-                    "extras": None if task.extras is None else task.extras.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-                    "best": best,
-                    "metrics": metrics,
-                    "seconds": spent,
-                }
-            )
-            accelerator.wait_for_everyone()
-            if epoch + 1 < options.epochs and out_of_time(machine):
-                raise OutOfTime(
-                    f"{run.path}: stopped after epoch {epoch + 1} of {options.epochs}, because "
-                    f"{machine.minutes:g} "
-                    "minutes are over; --resume goes on"
-                )
-    if board is not None:
-        board.close()
-    if average is not None:
-        model.load_state_dict(average.module.state_dict())
-    task.model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    task.model.eval()
-    assert best is not None
-    return {
-        "last": {"epoch": options.epochs, **metrics},
-        "best": {**best, "chosen_by": task.watch_means},
-        "epochs": options.epochs,
-        "steps": steps,
-        "seconds": round(spent, 1),
-    }
+    check_loop(options)
+    with answering(machine.timeout):
+        return _Loop(model, task, batches, save, options, machine, accelerator, run, extras, observe).go()
 
 
-def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Give every process the first one's buffers, which are those that are saved.
+@dataclass
+class _Loop:
+    model: nn.Module
+    task: Task
+    batches: Batches
+    save: Callable[[nn.Module, Any], object]
+    options: LoopOptions
+    machine: MachineOptions
+    accelerator: Accelerator
+    run: RunFolder
+    extras: Trained | None
+    observe: Callable[[dict[str, float]], object] | None
 
-    Each updates BatchNorm's running statistics by its own part of the last batch, and DistributedDataParallel
-    makes them equal again only before the next step.
-    """
-    if accelerator.num_processes > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
-
-
-def _one_epoch(
-    task: Task,
-    options: LoopOptions,
-    accelerator: Accelerator,
-    wrapped: nn.Module,
-    optimizer: Any,
-    average: AveragedModel | None,
-    epoch: int,
-    steps: int,
-    per_epoch: int,
-    progress: EpochProgress,
-) -> dict[str, float]:
-    sums: dict[str, Tensor] = {}
-    counts: Counter[str] = Counter()
-    # a group of steps that is not complete at the end of the epoch joins no next epoch: it is left out
-    usable = min(len(task.batches), per_epoch * options.accumulate)
-    for number, batch in enumerate(itertools.islice(task.batches.epoch(epoch), usable)):
-        step = epoch * per_epoch + number // options.accumulate
-        moves = (number + 1) % options.accumulate == 0 or number + 1 == usable
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(options, step, steps, per_epoch)
-        # gradients cross processes only on the step that moves the optimizer
-        with contextlib.nullcontext() if moves else accelerator.no_sync(wrapped):
-            with accelerator.autocast():
-                losses = task.step(wrapped, batch, step / steps)
-            accelerator.backward(losses["loss"] / options.accumulate)
-        if moves:
-            if task.extras is not None and accelerator.num_processes > 1:
-                # not wrapped for several processes, because they have no forward pass of their own
-                for parameter in task.extras.parameters():
-                    if parameter.grad is not None:
-                        parameter.grad = accelerator.reduce(parameter.grad, "mean")
-            if options.clip:
-                accelerator.clip_grad_norm_(
-                    [p for group in optimizer.param_groups for p in group["params"]], options.clip
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if average is not None:
-                average.update_parameters(accelerator.unwrap_model(wrapped))
-        for name, value in losses.items():
-            value = value.detach().double()
-            sums[name] = sums.get(name, 0) + value
-            counts[name] += 1  # an objective may be off for a part of the epoch
-        progress.step(number, sums)
-    means = {name: float(value) / counts[name] for name, value in sums.items()}
-    if accelerator.num_processes > 1:
-        everyone = gather_object([means])
-        means = {name: float(np.mean([one[name] for one in everyone])) for name in means}
-    if not np.isfinite(means["loss"]):
-        raise RuntimeError(
-            f"the loss is {means['loss']} in epoch {epoch + 1} "
-            f"({', '.join(f'{name} {value:.4g}' for name, value in means.items())}): the run diverged. "
-            f"Lower --lr "
-            "or the objectives' weights, set --clip 1, or use --precision no."
+    def __post_init__(self) -> None:
+        options, accelerator = self.options, self.accelerator
+        self.per_epoch = len(self.batches) // options.accumulate or 1
+        self.steps = self.per_epoch * options.epochs
+        self.model.to(accelerator.device)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if self.extras is not None:
+            self.parameters += list(self.extras.parameters())
+        self.average = (
+            AveragedModel(self.model, multi_avg_fn=_moving_average(options.average), use_buffers=True)
+            if options.average
+            else None
         )
-    return means
+        self.wrapped, self.optimizer = accelerator.prepare(
+            self.model, make_optimizer(options, self.parameters)
+        )
+        self.first, self.spent = 0, 0.0
+        self.best: dict[str, Any] | None = None
+        self.metrics: dict[str, float] = {}
 
+    @property
+    def shown(self) -> nn.Module:
+        """The model that is evaluated and saved."""
+        return self.model if self.average is None else self.average.module
 
-def _better(value: float, best: float, higher: bool) -> bool:
-    return value > best if higher else value < best
+    def state(self, epoch: int) -> dict[str, Any]:
+        """All that an epoch starts from.
 
+        accelerate's save_state writes a folder of files one after another, so that a kill can leave those of
+        two epochs, and through pickle: one file, written atomically, is shorter and is resumed exactly.
+        """
+        scaler = self.accelerator.scaler
+        return {
+            "epoch": epoch,
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "extras": None if self.extras is None else self.extras.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "best": self.best,
+            "metrics": self.metrics,
+            "seconds": self.spent,
+        }
 
-@torch.no_grad()
-def evaluate(task: Task, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-    """``task.evaluate`` in eval mode and under autocast; the model's mode is put back."""
-    was = model.training
-    model.eval()
-    try:
-        with accelerator.autocast():
-            return task.evaluate(model)
-    finally:
-        model.train(was)
+    def resume(self) -> None:
+        """Go back to where the run folder stands."""
+        state, scaler = self.run.load_state(), self.accelerator.scaler
+        if state is None:
+            self.run.forget_metrics_after(0)
+            return
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.extras is not None and state["extras"] is not None:
+            self.extras.load_state_dict(state["extras"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if scaler is not None and state["scaler"] is not None:
+            scaler.load_state_dict(state["scaler"])
+        self.first, self.best, self.spent = state["epoch"], state["best"], state["seconds"]
+        self.metrics = state["metrics"]
+        if self.observe is not None and self.metrics:
+            self.observe(self.metrics)
+        if self.first < self.options.epochs:
+            say(
+                f"resuming {self.run.path} after epoch {self.first} of {self.options.epochs}",
+                self.accelerator.is_main_process,
+            )
+        self.run.forget_metrics_after(self.first)
 
+    def go(self) -> dict[str, Any]:
+        options, accelerator, run = self.options, self.accelerator, self.run
+        self.resume()
+        accelerator.wait_for_everyone()
+        board = _tensorboard(run, self.first, self.machine)
+        show = accelerator.is_main_process and self.machine.progress
+        with EpochProgress(run.path.name, options.epochs, len(self.batches), self.first, show) as progress:
+            for epoch in range(self.first, options.epochs):
+                self.epoch(epoch, progress, board)
+                if epoch + 1 < options.epochs and out_of_time(self.machine):
+                    raise OutOfTime(
+                        f"{run.path}: stopped after epoch {epoch + 1} of {options.epochs}, because "
+                        f"{self.machine.minutes:g} minutes are over; --resume goes on"
+                    )
+        if board is not None:
+            board.close()
+        if self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+        accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.model.eval()
+        assert self.best is not None
+        return {
+            "last": {"epoch": options.epochs, **self.metrics},
+            "best": {**self.best, "chosen_by": self.task.watch.means},
+            "epochs": options.epochs,
+            "steps": self.steps,
+            "seconds": round(self.spent, 1),
+        }
 
-def predict(
-    forward: Callable[[Batch], Tensor], batches: Batches, accelerator: Accelerator
-) -> tuple[np.ndarray, np.ndarray]:
-    """``forward`` over all batches, gathered over the processes in the dataset's order.
+    def epoch(self, epoch: int, progress: EpochProgress, board: Any) -> None:
+        options, task, main = self.options, self.task, self.accelerator.is_main_process
+        began = time.perf_counter()
+        seed_everything(options.seed, epoch, self.accelerator.process_index)
+        self.wrapped.train()
+        losses = self.train(epoch, progress)
+        record: dict[str, Any] = {"epoch": epoch + 1, "lr": self.optimizer.param_groups[0]["lr"], **losses}
+        if (epoch + 1) % options.eval_every == 0 or epoch + 1 == options.epochs:
+            share_buffers(self.shown)
+            self.metrics = self.evaluate()
+            if self.observe is not None:
+                self.observe(self.metrics)
+            record |= self.metrics
+            watched = task.watch.name
+            if self.best is None or task.watch.improves(self.metrics[watched], self.best[watched]):
+                self.best = {"epoch": epoch + 1, **self.metrics}
+                if main:
+                    self.save(self.shown, self.run.path / "best.safetensors")
+            progress.evaluated(epoch + 1, losses, {name: self.metrics[name] for name in task.headline})
+        seconds = time.perf_counter() - began
+        self.spent += seconds
+        record["seconds"] = round(seconds, 3)
+        self.run.log(record)
+        if board is not None:
+            for name, value in record.items():
+                if name != "epoch":
+                    board.add_scalar(name, value, epoch + 1)
+        if main:
+            self.save(self.shown, self.run.path / "last.safetensors")
+        self.run.save_state(self.state(epoch + 1))
+        self.accelerator.wait_for_everyone()
 
-    Returns:
-        outputs [n, …] float32 and labels [n] int64.
-    """
-    outputs, labels, index = [], [], []
-    with torch.no_grad():
-        for batch in batches.epoch():
-            if len(batch.labels) == 0:
-                continue
-            outputs.append(forward(batch).float().cpu().numpy())
-            labels.append(batch.labels.cpu().numpy())
-            index.append(batch.index.cpu().numpy())
-    pieces = list(zip(outputs, labels, index, strict=True))
-    if accelerator.num_processes > 1:
-        pieces = gather_object(pieces)
-    order = np.argsort(np.concatenate([piece[2] for piece in pieces]))
-    return np.concatenate([p[0] for p in pieces])[order], np.concatenate([p[1] for p in pieces])[order]
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The task's metrics in eval mode and under autocast; the model's mode is put back."""
+        model = self.shown
+        was = model.training
+        model.eval()
+        try:
+            with self.accelerator.autocast():
+                return self.task.evaluate(model)
+        finally:
+            model.train(was)
+
+    def train(self, epoch: int, progress: EpochProgress) -> dict[str, float]:
+        """One epoch of steps; returns the mean of each loss."""
+        options, accelerator, optimizer = self.options, self.accelerator, self.optimizer
+        sums: dict[str, Tensor] = {}
+        counts: Counter[str] = Counter()
+        # a group of steps that is not complete at the end of the epoch joins no next epoch: it is left out
+        usable = min(len(self.batches), self.per_epoch * options.accumulate)
+        for number, batch in enumerate(itertools.islice(self.batches.epoch(epoch), usable)):
+            step = epoch * self.per_epoch + number // options.accumulate
+            moves = (number + 1) % options.accumulate == 0 or number + 1 == usable
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(options, step, self.steps, self.per_epoch)
+            # gradients cross processes only on the step that moves the optimizer
+            with contextlib.nullcontext() if moves else accelerator.no_sync(self.wrapped):
+                with accelerator.autocast():
+                    losses = self.task.step(self.wrapped, batch, step / self.steps)
+                accelerator.backward(losses["loss"] / options.accumulate)
+            if moves:
+                if options.clip:
+                    accelerator.clip_grad_norm_(self.parameters, options.clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if self.average is not None:
+                    self.average.update_parameters(self.model)
+            for name, value in losses.items():
+                value = value.detach().double()
+                sums[name] = sums.get(name, 0) + value
+                counts[name] += 1  # an objective may be off for a part of the epoch
+            progress.step(number, sums)
+        means = {name: float(value) / counts[name] for name, value in sums.items()}
+        everyone = gather_object([means]) if accelerator.num_processes > 1 else [means]
+        means = {name: float(np.mean([one[name] for one in everyone])) for name in means}
+        if not np.isfinite(means["loss"]):
+            ranks = [rank for rank, one in enumerate(everyone) if not np.isfinite(one["loss"])]
+            raise RuntimeError(
+                f"the loss is {means['loss']} in epoch {epoch + 1} "
+                f"({', '.join(f'{name} {value:.4g}' for name, value in means.items())}"
+                + (f"; on rank {', '.join(map(str, ranks))}" if len(everyone) > 1 else "")
+                + "): the run diverged, on input that is finite. Lower --lr or the objectives' weights, set "
+                "--clip 1, or use --precision no."
+            )
+        return means
 
 
 def _tensorboard(run: RunFolder, first: int, machine: MachineOptions) -> Any:

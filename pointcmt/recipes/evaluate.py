@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import tyro
-from rich.table import Table
 from torch import Tensor, nn
 
 from pointcmt.adapters import Adapter, find_adapter
-from pointcmt.checkpoint import load_module, read_config
+from pointcmt.checkpoint import PathLike, check_configuration, kind_of, load_module, read_config
 from pointcmt.data import vote_scale
-from pointcmt.recipes.build import StudentOptions, make_student
-from pointcmt.recipes.engine import Batch, Batches, MachineOptions, make_accelerator, predict, seed_everything
-from pointcmt.recipes.metrics import class_accuracies, overall_accuracy
-from pointcmt.recipes.options import DataOptions, load_teacher, matching_images, views_of_teacher
-from pointcmt.recipes.progress import console
-from pointcmt.recipes.run import find_checkpoint, read_json, write_json
+from pointcmt.recipes.batches import Batch, Batches
+from pointcmt.recipes.build import StudentOptions, check_named_by_file, make_student
+from pointcmt.recipes.config import read_json, restore, write_json
+from pointcmt.recipes.engine import MachineOptions, make_accelerator, seed_everything
+from pointcmt.recipes.options import (
+    DataOptions,
+    load_teacher,
+    matching_images,
+    parse_assignments,
+    views_of_teacher,
+)
+from pointcmt.recipes.progress import say, show_table
+from pointcmt.recipes.run import find_checkpoint, run_config_beside
+from pointcmt.tasks import predict
+from pointcmt.tasks.metrics import class_accuracies, overall_accuracy
 
 
 @dataclass
@@ -29,9 +37,11 @@ class Evaluate:
     """Accuracy of a trained student or teacher on the test shapes."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of train or train-teacher."""
+    """Run folder of train or train-teacher; or a student's or teacher's .safetensors file alone."""
     checkpoint: Literal["final", "best"] = "final"
     """The weights after the last epoch, or of the best epoch (results.json says best by what)."""
+    student: str | None = None
+    """module:factory of a network of your own, which a file may not name by itself."""
     data: str | None = None
     """Other data than the run's: a folder, or synthetic."""
     dataset: Literal["auto", "synthetic", "modelnet40", "modelnet40hard", "scanobjectnn"] | None = None
@@ -53,39 +63,74 @@ class Evaluate:
     machine: MachineOptions = field(default_factory=MachineOptions)
 
 
-def restore(cls: type[Any], values: dict[str, Any]) -> Any:
-    """A dataclass of options from its JSON in config.json."""
-    known = {item.name: item for item in fields(cls)}
-    made = {}
-    for name, value in values.items():
-        if name not in known:
-            continue
-        if isinstance(value, list):
-            value = tuple(value)
-        elif value is not None and "Path" in str(known[name].type):
-            value = Path(value)
-        made[name] = value
-    return cls(**made)
-
-
-def load_student(path: Path) -> tuple[nn.Module, Adapter, dict[str, Any]]:
+def load_student(path: Path, factory: str | None = None) -> tuple[nn.Module, Adapter, dict[str, Any]]:
     """The student in a checkpoint of ``pointcmt train``: in eval mode, with its adapter and its
     configuration.
 
+    Args:
+        path: the file, or its run folder.
+        factory: ``module:factory`` of a network of one's own, in place of what the file says.
+
     Raises:
-        FileNotFoundError, ValueError: no such checkpoint, or one that does not fit the network.
+        FileNotFoundError, ValueError: no such checkpoint, or one that does not fit the network, or that names
+            code which the user did not.
     """
     file = find_checkpoint(path, "student")
     config = read_config(file, "student")
-    options = restore(StudentOptions, config["student"])
+    options: StudentOptions = restore(StudentOptions(), config.get("student") or {}, f"{file}: student")
+
+    def check(_: dict[str, Any], where: PathLike) -> None:
+        if factory is None:
+            check_named_by_file(options.student, file)
+        check_configuration(parse_assignments(options.student_options, f"{file}: student_options"), where)
+        sizes = (options.width, options.feature_dim, config.get("num_classes"))
+        check_configuration({"student": sizes}, where)
 
     # a student is built from its options, not from keyword arguments of one class
     def build(**_: Any) -> nn.Module:
         return make_student(options, config["num_classes"])
 
     build.__name__ = options.student
-    model = load_module(file, "student", build)  # type: ignore[arg-type]
+    if factory is not None:
+        options.student = factory
+    model = load_module(file, "student", build, check)
     return model, find_adapter(model, options.adapter), config
+
+
+def described(path: Path, checkpoint: str = "final") -> tuple[Path, str, dict[str, Any]]:
+    """What a user means by a run folder or a checkpoint: the file, ``student`` or ``teacher``, and the
+    configuration that it was trained with.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        ValueError: something else, or a file of an older version without its run folder.
+    """
+    kinds = {"train": "student", "train-teacher": "teacher"}
+    if path.is_file():
+        file, kind = path, kind_of(path)
+    elif (path / "config.json").exists():
+        command = read_json(path / "config.json").get("command")
+        if command not in kinds:
+            raise ValueError(f"{path} is a run of {command}: only teachers and students are evaluated")
+        kind = kinds[command]
+        file = find_checkpoint(path / "best.safetensors" if checkpoint == "best" else path, kind)
+    else:
+        there = [kind for kind in kinds.values() if (path / f"{kind}.safetensors").is_file()]
+        if not there:
+            raise FileNotFoundError(
+                f"{path} is no run folder (no config.json in it) and no checkpoint: give the --out of "
+                "pointcmt train or train-teacher, or a .safetensors file"
+            )
+        file, kind = path / f"{there[0]}.safetensors", there[0]
+    config = run_config_beside(file)
+    if kind not in kinds.values():
+        raise ValueError(f"{file} holds a {kind}: only teachers and students are evaluated")
+    if config is None or not isinstance(config.get("config"), dict):
+        raise ValueError(
+            f"{file} was written by an older version and does not say what data it is for: keep config.json "
+            "of its run beside it"
+        )
+    return file, kind, config["config"]
 
 
 def evaluate(options: Evaluate, quiet: bool = False) -> dict[str, Any]:
@@ -93,40 +138,30 @@ def evaluate(options: Evaluate, quiet: bool = False) -> dict[str, Any]:
     ``votes`` and ``shapes``."""
     if options.votes < 1:
         raise ValueError(f"--votes is {options.votes}; expected at least 1")
-    if not (options.run / "config.json").exists():
-        raise FileNotFoundError(
-            f"{options.run} is no run folder (no config.json in it): give the --out of pointcmt train or "
-            f"train-teacher"
-        )
+    file, kind, config = described(options.run, options.checkpoint)
     accelerator = make_accelerator(options.machine)
-    described = read_json(options.run / "config.json")
-    if described["command"] not in ("train", "train-teacher"):
-        raise ValueError(
-            f"{options.run} is a run of {described['command']}: only teachers and students are evaluated"
-        )
-    data: DataOptions = restore(DataOptions, described["config"]["data"])
+    data: DataOptions = restore(DataOptions(), config.get("data") or {}, f"{file}: data")
     if options.data is not None:
         data.data, data.dataset = options.data, "auto"
     if options.dataset is not None:
         data.dataset = options.dataset
     if options.test_per_class is not None:
         data.test_per_class = options.test_per_class
-    if described["command"] == "train" or data.named() == "modelnet40hard":
+    if kind == "student" or data.named() == "modelnet40hard":
         data.view_points = None  # students see no views, and those of hard scans are of the scans themselves
     part = data.part(options.split)
     if part is None:
         raise ValueError(
             f"--split {options.split}: the run has no such shapes (it was trained with --holdout 0)"
         )
-    file = options.run / "best.safetensors" if options.checkpoint == "best" else options.run
 
     shapes: Any = part
     forward: Callable[[Tensor], Tensor]
-    if described["command"] == "train":
-        model, adapter, config = load_student(file)
-        if config["classes"] != list(part.class_names):
+    if kind == "student":
+        model, adapter, about = load_student(file, options.student)
+        if about["classes"] != list(part.class_names):
             raise ValueError(
-                f"the student knows {len(config['classes'])} classes ({', '.join(config['classes'][:4])} "
+                f"the student knows {len(about['classes'])} classes ({', '.join(about['classes'][:4])} "
                 f"…), the data has "
                 f"{len(part.class_names)} ({', '.join(part.class_names[:4])} …): give data of the same "
                 f"classes"
@@ -138,13 +173,12 @@ def evaluate(options: Evaluate, quiet: bool = False) -> dict[str, Any]:
     else:
         teacher, file = load_teacher(file, part.class_names)
         teacher.to(accelerator.device)
-        images = described["config"]["images"]
+        images = config.get("images")
         if images is not None:
             if options.votes > 1:
                 raise ValueError("--votes stretches clouds; a teacher of images has none: use --votes 1")
-            size = described["config"]["views"]["size"]
             split: Any = "test" if options.split == "test" else "train"
-            shapes = matching_images(Path(images), part, split, size, teacher.in_chans)
+            shapes = matching_images(Path(images), part, split, config["views"]["size"], teacher.in_chans)
 
             def forward(points: Tensor) -> Tensor:
                 return teacher(points).logits
@@ -161,7 +195,7 @@ def evaluate(options: Evaluate, quiet: bool = False) -> dict[str, Any]:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         workers=options.machine.workers,
-        what="points" if described["command"] == "train" else "view_points",
+        what="points" if kind == "student" else "view_points",
     )
     seed_everything(options.seed, accelerator.process_index)
 
@@ -171,7 +205,7 @@ def evaluate(options: Evaluate, quiet: bool = False) -> dict[str, Any]:
         passes = [forward(vote_scale(batch.inputs)).float().softmax(1) for _ in range(options.votes)]
         return torch.stack(passes).mean(0)
 
-    outputs, labels = predict(vote, batches, accelerator)
+    outputs, labels = predict(vote, batches.epoch())
     predicted = outputs.argmax(1)
     accuracies = class_accuracies(predicted, labels, part.num_classes)
     result = {
@@ -192,12 +226,11 @@ def evaluate(options: Evaluate, quiet: bool = False) -> dict[str, Any]:
         write_json(options.json, result)
     if accelerator.is_main_process and not quiet:
         counts = np.bincount(labels, minlength=part.num_classes)
-        table = Table(
-            "class", "shapes", "accuracy %", title=f"{options.run} on {len(labels)} {options.split} shapes"
-        )
-        table.columns[1].justify = table.columns[2].justify = "right"
-        for name, count, value in zip(part.class_names, counts, accuracies, strict=True):
-            table.add_row(name, str(count), "–" if np.isnan(value) else f"{value:.1f}")
-        console.print(table)
-        console.print(f"OA {result['oa']:.2f} %   mAcc {result['macc']:.2f} %   ({options.votes} pass(es))")
+        lines = [
+            [name, str(count), "–" if np.isnan(value) else f"{value:.1f}"]
+            for name, count, value in zip(part.class_names, counts, accuracies, strict=True)
+        ]
+        title = f"{options.run} on {len(labels)} {options.split} shapes"
+        show_table(("class", "shapes", "accuracy %"), lines, title)
+        say(f"OA {result['oa']:.2f} %   mAcc {result['macc']:.2f} %   ({options.votes} pass(es))")
     return result

@@ -14,13 +14,13 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from pointcmt.recipes.build import StudentOptions
+from pointcmt.recipes.config import write_json
 from pointcmt.recipes.engine import MachineOptions, make_accelerator
-from pointcmt.recipes.metrics import overall_accuracy
 from pointcmt.recipes.networks import clouds_of, frozen_features
 from pointcmt.recipes.options import DataOptions
 from pointcmt.recipes.probe import networks
 from pointcmt.recipes.progress import console, say
-from pointcmt.recipes.run import write_json
+from pointcmt.tasks.metrics import overall_accuracy
 
 
 @dataclass

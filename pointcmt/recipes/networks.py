@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pointcmt.adapters.registry import Adapter, find_adapter, observe, unwrap
-from pointcmt.checkpoint import load_module, read_config
+from pointcmt.checkpoint import PathLike, check_configuration, kind_of, load_module, read_config
 from pointcmt.data import PointDataset
 from pointcmt.data.dataset import Split
-from pointcmt.recipes.build import StudentOptions, make_student
-from pointcmt.recipes.engine import Batches
-from pointcmt.recipes.options import DataOptions
+from pointcmt.recipes.batches import Batches
+from pointcmt.recipes.build import StudentOptions, check_named_by_file, make_student
+from pointcmt.recipes.config import restore
+from pointcmt.recipes.options import DataOptions, parse_assignments
 from pointcmt.types import PointFeatures
 
 KINDS = ("network", "student")
@@ -79,14 +79,12 @@ def weights_of(file: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
-def described(file: Path) -> dict[str, Any] | None:
-    """What a checkpoint of this package says of how its network is built; None for a file of others."""
-    for kind in KINDS:
-        try:
-            return {"kind": kind, **read_config(file, kind)}
-        except ValueError:
-            continue
-    return None
+def _kind(file: Path) -> str | None:
+    """What a checkpoint of this package holds; None for a file of others."""
+    try:
+        return kind_of(file)
+    except ValueError:
+        return None
 
 
 def load_network(
@@ -97,18 +95,20 @@ def load_network(
     Args:
         path: run folder or file of ``pretrain`` or ``train``, which says itself how its network is built; or
             a state_dict of the network that ``options`` name. None: that network with random weights.
-        options: which network, where the file does not say.
+        options: which network, where the file does not say; and ``module:factory`` of one's own, which a
+            file may not name by itself: it is data, and code is named by the user.
         num_classes: of its head, where the file does not say.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or weights that do not fit.
+        FileNotFoundError, ValueError: nothing there, weights that do not fit, or a file that names code which
+            the user did not.
     """
     if path is None:
         model = make_student(options, num_classes).eval()
         return model, find_adapter(model, options.adapter), options
     file = find_weights(path)
-    config = described(file)
-    if config is None:
+    kind = _kind(file)
+    if kind is None:
         model = make_student(options, num_classes)
         weights = weights_of(file)
         try:
@@ -119,15 +119,25 @@ def load_network(
                 "that they are of (--student module:factory, --student-options)"
             ) from error
         return model.eval(), find_adapter(model, options.adapter), options
-    known = {item.name for item in fields(StudentOptions)}
-    saved = {name: value for name, value in config["student"].items() if name in known}
-    own = StudentOptions(**{**saved, "student_options": tuple(saved.get("student_options") or ())})
+    if kind not in KINDS:
+        raise ValueError(f"{file} holds a {kind}: give a network of pointcmt pretrain or train")
+    config = read_config(file, kind)
+    own: StudentOptions = restore(StudentOptions(), config.get("student") or {}, f"{file}: student")
+    if ":" in options.student:
+        own.student = options.student
+    classes = config["num_classes"]
+
+    def check(_: dict[str, Any], where: PathLike) -> None:
+        if own.student != options.student:
+            check_named_by_file(own.student, file)
+        check_configuration(parse_assignments(own.student_options, f"{file}: student_options"), where)
+        check_configuration({"student": (own.width, own.feature_dim, classes)}, where)
 
     def build(**_: Any) -> nn.Module:
-        return make_student(own, config["num_classes"])
+        return make_student(own, classes)
 
     build.__name__ = own.student
-    model = load_module(file, config["kind"], build)  # type: ignore[arg-type]
+    model = load_module(file, kind, build, check)
     return model, find_adapter(model, options.adapter or own.adapter), own
 
 

@@ -20,13 +20,12 @@ from pointcmt.data import PointDataset, subset
 from pointcmt.data.contrastive import CloudAugmentation
 from pointcmt.methods import CrossPoint, MMPoint, PicAtPoint
 from pointcmt.objectives import LocalInfoNCE
+from pointcmt.recipes.batches import Batch, Batches
 from pointcmt.recipes.build import StudentOptions, make_student
+from pointcmt.recipes.config import plain, write_json
 from pointcmt.recipes.engine import (
-    Batch,
-    Batches,
     LoopOptions,
     MachineOptions,
-    Task,
     count_parameters,
     fit,
     make_accelerator,
@@ -35,7 +34,8 @@ from pointcmt.recipes.engine import (
 from pointcmt.recipes.networks import clouds_of, encode
 from pointcmt.recipes.options import DataOptions, ViewOptions, parse_assignments
 from pointcmt.recipes.progress import console, say, warn
-from pointcmt.recipes.run import RunFolder, find_checkpoint, to_json, write_json
+from pointcmt.recipes.run import RunFolder, find_checkpoint
+from pointcmt.tasks import Figure, Task
 from pointcmt.teacher import ImageTeacher
 from pointcmt.training import CrossModalTraining
 from pointcmt.types import StudentState, TeacherOutput, Views
@@ -194,7 +194,7 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
     untouched = set_aside(network, adapter, sample)
     method = make_method(options, encoder, network, adapter, adapter.arrange(sample), spec)
     config = {
-        "student": to_json(options.student),
+        "student": plain(options.student),
         "num_classes": clouds.num_classes,
         "classes": list(clouds.class_names),
         "num_points": options.data.num_points,
@@ -204,28 +204,32 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
         pictures = Pictures(encoder, spec, train, device, options)
         watch = Watch(options, pre, adapter, watched, part, spec, device, main)
         task = Task(
-            model=network,
-            batches=Batches(
-                train,
-                options.loop.batch_size,
-                device,
-                options.loop.seed,
-                accelerator.process_index,
-                accelerator.num_processes,
-            ),
             step=make_step(options, pre, adapter, pictures, spec.up),
             evaluate=watch,
-            save=lambda model, path: save_module(path, model, "network", config),
-            watch=watch.name,
-            watch_means=(
+            watch=Figure(
+                watch.name,
+                "highest",
                 "how often the right picture is found, among training shapes that were held out; no label "
-                "and no test shape is looked at"
+                "and no test shape is looked at",
             ),
             headline=(watch.name,),
-            extras=nn.ModuleList([*pre.objectives, *([encoder] if options.contrast.trains_images() else [])]),
         )
+        batches = Batches(
+            train,
+            options.loop.batch_size,
+            device,
+            options.loop.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+
+        def save(model: nn.Module, path: Any) -> None:
+            save_module(path, model, "network", config)
+
         try:
-            outcome = fit(task, options.loop, options.machine, accelerator, run)
+            outcome = fit(
+                network, task, batches, save, options.loop, options.machine, accelerator, run, extras=pre
+            )
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 f"a batch of {options.loop.batch_size} shapes does not fit into memory ({error}): use a "
@@ -236,7 +240,7 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
     for parameter in untouched:
         parameter.requires_grad_(True)
     if main:
-        task.save(task.model, run.path / "network.safetensors")
+        save(network, run.path / "network.safetensors")
     return run.finish(
         {
             **outcome,
@@ -247,7 +251,7 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
             "views": spec.describe(),
             "views_per_step": options.contrast.views(),
             "losses_at_chance": chance,
-            "parameters": count_parameters(task.model),
+            "parameters": count_parameters(network),
             "not_trained": sum(parameter.numel() for parameter in untouched),
             "shapes": {"train": len(train), part: len(watched)},
             "seed": options.loop.seed,

@@ -16,12 +16,12 @@ from sklearn.svm import SVC
 
 from pointcmt.adapters.registry import Adapter
 from pointcmt.recipes.build import StudentOptions
+from pointcmt.recipes.config import write_json
 from pointcmt.recipes.engine import MachineOptions, make_accelerator, seed_everything
-from pointcmt.recipes.metrics import class_accuracies, overall_accuracy
 from pointcmt.recipes.networks import clouds_of, frozen_features, load_network
 from pointcmt.recipes.options import DataOptions
-from pointcmt.recipes.progress import console, say
-from pointcmt.recipes.run import write_json
+from pointcmt.recipes.progress import console, say, warn
+from pointcmt.tasks.metrics import class_accuracies, overall_accuracy
 
 # a kernel matrix of 12,000 shapes is 1.2 GB in float64
 _MOST_FOR_KERNEL = 12_000
@@ -39,8 +39,9 @@ class Probe:
     feature: Literal["pooled", "feature"] = "pooled"
     """pooled: the encoder's pooled feature, before any layer of the head, as the field probes it, where the
     adapter says where it is. feature: the shape feature that the last layers read."""
-    c: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-    """Values of C, of which cross-validation on the training shapes takes one."""
+    c: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
+    """Values of C, of which cross-validation on the training shapes takes one. They reach far, because
+    features that are not scaled differ by powers of ten between networks, random weights among them."""
     folds: int = 5
     """Of the cross-validation; fewer where a class has fewer shapes."""
     fixed_c: float = 0.01
@@ -109,6 +110,12 @@ def probe(options: Probe) -> dict[str, Any]:
             f"{row['oa_fixed_c']:.1f}",
         )
     console.print(table)
+    for name, row in rows.items():
+        if len(options.c) > 1 and row["c"] in (min(options.c), max(options.c)):
+            warn(
+                f"{name}: cross-validation took C = {row['c']:g}, an end of the values given; features of "
+                "another scale may want one beyond: give more with --c"
+            )
     say(
         "protocol: "
         + "; ".join(f"{name}: {value}" for name, value in protocol.items())

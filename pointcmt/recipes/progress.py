@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 console = Console(highlight=False)
@@ -24,6 +28,32 @@ def warn(text: str, show: bool = True) -> None:
     """One warning to the terminal, in yellow where there is colour."""
     if show:
         console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+
+def show_table(
+    headings: Sequence[str], lines: Sequence[Sequence[str]], title: str = "", keys: int = 1
+) -> None:
+    """A table that is whole at the terminal's width, and at 80 columns in a file or a pipe.
+
+    Where it is wider, its columns are shown in several tables below each other, each with the first ``keys``.
+    """
+    width = console.width if console.is_terminal else 80
+    room = [max(map(cell_len, column)) + 2 for column in zip(headings, *lines, strict=True)]
+    groups: list[list[int]] = [[]]
+    for column in range(keys, len(headings)):
+        if groups[-1] and sum(room[:keys]) + sum(room[c] for c in [*groups[-1], column]) - 2 > width:
+            groups.append([])
+        groups[-1].append(column)
+    if title:
+        say(title)
+    for group in groups:
+        shown = [*range(keys), *group]
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+        for column in shown:
+            table.add_column(Text(headings[column]), justify="left" if column < keys else "right")
+        for line in lines:
+            table.add_row(*(Text(line[column]) for column in shown))  # Text: no markup in names
+        console.print(table, width=width)
 
 
 class EpochProgress:
@@ -50,7 +80,7 @@ class EpochProgress:
             )
             self.bar.start()
             self.task = self.bar.add_task(
-                self.name, total=self.epochs * self.steps, completed=self.done, losses=""
+                escape(self.name), total=self.epochs * self.steps, completed=self.done, losses=""
             )
         return self
 

@@ -11,62 +11,34 @@ results.json       the outcome; its presence means that the run is finished
 
 from __future__ import annotations
 
-import dataclasses
-import enum
+import contextlib
+import errno
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
 
-from pointcmt.checkpoint import atomic_write
+from pointcmt.checkpoint import atomic_write, naming_file, read_about
 from pointcmt.ops._extension import has_cpu_kernels, has_cuda_kernels
+from pointcmt.recipes.config import plain, read_json, write_json
+from pointcmt.recipes.progress import warn
 
 PACKAGES = ("pointcmt", "torch", "torchvision", "timm", "numpy", "accelerate", "h5py", "safetensors")
 
 # where a run is written to, on what it runs and how it reports do not change its result
-NOT_PART_OF_THE_RESULT = ("out", "resume", "device", "progress", "tensorboard", "workers", "minutes")
-
-
-def to_json(value: Any) -> Any:
-    """``value`` as plain JSON types: dataclasses and mappings as objects, paths and enums as strings."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [to_json(item) for item in value]
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if hasattr(value, "item"):  # a numpy or torch scalar
-        return value.item()
-    return str(value)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(to_json(value), indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; a ValueError that names the file where it is not one."""
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); the run folder was changed by hand") from error
+NOT_PART_OF_THE_RESULT = (
+    "out", "resume", "device", "progress", "tensorboard", "workers", "minutes", "timeout",
+)  # fmt: skip
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -155,6 +127,60 @@ def commit() -> str | None:
     return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+_held: dict[Path, TextIO] = {}
+
+
+def hold(folder: Path, what: str) -> None:
+    """Keep other processes out of a folder that this one writes, until :func:`let_go` or the process's end.
+
+    Two commands in one folder would write the same files twice over. The lock is the operating system's and
+    goes with the process, however that ends; in one process it may be taken again.
+
+    Raises:
+        RuntimeError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    path = folder.resolve() / ".lock"
+    if path in _held:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with naming_file(path):
+        file = path.open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise RuntimeError(
+                f"another process is at work in {folder} ({what}): wait for it, stop it, or give another "
+                "--out"
+            ) from None
+        # a file system without locks
+    _held[path] = file
+
+
+def let_go(folder: Path) -> None:
+    """Give up what :func:`hold` took."""
+    path = folder.resolve() / ".lock"
+    file = _held.pop(path, None)
+    if file is not None:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+@contextlib.contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """:func:`hold`, for the time of a ``with``."""
+    hold(folder, what)
+    try:
+        yield
+    finally:
+        let_go(folder)
+
+
 class RunFolder:
     """A run folder that is being written; ``open`` makes one or continues one.
 
@@ -190,11 +216,12 @@ class RunFolder:
         Raises:
             FileExistsError: the folder holds something and ``resume`` is False.
             ValueError: the folder holds a run of another configuration, or no run at all.
+            RuntimeError: another process is at work in the folder.
         """
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
             raise FileExistsError(f"{run.path} is a file; a run needs a folder: give another --out")
-        wanted = {"command": command, "config": to_json(config), "inputs": dict(inputs or {})}
+        wanted = {"command": command, "config": plain(config), "inputs": dict(inputs or {})}
         # a run that was killed while it began leaves no more than these
         strangers = sorted(
             file.name
@@ -207,9 +234,19 @@ class RunFolder:
                     f"{run.path} already holds a run of `pointcmt {run.read_config().get('command')}`. "
                     "Add --resume to continue it, or give another --out."
                 )
+            hold(run.path, "a run")
             run._check_same(wanted)
-            then = read_json(run.path / "environment.json")
-            then.setdefault("resumed", []).append(environment(device))
+            run._go_on_to(wanted)
+            run._sweep()
+            then, now = read_json(run.path / "environment.json"), environment(device)
+            for name in ("processes", "threads"):
+                if then.get(name, now[name]) != now[name]:
+                    warn(
+                        f"{run.path} was begun with {name}: {then[name]}, and goes on with {now[name]}: the "
+                        "result will not be that of a run that was never interrupted"
+                        + (" in the last digits" if name == "threads" else "")
+                    )
+            then.setdefault("resumed", []).append(now)
             write_json(run.path / "environment.json", then)
         elif strangers:
             raise FileExistsError(
@@ -218,6 +255,7 @@ class RunFolder:
                 "Give another --out."
             )
         else:
+            hold(run.path, "a run")
             # config.json last: with it the folder is a run, and a kill before it leaves nothing to resume
             write_json(run.path / "environment.json", environment(device))
             write_json(run.config_path, wanted)
@@ -278,6 +316,7 @@ class RunFolder:
             for name in sorted(old.keys() | new.keys())
             if old.get(name, missing) != new.get(name, missing)
             and name.split(".")[-1] not in (*NOT_PART_OF_THE_RESULT, *by_fingerprint)
+            and name != "loop.epochs"  # see _go_on_to
         ]
         if differing:
             raise ValueError(
@@ -297,13 +336,49 @@ class RunFolder:
                 "A resumed run would mix the two: give another --out."
             )
 
+    def _go_on_to(self, wanted: dict[str, Any]) -> None:
+        """Another number of epochs: the run goes on to it where that many are not over yet."""
+        there = self.read_config()
+        before, now = (each["config"].get("loop", {}).get("epochs") for each in (there, wanted))
+        if before == now:
+            return
+        state = self.load_state()
+        done = 0 if state is None else state["epoch"]
+        if now < done or (state is None and self.results_path.exists()):
+            raise ValueError(
+                f"{self.path} has {before} epochs, of which {done} are over"
+                + ("" if state is not None else "; its training state (state.pt) is gone")
+                + f": it cannot go on to --epochs {now}. Give another --out."
+            )
+        rate = wanted["config"]["loop"].get("schedule", "constant")
+        warn(
+            f"{self.path} was begun with --epochs {before} and goes on to {now} after {done}: "
+            + (
+                "the learning rate is constant, as it was"
+                if rate == "constant"
+                else f"the {rate} schedule of the learning rate is planned anew over {now} epochs, so that "
+                f"this is not the run that --epochs {now} makes from the start"
+            )
+            + "; weights and guards that follow the part of the run that is done follow the new length"
+        )
+        self.results_path.unlink(missing_ok=True)
+        there["config"]["loop"]["epochs"] = now
+        there.setdefault("epochs_before", []).append([before, done])
+        write_json(self.config_path, there)
+
+    def _sweep(self) -> None:
+        """Delete the temporary files of writes that a kill cut short; the folder is held by this process."""
+        for file in self.path.glob(".*"):
+            if re.fullmatch(r"\.[\w-]+\.\w{8}\.(json|jsonl|pt|safetensors|png)", file.name):
+                file.unlink(missing_ok=True)
+
     # metrics
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record to metrics.jsonl."""
         if self.main:
-            with self.metrics_path.open("a") as file:
-                file.write(json.dumps(to_json(record)) + "\n")
+            with naming_file(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain(record)) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl; a last line that a kill cut short is left out."""
@@ -343,14 +418,18 @@ class RunFolder:
 
     def finished(self) -> dict[str, Any] | None:
         """The results of a finished run, or None."""
-        return read_json(self.results_path) if self.results_path.exists() else None
+        if not self.results_path.exists():
+            return None
+        let_go(self.path)
+        return read_json(self.results_path)
 
     def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """Write results.json, which marks the run as finished, and return its content."""
-        results = to_json(results)
+        made: dict[str, Any] = plain(results)
         if self.main:
-            write_json(self.results_path, results)
-        return dict(results)
+            write_json(self.results_path, made)
+            let_go(self.path)
+        return made
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -401,12 +480,20 @@ def find_checkpoint(path: Path, kind: str) -> Path:
 
 
 def run_config_beside(checkpoint: Path) -> dict[str, Any] | None:
-    """The configuration of the run that wrote ``checkpoint``, where config.json lies beside it."""
+    """The configuration of the run that wrote ``checkpoint``: as the file itself says, else config.json
+    beside it; None where neither is there."""
+    about = read_about(checkpoint)
+    if "config" in about:
+        return about
     file = Path(checkpoint).parent / "config.json"
     return read_json(file) if file.exists() else None
 
 
 def results_beside(checkpoint: Path) -> dict[str, Any]:
-    """The results of the run that wrote ``checkpoint``; {} where results.json does not lie beside it."""
+    """What is known of the run that wrote ``checkpoint``: as the file itself says, else results.json beside
+    it; {} where neither is there."""
+    about = read_about(checkpoint)
+    if "classes" in about:
+        return about
     file = Path(checkpoint).parent / "results.json"
     return read_json(file) if file.exists() else {}

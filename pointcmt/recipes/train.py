@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pointcmt.adapters import Adapter, find_adapter
-from pointcmt.checkpoint import save_module
+from pointcmt.checkpoint import read_about, save_module, seen_before
 from pointcmt.data import Augmentation, FeatureCache, PointDataset
 from pointcmt.methods import PointCMT
 from pointcmt.objectives import Objective
-from pointcmt.recipes.build import StudentOptions, make_objectives, make_student
+from pointcmt.recipes.batches import Batch, Batches, batches_of
+from pointcmt.recipes.build import StudentOptions, make_objectives, make_student, split_weights
+from pointcmt.recipes.config import plain, read_json, write_json
 from pointcmt.recipes.engine import (
-    Batch,
-    Batches,
     LoopOptions,
     MachineOptions,
-    Task,
+    check_loop,
     count_parameters,
     fit,
     make_accelerator,
-    predict,
     seed_everything,
 )
 from pointcmt.recipes.features import Draws, draws_of, features_of
-from pointcmt.recipes.metrics import overall_accuracy, scores
-from pointcmt.recipes.options import DataOptions, Splits, load_generator, load_teacher
+from pointcmt.recipes.options import DataOptions, Splits, load_generator, load_teacher, parse_assignments
 from pointcmt.recipes.progress import say, warn
-from pointcmt.recipes.run import RunFolder, to_json, write_json
+from pointcmt.recipes.run import RunFolder
 from pointcmt.schedules import Guard, HeldOutAdvantage, ScheduleLength
+from pointcmt.tasks import predict
+from pointcmt.tasks.classification import classification
+from pointcmt.tasks.metrics import overall_accuracy
 
 
 @dataclass
@@ -54,9 +53,9 @@ class MethodOptions:
     ce_weight: float = 0.3
     """Weight of CE, a sum over the batch; 0 leaves it out. Paper: 0.3 at batches of 32."""
     objectives: tuple[str, ...] = ()
-    """Further objectives as NAME=WEIGHT: soft_labels, nst, srrl, feature_l2."""
-    fe_distance: str = "emd"
-    """Distance of FE: emd, chamfer, sinkhorn or sliced_wasserstein."""
+    """Further objectives as NAME=WEIGHT: soft_labels, nst, srrl, feature_l2, or one that --import brings."""
+    fe_distance: Literal["emd", "chamfer", "sinkhorn", "sliced_wasserstein"] = "emd"
+    """Distance of FE."""
     fe_until: float = 1.0
     """Part of the run after which FE is off."""
     ce_until: float = 1.0
@@ -112,7 +111,8 @@ class Train:
 
 
 def check(options: Train) -> None:
-    """Raise a ValueError for options that cannot go together."""
+    """Raise a ValueError for options that make no sense, or cannot go together."""
+    check_options(options)
     method = options.method
     if method.method == "none":
         return
@@ -121,22 +121,39 @@ def check(options: Train) -> None:
             "--method pointcmt needs --teacher: the run folder of `pointcmt train-teacher`. "
             "--method none trains the student alone"
         )
-    if not (method.fe_weight or method.ce_weight or method.objectives):
-        raise ValueError(
-            "--method pointcmt with --fe-weight 0 and --ce-weight 0 and no --objectives is no method: "
-            "give a weight, or --method none"
-        )
     if method.fe_weight and options.generator is None:
         raise ValueError(
             "FE needs --generator: the run folder of `pointcmt train-generator`. --fe-weight 0 leaves FE out"
         )
-    if method.draws < 0:
-        raise ValueError(f"--draws is {method.draws}; expected 0 or more")
     if method.draws and options.images is not None:
         raise ValueError(
             "--draws needs views that are projected from the points, and this teacher has --images, which "
             "show the shapes as they are: use --draws 0"
         )
+
+
+def check_options(options: Train) -> None:
+    """Raise a ValueError for a value that makes no sense, whatever the teacher is."""
+    check_loop(options.loop)
+    if options.augment_scale < 1:
+        raise ValueError(f"--augment-scale is {options.augment_scale}; expected 1 or more")
+    if not 0 <= options.label_smoothing < 1:
+        raise ValueError(f"--label-smoothing is {options.label_smoothing}; expected a part in [0, 1)")
+    parse_assignments(options.student.student_options, "--student-options")
+    method = options.method
+    make_objectives(0, 0, method.objectives)
+    if method.method == "none":
+        return
+    weights = [method.fe_weight, method.ce_weight, *split_weights(method.objectives).values()]
+    if not any(weights):
+        raise ValueError(
+            "--method pointcmt with --fe-weight 0 and --ce-weight 0 and no --objectives is no method: "
+            "give a weight, or --method none"
+        )
+    if min(weights) < 0:
+        raise ValueError(f"the weights of the objectives are {weights}; expected 0 or more")
+    if method.draws < 0:
+        raise ValueError(f"--draws is {method.draws}; expected 0 or more")
     for name in ("fe_until", "ce_until"):
         if not 0 < getattr(method, name) <= 1:
             raise ValueError(
@@ -167,9 +184,8 @@ def train(options: Train) -> dict[str, Any]:
     main = accelerator.is_main_process
     splits = options.data.load()
     inputs = {"data": splits.fingerprint()}
-    teaching = options.method.method != "none"
     teacher = generator = None
-    if teaching:
+    if options.method.method != "none":
         assert options.teacher is not None
         teacher, teacher_file = load_teacher(options.teacher, splits.train.class_names)
         inputs["teacher"] = teacher.fingerprint()
@@ -192,64 +208,46 @@ def train(options: Train) -> dict[str, Any]:
     if main:
         write_json(run.path / "shapes.json", {name: part.shape_ids for name, part in splits.parts().items()})
 
-    caches: dict[str, FeatureCache] = {}
-    if teacher is not None:
-        built = features_of(
-            splits, teacher, teacher_file, accelerator, options.features, options.images,
-            workers=options.machine.workers,
-        )  # fmt: skip
-        caches = {name: cache for name, (_, cache) in built.items()}
-
-    def batches(name: str, seed: int | None = None) -> Batches:
-        return Batches(
-            splits.parts()[name],
-            options.loop.batch_size,
-            accelerator.device,
-            seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-
-    tests = {name: batches(name) for name in splits.parts() if name != "train"}
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        result: dict[str, float] = {}
-        for name, part in tests.items():
-            result |= scores(*predict(classifier(model, adapter), part, accelerator), name)
-        return result
-
     change = Augmentation.of(options.augment_scale, options.augment_shift)
-    best, means = splits.best_by()
-    task = Task(
-        model=student,
-        batches=batches("train", options.loop.seed),
-        step=lambda *_: {},  # set below, inside the context
-        evaluate=evaluate,
-        save=saver(options, splits.train),
-        watch=f"{best}_oa",
-        watch_means=means,
-        headline=tuple(f"{name}_oa" for name in tests),
+
+    def logits(model: nn.Module, batch: Batch) -> Tensor:
+        return adapter.logits(model(adapter.arrange(batch.inputs)))
+
+    training, tests = batches_of(splits.parts(), options.loop.batch_size, options.loop.seed, accelerator)
+    task = classification(
+        logits,
+        {name: part.epoch for name, part in tests.items()},
+        *splits.best_by(),
+        label_smoothing=options.label_smoothing,
     )
+    plain_step = task.step
 
-    def plain_step(model: nn.Module, batch: Batch, points: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        points = change(batch.inputs) if points is None else points
-        logits = adapter.logits(model(adapter.arrange(points)))
-        return logits, F.cross_entropy(logits.float(), batch.labels, label_smoothing=options.label_smoothing)
+    def augmented_step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
+        return plain_step(model, batch._replace(inputs=change(batch.inputs)), done)
 
+    task.step = augmented_step
+    save = saver(options, splits.train)
+    cmt = observe = None
     with contextlib.ExitStack() as stack:
         if teacher is not None:
+            method = options.method
+            built = features_of(
+                splits, teacher, teacher_file, accelerator, options.features, options.images,
+                workers=options.machine.workers,
+            )  # fmt: skip
+            caches = {name: cache for name, (_, cache) in built.items()}
             features = caches["train"][torch.arange(len(splits.train))].to(accelerator.device)
             objectives = make_objectives(
-                options.method.fe_weight,
+                method.fe_weight,
                 # CE is a sum over the batch, of which each process has a part, and gradients are averaged
-                options.method.ce_weight * accelerator.num_processes,
-                options.method.objectives,
-                options.method.fe_distance,
+                method.ce_weight * accelerator.num_processes,
+                method.objectives,
+                method.fe_distance,
             )
             guard = None
-            if options.method.guard != "none":
-                steps = options.loop.epochs * (len(task.batches) // options.loop.accumulate)
-                guard = make_guard(options.method.guard, steps, caches, splits, teacher_file, main)
+            if method.guard != "none":
+                steps = options.loop.epochs * (len(training) // options.loop.accumulate)
+                guard = make_guard(method.guard, steps, caches, splits, teacher_file, main)
             cmt = stack.enter_context(
                 PointCMT(
                     teacher.to(accelerator.device),
@@ -261,23 +259,21 @@ def train(options: Train) -> dict[str, Any]:
                 )
             )
             if guard is not None and splits.heldout is not None:
-                task.observe = lambda metrics: guard.observe(student_accuracy=metrics["heldout_oa"] / 100)
-            trained = [o for o in objectives if any(p.requires_grad for p in o.parameters())]
-            task.extras = nn.ModuleList(trained) if trained else None
+
+                def observe(metrics: dict[str, float]) -> None:
+                    guard.observe(student_accuracy=metrics["heldout_oa"] / 100)
+
             draws = None
-            if options.method.draws:
+            if method.draws:
                 draws = draws_of(
-                    options.method.draws, change, splits.train, teacher, teacher_file, accelerator,
-                    options.features,
-                )  # fmt: skip
-            task.step = taught_step(plain_step, cmt, features, objectives, options.method, draws)
-        else:
-
-            def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
-                return {"loss": plain_step(model, batch)[1]}
-
-            task.step = step
-        outcome = fit(task, options.loop, options.machine, accelerator, run)
+                    method.draws, change, splits.train, teacher, teacher_file, accelerator, options.features
+                )
+            take = clouds_and_features(change, features, draws)
+            task.step = taught_step(plain_step, take, cmt, objectives, method)
+        outcome = fit(
+            student, task, training, save, options.loop, options.machine, accelerator, run,
+            extras=cmt, observe=observe,
+        )  # fmt: skip
 
     results: dict[str, Any] = {
         **outcome,
@@ -285,19 +281,19 @@ def train(options: Train) -> dict[str, Any]:
         "student": options.student.student,
         "adapter": adapter.name,
         "seed": options.loop.seed,
-        "parameters": count_parameters(task.model),
+        "parameters": count_parameters(student),
         "classes": list(splits.train.class_names),
         "shapes": {name: len(part) for name, part in splits.parts().items()},
-        "milliseconds_per_cloud": milliseconds_per_cloud(task.model, adapter, sample),
+        "milliseconds_per_cloud": milliseconds_per_cloud(student, adapter, sample),
     }
     if teacher is not None:
         verdict = compare_with_teacher(
-            task.model, adapter, tests, caches, splits, teacher_file, teacher, accelerator
+            lambda batch: logits(student, batch), tests, caches, splits, teacher_file
         )
         results["teacher_check"] = verdict
         (warn if verdict["weaker"] or verdict["heldout"] is None else say)(verdict["verdict"], main)
     if main:
-        task.save(task.model, run.path / "student.safetensors")
+        save(student, run.path / "student.safetensors")
     return run.finish(results)
 
 
@@ -329,19 +325,27 @@ def make_guard(
 
 def teacher_accuracy(cache: FeatureCache, data: PointDataset) -> float:
     """Part of the shapes, in [0, 1], that the teacher classifies rightly."""
-    logits = cache.output(torch.arange(len(data))).logits
-    assert logits is not None
-    return overall_accuracy(logits.numpy().argmax(1), data.labels) / 100
+    return overall_accuracy(taught_logits(cache, len(data)).argmax(1), data.labels) / 100
+
+
+def taught_logits(cache: FeatureCache, count: int) -> np.ndarray:
+    """The teacher's class scores [n, K] of the first n shapes."""
+    logits = cache.output(torch.arange(count)).logits
+    assert logits is not None, "a teacher of classes has a classifier"
+    return logits.numpy()
 
 
 def why_not_comparable(splits: Splits[PointDataset], teacher_file: Path) -> str | None:
     """Why teacher and student cannot be compared on the held-out shapes; None where they can."""
     if splits.heldout is None:
         return "--holdout is 0, so nothing is held out"
-    listed = teacher_file.parent / "shapes.json"
-    if not listed.exists():
-        return f"{listed}, which says what the teacher was trained on, is not there"
-    seen = set(json.loads(listed.read_text())["train"]) & set(splits.heldout.shape_ids)
+    digest, listed = read_about(teacher_file).get("trained_on"), teacher_file.parent / "shapes.json"
+    if isinstance(digest, str):
+        seen = seen_before(splits.heldout.shape_ids, digest)
+    elif listed.exists():
+        seen = sorted(set(read_json(listed)["train"]) & set(splits.heldout.shape_ids))
+    else:
+        return f"neither {teacher_file} nor {listed} says what the teacher was trained on"
     if seen:
         return (
             f"the teacher was trained on {len(seen)} of the {len(splits.heldout)} shapes held out here; "
@@ -351,18 +355,18 @@ def why_not_comparable(splits: Splits[PointDataset], teacher_file: Path) -> str 
     return None
 
 
-def classifier(model: nn.Module, adapter: Adapter) -> Any:
-    """Batch → class scores [B, K] of a student."""
-    return lambda batch: adapter.logits(model(adapter.arrange(batch.inputs)))
+Take = Callable[[Batch], tuple[Tensor, Tensor]]
+
+
+def clouds_and_features(change: Augmentation, features: Tensor, draws: Draws | None) -> Take:
+    """What a training step is made of: batch → augmented points [B, N, 3], the teacher's features [B, D]."""
+    if draws is not None:
+        return lambda batch: draws.take(batch.inputs, batch.index)
+    return lambda batch: (change(batch.inputs), features[batch.index])
 
 
 def taught_step(
-    plain_step: Any,
-    cmt: PointCMT,
-    features: Tensor,
-    objectives: list[Objective],
-    method: MethodOptions,
-    draws: Draws | None = None,
+    plain_step: Any, take: Take, cmt: PointCMT, objectives: list[Objective], method: MethodOptions
 ) -> Any:
     """A training step whose loss has the objectives' in it, their weights following the schedule."""
     until = {"feature_enhancement": method.fe_until, "classifier_enhancement": method.ce_until}
@@ -371,13 +375,10 @@ def taught_step(
     def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
         for objective, weight in zip(objectives, weights, strict=True):
             objective.weight = weight * factor(method.decay, done, until.get(objective.name, 1.0))
-        if draws is None:
-            points, image_features = None, features[batch.index]
-        else:
-            points, image_features = draws.take(batch.inputs, batch.index)
-        _, task_loss = plain_step(model, batch, points)
+        points, image_features = take(batch)
+        task_loss = plain_step(model, batch._replace(inputs=points), done)["loss"]
         taught = cmt.loss(image_features=image_features)
-        each = {name: torch.tensor(value) for name, value in cmt.losses.items()}
+        each = cmt.loss_tensors  # not .losses, which waits for the device
         if cmt.guard is not None:
             # what the held-out shapes say; the length of the schedule acts on FE and CE alone
             each["guard"] = torch.tensor(cmt.guard.factor("any"))
@@ -386,15 +387,24 @@ def taught_step(
     return step
 
 
-def saver(options: Train, data: PointDataset) -> Any:
-    """Writes a student so that it can be built again from its file."""
+def saver(options: Train, data: PointDataset) -> Callable[[nn.Module, Path], object]:
+    """Writes a student so that it can be built again, and evaluated, from its file."""
     config = {
-        "student": to_json(options.student),
+        "student": plain(options.student),
         "num_classes": data.num_classes,
         "classes": list(data.class_names),
         "num_points": options.data.num_points,
     }
-    return lambda model, path: save_module(path, model, "student", config)
+    about = {
+        "command": "train",
+        "config": plain({"data": options.data}),
+        "classes": list(data.class_names),
+        "student": options.student.student,
+        "method": options.method.name(),
+        "teacher": None if options.teacher is None else options.teacher.stem,
+        "seed": options.loop.seed,
+    }
+    return lambda model, path: save_module(path, model, "student", config, about)
 
 
 @torch.no_grad()
@@ -417,14 +427,11 @@ def milliseconds_per_cloud(model: nn.Module, adapter: Adapter, points: Tensor, r
 
 
 def compare_with_teacher(
-    model: nn.Module,
-    adapter: Adapter,
+    student: Callable[[Batch], Tensor],
     tests: dict[str, Batches],
     caches: dict[str, FeatureCache],
     splits: Splits[PointDataset],
     teacher_file: Path,
-    teacher: Any,
-    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Who is right on the shapes that neither was trained on.
 
@@ -440,11 +447,9 @@ def compare_with_teacher(
             **unknown,
             "verdict": f"Whether the teacher knows more than the student was not measured: {reason}.",
         }
-    logits, labels = predict(classifier(model, adapter), tests["heldout"], accelerator)
+    logits, labels = predict(student, tests["heldout"].epoch())
     student_right = logits.argmax(1) == labels
-    output = caches["heldout"].output(torch.arange(len(labels)))
-    assert output.logits is not None
-    taught = output.logits.numpy()
+    taught = taught_logits(caches["heldout"], len(labels))
     teacher_right = taught.argmax(1) == labels
     ours = overall_accuracy(logits.argmax(1), labels)
     theirs = overall_accuracy(taught.argmax(1), labels)

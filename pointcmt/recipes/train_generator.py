@@ -13,23 +13,22 @@ from torch import Tensor, nn
 
 from pointcmt.generator import PointGenerator
 from pointcmt.ops import emd, unit_cube
+from pointcmt.pictures import save_clouds
+from pointcmt.recipes.batches import Batch, Batches, batches_of
 from pointcmt.recipes.engine import (
-    Batch,
-    Batches,
     LoopOptions,
     MachineOptions,
-    Task,
+    check_loop,
     count_parameters,
     fit,
     make_accelerator,
-    predict,
     seed_everything,
 )
 from pointcmt.recipes.features import features_of
-from pointcmt.recipes.options import DataOptions, load_teacher
+from pointcmt.recipes.options import DataOptions, Splits, load_teacher
 from pointcmt.recipes.progress import say
 from pointcmt.recipes.run import RunFolder
-from pointcmt.report import save_clouds
+from pointcmt.tasks import Figure, Task, predict
 
 
 @dataclass
@@ -57,15 +56,29 @@ class TrainGenerator:
     """Continue the run in --out."""
 
 
-def train_generator(options: TrainGenerator) -> dict[str, Any]:
-    """Train a generator into a run folder and return its results."""
-    accelerator = make_accelerator(options.machine)
-    splits = options.data.load()
-    if not 1 <= (options.generator_points or 1) <= options.data.num_points:
+def check(options: TrainGenerator) -> None:
+    """Raise a ValueError for options that make no sense."""
+    check_loop(options.loop)
+    if (
+        not 1
+        <= (1 if options.generator_points is None else options.generator_points)
+        <= options.data.num_points
+    ):
         raise ValueError(
             f"--generator-points {options.generator_points}: expected between 1 and --num-points "
             f"{options.data.num_points}"
         )
+    if not 0 <= options.dropout < 1:
+        raise ValueError(f"--dropout is {options.dropout}; expected a part in [0, 1)")
+    if not options.emd_weight > 0:
+        raise ValueError(f"--emd-weight is {options.emd_weight}; expected a positive factor")
+
+
+def train_generator(options: TrainGenerator) -> dict[str, Any]:
+    """Train a generator into a run folder and return its results."""
+    check(options)
+    accelerator = make_accelerator(options.machine)
+    splits = options.data.load()
     teacher, file = load_teacher(options.teacher, splits.train.class_names)
     run = RunFolder.start(
         accelerator,
@@ -90,16 +103,27 @@ def train_generator(options: TrainGenerator) -> dict[str, Any]:
     generator = PointGenerator(
         teacher.feature_dim, options.generator_points or options.data.num_points, options.dropout
     )
+    training, tests = batches_of(splits.parts(), options.loop.batch_size, options.loop.seed, accelerator)
+    outcome = fit(
+        generator, generation(options, splits, features, tests), training, save_generator, options.loop,
+        options.machine, accelerator, run,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        save_generator(generator, run.path / "generator.safetensors")
+        picture(generator, features["test"], splits.test, run.path / "generated.png")
+    return run.finish(
+        {
+            **outcome,
+            "parameters": count_parameters(generator),
+            "shapes": {name: len(part) for name, part in splits.parts().items()},
+        }
+    )
 
-    def batches(name: str, seed: int | None = None) -> Batches:
-        return Batches(
-            splits.parts()[name],
-            options.loop.batch_size,
-            accelerator.device,
-            seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+
+def generation(
+    options: TrainGenerator, splits: Splits[Any], features: dict[str, Tensor], tests: dict[str, Batches]
+) -> Task:
+    """The task of stage II: clouds from features, judged by the mean EMD of unit cubes."""
 
     def distance(model: nn.Module, name: str, batch: Batch) -> Tensor:
         generated = model(features[name][batch.index]).float()
@@ -110,41 +134,18 @@ def train_generator(options: TrainGenerator) -> dict[str, Any]:
         mean = distance(model, "train", batch).mean()
         return {"loss": options.emd_weight * mean, "emd": mean}
 
-    tests = {name: batches(name) for name in splits.parts() if name != "train"}
-
     def evaluate(model: nn.Module) -> dict[str, float]:
-        result = {}
-        for name, part in tests.items():
-            distances, _ = predict(functools.partial(distance, model, name), part, accelerator)
-            result[f"{name}_emd"] = float(distances.mean())
-        return result
+        return {
+            f"{name}_emd": float(predict(functools.partial(distance, model, name), part.epoch())[0].mean())
+            for name, part in tests.items()
+        }
 
     best, _ = splits.best_by()
     part = (
         "held-out part of the training set" if best == "heldout" else "test set: this selects on the test set"
     )
-    task = Task(
-        model=generator,
-        batches=batches("train", options.loop.seed),
-        step=step,
-        evaluate=evaluate,
-        save=save_generator,
-        watch=f"{best}_emd",
-        watch_means=f"mean EMD on the {part}",
-        higher_is_better=False,
-        headline=tuple(f"{name}_emd" for name in tests),
-    )
-    outcome = fit(task, options.loop, options.machine, accelerator, run)
-    if accelerator.is_main_process:
-        save_generator(task.model, run.path / "generator.safetensors")
-        picture(task.model, features["test"], splits.test, run.path / "generated.png")
-    return run.finish(
-        {
-            **outcome,
-            "parameters": count_parameters(task.model),
-            "shapes": {name: len(part) for name, part in splits.parts().items()},
-        }
-    )
+    watch = Figure(f"{best}_emd", "lowest", f"mean EMD on the {part}")
+    return Task(step, evaluate, watch, tuple(f"{name}_emd" for name in tests))
 
 
 @torch.no_grad()

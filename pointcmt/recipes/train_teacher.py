@@ -10,26 +10,25 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from pointcmt.checkpoint import names_digest, save_module
 from pointcmt.data import Augmentation
+from pointcmt.pictures import save_views
+from pointcmt.recipes.batches import Batch, batches_of
+from pointcmt.recipes.config import plain, write_json
 from pointcmt.recipes.engine import (
-    Batch,
-    Batches,
     LoopOptions,
     MachineOptions,
-    Task,
+    check_loop,
     count_parameters,
     fit,
     make_accelerator,
-    predict,
     seed_everything,
 )
-from pointcmt.recipes.metrics import scores
 from pointcmt.recipes.options import DataOptions, Splits, ViewOptions, image_splits, parse_assignments
 from pointcmt.recipes.progress import say
-from pointcmt.recipes.run import RunFolder, write_json
-from pointcmt.report import save_views
+from pointcmt.recipes.run import RunFolder
+from pointcmt.tasks.classification import classification
 from pointcmt.teacher import ImageTeacher
 
 
@@ -79,17 +78,32 @@ class TrainTeacher:
     """Continue the run in --out."""
 
 
+def check(options: TrainTeacher) -> None:
+    """Raise a ValueError for options that make no sense."""
+    check_loop(options.loop)
+    if not 0 <= options.view_dropout < 1:
+        raise ValueError(f"--view-dropout is {options.view_dropout}; expected a part in [0, 1)")
+    if options.augment_scale < 1:
+        raise ValueError(f"--augment-scale is {options.augment_scale}; expected 1 or more")
+    if options.feature_dim < 1:
+        raise ValueError(f"--feature-dim is {options.feature_dim}; expected at least 1")
+    for name in ("dropout", "label_smoothing"):
+        if not 0 <= getattr(options, name) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}; expected a part in [0, 1)"
+            )
+    parse_assignments(options.backbone_options, "--backbone-options")
+    options.views.spec()
+
+
 def train_teacher(options: TrainTeacher) -> dict[str, Any]:
     """Train a teacher into a run folder and return its results.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, RuntimeError: with what to do.
     """
+    check(options)
     accelerator = make_accelerator(options.machine)
-    if not 0 <= options.view_dropout < 1:
-        raise ValueError(f"--view-dropout is {options.view_dropout}; expected a part in [0, 1)")
-    if options.augment_scale < 1:
-        raise ValueError(f"--augment-scale is {options.augment_scale}; expected 1 or more")
     spec = options.views.spec()
     splits: Splits[Any]
     if options.images is not None:
@@ -98,13 +112,9 @@ def train_teacher(options: TrainTeacher) -> dict[str, Any]:
     else:
         splits = options.data.load()
         channels = spec.num_channels
+    inputs = {"data": splits.fingerprint()}
     run = RunFolder.start(
-        accelerator,
-        options.out,
-        options,
-        command="train-teacher",
-        inputs={"data": splits.fingerprint()},
-        resume=options.resume,
+        accelerator, options.out, options, command="train-teacher", inputs=inputs, resume=options.resume
     )
     if (done := run.finished()) is not None:
         say(f"{run.path} is finished", accelerator.is_main_process)
@@ -124,70 +134,59 @@ def train_teacher(options: TrainTeacher) -> dict[str, Any]:
     )
     change = Augmentation.of(options.augment_scale, options.augment_shift, shuffle=False)
 
-    def to_views(batch: Batch, training: bool) -> Tensor:
-        if options.images is not None:
-            return batch.inputs
-        return spec.project(change(batch.inputs) if training else batch.inputs)
+    def logits(model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch.inputs if options.images is not None else spec.project(batch.inputs)).logits
 
-    def batches(name: str, seed: int | None = None) -> Batches:
-        return Batches(
-            splits.parts()[name],
-            options.loop.batch_size,
-            accelerator.device,
-            seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-            options.machine.workers,
-            what="view_points",
-        )
-
-    def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
-        views = to_views(batch, training=True)
+    def changed_logits(model: nn.Module, batch: Batch) -> Tensor:
+        views = batch.inputs if options.images is not None else spec.project(change(batch.inputs))
         if options.view_dropout:
             keep = max(1, round(views.shape[1] * (1 - options.view_dropout)))
             views = views[:, torch.randperm(views.shape[1])[:keep].to(views.device)]
-        logits = model(views).logits
-        return {"loss": F.cross_entropy(logits, batch.labels, label_smoothing=options.label_smoothing)}
+        return model(views).logits
 
-    tests = {name: batches(name) for name in splits.parts() if name != "train"}
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        result: dict[str, float] = {}
-        for name, part in tests.items():
-            result |= scores(
-                *predict(lambda batch: model(to_views(batch, False)).logits, part, accelerator), name
-            )
-        return result
-
-    best, means = splits.best_by()
-    task = Task(
-        model=teacher,
-        batches=batches("train", options.loop.seed),
-        step=step,
-        evaluate=evaluate,
-        save=save_teacher,
-        watch=f"{best}_oa",
-        watch_means=means,
-        headline=tuple(f"{name}_oa" for name in tests),
+    training, tests = batches_of(
+        splits.parts(), options.loop.batch_size, options.loop.seed, accelerator, options.machine.workers,
+        what="view_points",
+    )  # fmt: skip
+    task = classification(
+        logits,
+        {name: part.epoch for name, part in tests.items()},
+        *splits.best_by(),
+        label_smoothing=options.label_smoothing,
+        training=changed_logits,
     )
+    # what the recipes and evaluate need of a teacher, so that its file is enough
+    about = {
+        "command": "train-teacher",
+        "config": plain({"data": options.data, "views": options.views, "images": options.images}),
+        "classes": list(splits.train.class_names),
+        "trained_on": names_digest(splits.train.shape_ids),
+    }
+
+    def save(model: Any, path: Path) -> None:
+        save_module(path, model, "teacher", model.config, about)
+
     if accelerator.is_main_process:
         write_json(run.path / "shapes.json", {name: part.shape_ids for name, part in splits.parts().items()})
-    outcome = fit(task, options.loop, options.machine, accelerator, run)
+    outcome = fit(teacher, task, training, save, options.loop, options.machine, accelerator, run)
     if accelerator.is_main_process:
-        save_teacher(task.model, run.path / "teacher.safetensors")
-        picture(splits.test, lambda part: to_views(part, False), run.path / "views.png")
+        save(teacher, run.path / "teacher.safetensors")
+        picture(
+            splits.test, lambda points: points if options.images is not None else spec.project(points),
+            run.path / "views.png",
+        )  # fmt: skip
     return run.finish(
         {
             **outcome,
-            "parameters": count_parameters(task.model),
-            "classes": list(splits.train.class_names),
+            "parameters": count_parameters(teacher),
+            "classes": about["classes"],
             "shapes": {name: len(part) for name, part in splits.parts().items()},
             "views": None if options.images is not None else spec.describe(),
         }
     )
 
 
-def picture(test: Any, to_views: Callable[[Batch], Tensor], path: Path, shapes: int = 6) -> None:
+def picture(test: Any, to_views: Callable[[Tensor], Tensor], path: Path, shapes: int = 6) -> None:
     """A sheet of views of one test shape from each of several classes."""
     classes = np.unique(test.labels)
     chosen = classes[np.linspace(0, len(classes) - 1, min(shapes, len(classes))).astype(int)]
@@ -196,10 +195,4 @@ def picture(test: Any, to_views: Callable[[Batch], Tensor], path: Path, shapes: 
         inputs = torch.from_numpy(test.view_points[rows])
     else:
         inputs = torch.stack([test[row][0] for row in rows])
-    index = torch.tensor(rows)
-    views = to_views(Batch(inputs, index, index)).numpy()
-    save_views(views, [test.class_names[label] for label in chosen], path)
-
-
-def save_teacher(model: Any, path: Path) -> None:
-    model.save(path)
+    save_views(to_views(inputs).numpy(), [test.class_names[label] for label in chosen], path)

@@ -20,18 +20,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from pointcmt.data import PointDataset
+from pointcmt.recipes.batches import Batches
 from pointcmt.recipes.engine import (
-    Batches,
     LoopOptions,
     MachineOptions,
-    Task,
     fit,
     learning_rate,
     make_accelerator,
-    predict,
     seed_everything,
 )
 from pointcmt.recipes.run import RunFolder, read_metrics
+from pointcmt.tasks import Figure, Task, predict
 
 
 @dataclass
@@ -78,20 +77,19 @@ def run_toy(
         return {"loss": F.cross_entropy(model(noisy), batch.labels)}
 
     def evaluate(model):
-        logits, labels = predict(lambda batch: model(batch.inputs), tests, accelerator)
+        logits, labels = predict(lambda batch: model(batch.inputs), tests.epoch())
         return {"test_oa": 100 * float((logits.argmax(1) == labels).mean())}
 
-    task = Task(
-        model=Small(),
-        batches=Batches(data, loop.batch_size, accelerator.device, loop.seed),
-        step=step,
-        evaluate=evaluate,
-        save=lambda model, path: save_file(model.state_dict(), path),
-        watch="test_oa",
-        watch_means="test",
-        headline=("test_oa",),
+    outcome = fit(
+        Small(),
+        Task(step, evaluate, Figure("test_oa", "highest", "test"), ("test_oa",)),
+        Batches(data, loop.batch_size, accelerator.device, loop.seed),
+        lambda model, path: save_file(model.state_dict(), path),
+        loop,
+        MachineOptions(device="cpu", tensorboard=False),
+        accelerator,
+        run,
     )
-    outcome = fit(task, loop, MachineOptions(device="cpu", tensorboard=False), accelerator, run)
     return run.finish(outcome)
 
 
@@ -274,17 +272,16 @@ def test_accumulated_gradients_equal_those_of_one_large_batch(tmp_path):
         loop = LoopOptions(epochs=2, batch_size=size, accumulate=accumulate, optimizer="sgd", lr=0.1, seed=0)
         run = RunFolder.start(accelerator, tmp_path / str(size), Config(loop), command="train")
         torch.manual_seed(0)
+        model = Linear()
         task = Task(
-            model=Linear(),
-            batches=Batches(clouds(32), size, accelerator.device, 0),
             step=lambda model, batch, done: {"loss": F.cross_entropy(model(batch.inputs), batch.labels)},
             evaluate=lambda model: {"test_oa": 0.0},
-            save=lambda model, path: None,
-            watch="test_oa",
-            watch_means="",
+            watch=Figure("test_oa", "highest", ""),
         )
-        fit(task, loop, MachineOptions(device="cpu", tensorboard=False), accelerator, run)
-        weights.append(task.model.linear.weight.detach())
+        batches = Batches(clouds(32), size, accelerator.device, 0)
+        machine = MachineOptions(device="cpu", tensorboard=False)
+        fit(model, task, batches, lambda model, path: None, loop, machine, accelerator, run)
+        weights.append(model.linear.weight.detach())
     torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
 
 

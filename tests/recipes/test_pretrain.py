@@ -153,8 +153,12 @@ def test_ablations(ablation, tmp_path):
 # ---- weights
 
 
-def test_load_network_of_a_run_of_a_state_dict_and_at_random(runs, tmp_path):
-    model, found, student = load_network(runs / "crosspoint", networks.StudentOptions(), 3)
+def test_load_network_of_a_run_of_a_state_dict_and_at_random(runs, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="a file imports nothing"):  # it is data, and names a user's module
+        monkeypatch.setattr("pointcmt.recipes.build.IMPORTED", [])
+        load_network(runs / "crosspoint", networks.StudentOptions(), 3)
+    named = networks.StudentOptions(student="tests.pretraining_toys:made")
+    model, found, student = load_network(runs / "crosspoint", named, 3)
     assert isinstance(model, Network) and found.name == "toy" and not model.training
     assert student.student == "tests.pretraining_toys:made"
     own = Network(num_classes=3)
@@ -204,14 +208,14 @@ def test_layers_without_a_part_in_the_features_are_set_aside():
 
 
 def test_probe_has_both_figures_the_protocol_and_random_weights_beside(runs, tmp_path, capsys):
-    run("probe", runs / "crosspoint", *DATA, "--json", tmp_path / "probe.json", "--device", "cpu")
+    run("probe", runs / "crosspoint", *TOY, *DATA, "--json", tmp_path / "probe.json", "--device", "cpu")
     said = capsys.readouterr().out
     assert "protocol:" in said and "chosen there on the test set" in said
     result = read(tmp_path, "probe.json")
     rows = result["rows"]
     assert list(rows) == [str(runs / "crosspoint"), "random weights"]
     for row in rows.values():
-        assert 0 <= row["oa"] <= 100 and row["c"] in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+        assert 0 <= row["oa"] <= 100 and row["c"] in (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
         assert row["fixed_c"] == 0.01 and row["feature_size"] == LOCAL
     assert result["protocol"]["points"] == 48 and result["protocol"]["train"] == 48
     run("probe", "--student", "pointnet2", "--width", 0.125, *DATA, "--device", "cpu", "--c", 0.1)
@@ -234,8 +238,8 @@ def test_the_svm_is_the_linear_one_and_c_is_chosen_on_training_shapes():
 def test_few_shot_draws_the_same_runs_for_every_network(runs, tmp_path, capsys):
     for protocol in ("standard", "crosspoint"):
         run(
-            "few-shot", runs / "crosspoint", *DATA, "--ways", 3, 5, "--shots", 1, "--queries", 2, "--runs", 4,
-            "--protocol", protocol, "--json", tmp_path / f"{protocol}.json", "--device", "cpu",
+            "few-shot", runs / "crosspoint", *TOY, *DATA, "--ways", 3, 5, "--shots", 1, "--queries", 2,
+            "--runs", 4, "--protocol", protocol, "--json", tmp_path / f"{protocol}.json", "--device", "cpu",
         )  # fmt: skip
     assert "from the training split" in capsys.readouterr().out
     for protocol in ("standard", "crosspoint"):
@@ -279,7 +283,7 @@ def test_errors_say_what_to_do(words, message, tmp_path, capsys):
 
 
 def test_a_batch_that_memory_does_not_hold(tmp_path, capsys, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(pretrain, "fit", full)

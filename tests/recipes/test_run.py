@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pointcmt.recipes.run import RunFolder, find_checkpoint, flatten, read_metrics, to_json
+from pointcmt.recipes.config import plain
+from pointcmt.recipes.run import RunFolder, find_checkpoint, flatten, read_metrics
 
 
 @dataclass
@@ -146,6 +147,6 @@ def test_find_checkpoint_says_what_was_tried_and_what_to_run(tmp_path):
 
 
 def test_configurations_become_plain_json():
-    assert to_json(Config()) == {"out": "somewhere", "epochs": 3, "loop": {"lr": 0.1}, "resume": False}
+    assert plain(Config()) == {"out": "somewhere", "epochs": 3, "loop": {"lr": 0.1}, "resume": False}
     assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
-    assert to_json(torch.tensor(2.5)) == 2.5
+    assert plain(torch.tensor(2.5)) == 2.5

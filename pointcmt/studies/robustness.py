@@ -15,13 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from pointcmt.data import SEVERITIES, PointDataset, corrupt
+from pointcmt.recipes.config import read_json, restore, write_json
 from pointcmt.recipes.engine import MachineOptions, OutOfTime, make_accelerator, out_of_time
-from pointcmt.recipes.evaluate import load_student, restore
-from pointcmt.recipes.metrics import overall_accuracy
+from pointcmt.recipes.evaluate import described, load_student
 from pointcmt.recipes.options import DataOptions, shared_shapes
 from pointcmt.recipes.progress import console, say
-from pointcmt.recipes.run import described_environment, read_json, write_json
-from pointcmt.report import RobustnessCurve, save_robustness
+from pointcmt.recipes.run import described_environment, results_beside, run_config_beside
+from pointcmt.studies.charts import RobustnessCurve, save_robustness
+from pointcmt.tasks.metrics import overall_accuracy
 
 
 @dataclass
@@ -29,11 +30,14 @@ class Robustness:
     """Accuracy of students under point dropout, jitter, rotation and scale; one JSON and one plot."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders of train; or folders that hold some, such as that of a study (pointcmt ablate)."""
+    """Run folders of train, or the students' files alone; or folders that hold some, such as that of a study
+    (pointcmt ablate)."""
     out: Path = Path("robustness.json")
     """The JSON file; the plot lies beside it, as .png. What it holds of these runs is not measured again."""
     kinds: tuple[str, ...] = tuple(SEVERITIES)
     """Corruptions: dropout, jitter, rotation_up, rotation (about any axis), scale."""
+    student: str | None = None
+    """module:factory of a network of your own, which a file may not name by itself."""
     data: str | None = None
     """Folder of the data set, where it is not the runs' own."""
     test_per_class: int | None = None
@@ -59,7 +63,7 @@ def robustness(options: Robustness) -> dict[str, Any]:
             raise ValueError(f"--kinds {kind}: expected some of {', '.join(SEVERITIES)}")
     if options.out.suffix != ".json":
         raise ValueError(f"--out is {options.out}; expected the name of a .json file")
-    runs = [describe(folder) for folder in find_students(options.runs, options.only)]
+    runs = [describe(file) for file in find_students(options.runs, options.only)]
     settings = {"seed": options.seed, "test_per_class": options.test_per_class}
     content: dict[str, Any] = {
         "settings": settings,
@@ -87,13 +91,13 @@ def robustness(options: Robustness) -> dict[str, Any]:
             if (run["run"], run["weights"]) in known:
                 entry = known[run["run"], run["weights"]]
             else:
-                entry = {key: value for key, value in run.items() if key != "folder"} | {"oa": {}}
+                entry = {key: value for key, value in run.items() if key != "file"} | {"oa": {}}
                 content["runs"].append(entry)
             wanted = [kind for kind in options.kinds if kind not in entry["oa"]]
             bar.advance(task, sum(len(SEVERITIES[kind]) for kind in options.kinds if kind not in wanted))
             if not wanted:
                 continue
-            forward, shapes = student_and_shapes(run["folder"], options, accelerator.device)
+            forward, shapes = student_and_shapes(run["file"], options, accelerator.device)
             entry["shapes"] = len(shapes)
             clean: float | None = None
             for kind in wanted:
@@ -124,12 +128,14 @@ def write(content: dict[str, Any], options: Robustness) -> None:
 
 
 def find_students(folders: Sequence[Path], only: Sequence[str] = ()) -> list[Path]:
-    """Run folders with a student, in the folders or below them."""
+    """The files of students: those given, and those in the folders or below them."""
     found = []
     for folder in folders:
-        own = folder / "student.safetensors"
-        below = sorted(path.parent for path in folder.rglob("student.safetensors"))
-        kept = [folder] if own.exists() else [p for p in below if not only or any(o in p.name for o in only)]
+        own = folder if folder.is_file() else folder / "student.safetensors"
+        below = sorted(folder.rglob("student.safetensors"))
+        kept = (
+            [own] if own.exists() else [p for p in below if not only or any(o in p.parent.name for o in only)]
+        )
         if not kept:
             raise FileNotFoundError(
                 f"no finished student in {folder} or below it"
@@ -140,32 +146,33 @@ def find_students(folders: Sequence[Path], only: Sequence[str] = ()) -> list[Pat
     return list(dict.fromkeys(found))
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(file: Path) -> dict[str, Any]:
     """Names of a run, for the JSON and the legend; of a study's cell, those of the study."""
-    config, results = read_json(folder / "config.json")["config"], read_json(folder / "results.json")
-    teacher = config["teacher"]
+    results, folder = results_beside(file), file.resolve().parent
+    teacher = ((run_config_beside(file) or {}).get("config") or {}).get("teacher", results.get("teacher"))
     named: dict[str, Any] = {
-        "student": results["student"],
-        "method": results["method"],
+        "student": results.get("student", file.stem),
+        "method": results.get("method", "none"),
         "teacher": None if teacher is None else Path(teacher).stem,
-        "seed": results["seed"],
+        "seed": results.get("seed", 0),
     }
     record = folder.parents[1] / "records" / f"{folder.name}.json" if len(folder.parents) > 1 else folder
     if record.is_file():
         named |= {key: read_json(record)[key] for key in named}
     return {
-        "folder": folder,
-        "run": folder.resolve().name,
-        "weights": hashlib.sha256((folder / "student.safetensors").read_bytes()).hexdigest()[:16],
+        "file": file,
+        "run": folder.name if file.name == "student.safetensors" else file.stem,
+        "weights": hashlib.sha256(file.read_bytes()).hexdigest()[:16],
         **named,
     }
 
 
-def student_and_shapes(folder: Path, options: Robustness, device: torch.device) -> tuple[Any, PointDataset]:
+def student_and_shapes(file: Path, options: Robustness, device: torch.device) -> tuple[Any, PointDataset]:
     """The student as points [B, N, 3] → logits on the device, and its test shapes."""
-    model, adapter, _ = load_student(folder)
+    model, adapter, _ = load_student(file, options.student)
     model.to(device)
-    data: DataOptions = restore(DataOptions, read_json(folder / "config.json")["config"]["data"])
+    _, _, config = described(file)
+    data: DataOptions = restore(DataOptions(), config["data"], f"{file}: data")
     if options.data is not None:
         data.data = options.data
     if options.test_per_class is not None:

@@ -9,19 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich import box
-from rich.table import Table
 
 from pointcmt.recipes.build import StudentOptions
+from pointcmt.recipes.config import read_json, write_json
 from pointcmt.recipes.engine import LoopOptions, MachineOptions
 from pointcmt.recipes.evaluate import load_student
 from pointcmt.recipes.options import DataOptions, ViewOptions
-from pointcmt.recipes.progress import console, say
-from pointcmt.recipes.run import read_json, write_json
+from pointcmt.recipes.progress import say, show_table
 from pointcmt.recipes.train import MethodOptions, Train, train
 from pointcmt.recipes.train_generator import TrainGenerator, train_generator
 from pointcmt.recipes.train_teacher import TrainTeacher, train_teacher
-from pointcmt.report import HEADINGS, Entry, compare, find_runs, write_report
+from pointcmt.studies.charts import HEADINGS
+from pointcmt.studies.report import compare, find_runs, write_report
 
 
 @dataclass
@@ -133,23 +132,11 @@ def demo(options: Demo) -> dict[str, Any]:
     measure_together(sorted(out.glob("plain-*")) + sorted(out.glob("pointcmt-*")))
     entries = compare(find_runs(out))
     page = write_report(out)
-    table = comparison(entries)
-    console.print(table)
+    show_table(HEADINGS, [entry.cells() for entry in entries])
     say(paired(out, options.seeds))
     say(f"report: {page}")
     say(f"{time.perf_counter() - began:.0f} seconds")
     return {"entries": entries, "report": page}
-
-
-def comparison(entries: list[Entry]) -> Table:
-    """Teacher and students as a table for the terminal."""
-    table = Table(*HEADINGS, box=box.SIMPLE, pad_edge=False)
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for entry in entries:
-        table.add_row(*entry.cells())
-    return table
 
 
 def paired(out: Path, seeds: int) -> str:

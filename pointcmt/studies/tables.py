@@ -1,6 +1,6 @@
 """What the records of a study say: paired differences with their intervals, a table, a chart.
 
-A record is the JSON of one finished cell, as :func:`pointcmt.recipes.ablate.run_cell` writes it.
+A record is the JSON of one finished cell, as :func:`pointcmt.studies.ablate.run_cell` writes it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from pointcmt.report import Row
+from pointcmt.studies.charts import Row
 
 Record = Mapping[str, Any]
 
@@ -151,7 +151,7 @@ def mean_sd(values: Sequence[float]) -> str:
 def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     rows = [headings, ["---"] * len(headings), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
 
 
 def notes(records: Sequence[Record], baseline: str, paper: bool) -> list[str]:

@@ -34,48 +34,31 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import errno
-import itertools
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from rich import box
-from rich.table import Table
-
 from pointcmt.checkpoint import atomic_write
-from pointcmt.recipes.build import StudentOptions
+from pointcmt.recipes.build import IMPORTED
+from pointcmt.recipes.config import override, read_json, write_json
 from pointcmt.recipes.engine import MachineOptions, OutOfTime
 from pointcmt.recipes.evaluate import Evaluate, evaluate
 from pointcmt.recipes.features import CacheFeatures, cache_features
-from pointcmt.recipes.options import DataOptions, ViewOptions
-from pointcmt.recipes.progress import console, say, warn
-from pointcmt.recipes.run import described_environment, read_json, to_json, write_json
-from pointcmt.recipes.study_table import markdown, notes, read_records, rows_of, table_of
-from pointcmt.recipes.train import MethodOptions, Train, train
+from pointcmt.recipes.options import parse_assignments
+from pointcmt.recipes.progress import say, show_table, warn
+from pointcmt.recipes.run import described_environment, held
+from pointcmt.recipes.train import Train, train
 from pointcmt.recipes.train_generator import TrainGenerator, train_generator
 from pointcmt.recipes.train_teacher import TrainTeacher, train_teacher
-from pointcmt.recipes.workers import Job, run_jobs, slots
-from pointcmt.report import save_rows
-
-SECTIONS = (
-    "about",
-    "data",
-    "views",
-    "teachers",
-    "students",
-    "methods",
-    "seeds",
-    "train",
-    "tests",
-    "paper",
-    "baseline",
-)
+from pointcmt.studies.charts import save_rows
+from pointcmt.studies.configuration import Cell, Study, check_unchanged, feature_dim, read_study, training
+from pointcmt.studies.jobs import Job, run_jobs, serve, slots, submit
+from pointcmt.studies.tables import markdown, notes, read_records, rows_of, table_of
 
 
 @dataclass
@@ -83,7 +66,7 @@ class Ablate:
     """Students × methods × seeds from one configuration file, a table with intervals, and a chart."""
 
     config: Path
-    """YAML file; the module pointcmt.recipes.ablate shows one."""
+    """YAML file; the module pointcmt.studies.ablate shows one."""
     out: Path | None = None
     """Folder; default: runs/ and the name of the file. A study that was killed goes on where it stood."""
     data: str | None = None
@@ -97,176 +80,18 @@ class Ablate:
     configuration but not the training state and other checkpoints."""
     table: bool = False
     """Only make table and chart of the cells that are finished."""
+    cell: str | None = None
+    """Do this piece alone: the name of a cell whose teacher is there, or teacher-NAME. It is what --jobs and
+    --submit run, and what a script of your own may run on any machine that sees the folder."""
+    submit: tuple[str, ...] | None = None
+    """Hand the cells to SLURM, by submitit, with its parameters as NAME=VALUE: timeout_min=240
+    slurm_partition=gpu gpus_per_node=1."""
     machine: MachineOptions = field(default_factory=MachineOptions)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One training: a student, a method, a seed, and the teacher where the method has one."""
-
-    student: str
-    method: str
-    seed: int
-    teacher: str | None
-
-    @property
-    def name(self) -> str:
-        return "-".join(filter(None, (self.student, self.method, self.teacher, str(self.seed))))
-
-
-@dataclass
-class Study:
-    """A configuration, checked."""
-
-    data: DataOptions
-    views: ViewOptions
-    teachers: dict[str, dict[str, Any]]
-    students: dict[str, StudentOptions]
-    student_train: dict[str, dict[str, Any]]
-    methods: dict[str, MethodOptions]
-    seeds: list[int]
-    train: dict[str, Any]
-    tests: dict[str, dict[str, Any]]
-    paper: dict[str, dict[str, float]]
-    baseline: str
-    about: str
-
-    def fixed(self) -> dict[str, Any]:
-        """What all cells share, but where the files lie."""
-        data = dataclasses.asdict(self.data)
-        data["synthetic"] = data.pop("data") == "synthetic"
-        data.pop("data_cache")
-        return to_json({"data": data, "views": self.views, "train": self.train})
-
-    def named(self) -> dict[str, dict[str, Any]]:
-        """What a study can be extended by."""
-        students = {
-            name: dataclasses.asdict(options) | {"train": self.student_train[name]}
-            for name, options in self.students.items()
-        }
-        return to_json(
-            {"teachers": self.teachers, "students": students, "methods": self.methods, "tests": self.tests}
-        )
-
-    def cells(self) -> list[Cell]:
-        """Every cell; seed by seed, so that a study that is stopped has paired cells."""
-        made = []
-        for seed, student, (name, method) in itertools.product(
-            self.seeds, self.students, self.methods.items()
-        ):
-            teachers: list[str | None] = [None] if method.method == "none" else list(self.teachers)
-            made += [Cell(student, name, seed, teacher) for teacher in teachers]
-        return made
-
-
-def override(base: Any, values: Mapping[str, Any] | None, where: str) -> Any:
-    """A copy of a dataclass of options with some fields changed, nested ones by nested mappings.
-
-    Raises:
-        ValueError: an unknown field, or a value of the wrong kind.
-    """
-    made = copy.deepcopy(base)
-    if values is None:
-        return made
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where} is {values!r}; expected a mapping of options")
-    known = {item.name: item for item in dataclasses.fields(made)}
-    for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"{where}: there is no option {name!r}; expected one of {', '.join(known)}")
-        current, kind = getattr(made, name), str(known[name].type)
-        if dataclasses.is_dataclass(current):
-            value = override(current, value, f"{where}.{name}")
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif "Path" in kind and value is not None:
-            value = Path(value)
-        elif kind.startswith("float") and isinstance(value, str):
-            try:
-                value = float(value)  # YAML reads 1e-3 as a string
-            except ValueError:
-                raise ValueError(f"{where}.{name} is {value!r}; expected a number") from None
-        setattr(made, name, value)
-    return made
-
-
-def read_study(path: Path) -> Study:
-    """Read and check a configuration.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML, an unknown section or option, or a section missing.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"there is no configuration at {path}")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a mapping with {', '.join(SECTIONS)}")
-    if unknown := sorted(set(raw) - set(SECTIONS)):
-        raise ValueError(f"{path}: unknown section {', '.join(unknown)}; expected {', '.join(SECTIONS)}")
-    for section in ("students", "methods", "seeds"):
-        if not raw.get(section):
-            raise ValueError(f"{path}: section {section!r} is missing or empty")
-    methods = {
-        name: override(MethodOptions(), values, f"methods.{name}") for name, values in raw["methods"].items()
-    }
-    baseline = raw.get("baseline", "none")
-    if baseline not in methods:
-        raise ValueError(f"{path}: the baseline {baseline!r} is not among the methods {', '.join(methods)}")
-    teachers = dict(raw.get("teachers") or {"teacher": {}})
-    for name, values in teachers.items():
-        if unknown := sorted(set(values or {}) - {"data", "teacher", "generator"}):
-            raise ValueError(
-                f"{path}: teachers.{name} has {', '.join(unknown)}; expected data, teacher, generator"
-            )
-    students, student_train = {}, {}
-    for name, values in raw["students"].items():
-        values = dict(values or {})
-        student_train[name] = dict(values.pop("train", None) or {})
-        students[name] = override(StudentOptions(), values, f"students.{name}")
-    study = Study(
-        data=override(DataOptions(), raw.get("data"), "data"),
-        views=override(ViewOptions(), raw.get("views"), "views"),
-        teachers={name: dict(values or {}) for name, values in teachers.items()},
-        students=students,
-        student_train=student_train,
-        methods=methods,
-        seeds=[int(seed) for seed in raw["seeds"]],
-        train=dict(raw.get("train") or {}),
-        tests=dict(raw.get("tests") or {}),
-        paper=dict(raw.get("paper") or {}),
-        baseline=baseline,
-        about=str(raw.get("about") or ""),
-    )
-    check_options(study)
-    return study
-
-
-def check_options(study: Study) -> None:
-    """A mistake in any section is found before anything is trained."""
-    for name, values in study.teachers.items():
-        override(study.data, values.get("data"), f"teachers.{name}.data")
-        override(TrainTeacher(Path()), values.get("teacher"), f"teachers.{name}.teacher")
-        override(TrainGenerator(Path(), Path()), values.get("generator"), f"teachers.{name}.generator")
-    for name in study.students:
-        training(Train(Path()), study, name)
-    for name, values in study.tests.items():
-        override(Evaluate(Path()), values, f"tests.{name}")
-    if study.teachers:
-        feature_dim(study)
-
-
-def training(plan: Train, study: Study, student: str) -> Train:
-    """A plan with the study's options of training in it, then the student's own."""
-    plan = override(plan, study.train, "train")
-    return override(plan, study.student_train[student], f"students.{student}.train")
-
-
-def ablate(options: Ablate) -> dict[str, Any]:
-    """Run the cells that are not finished, then write table and chart; returns the rows.
+def ablate(options: Ablate) -> dict[str, Any] | int:
+    """Run the cells that are not finished, then write table and chart; returns the rows, or of one --cell
+    the exit code.
 
     Raises:
         RuntimeError: cells failed; the others are finished, and the message names those with their logs.
@@ -276,33 +101,26 @@ def ablate(options: Ablate) -> dict[str, Any]:
         study.data.data = options.data
     out = options.out or Path("runs") / options.config.stem
     out.mkdir(parents=True, exist_ok=True)
-    with contextlib.nullcontext() if options.table else alone(out):
+    if options.cell is not None:
+        return serve(lambda: run_one(options, study, out))
+    with contextlib.nullcontext() if options.table else held(out, "pointcmt ablate"):
         return run_study(options, study, out)
 
 
-@contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Hold the folder of a study: two commands at once would train the same cells into the same files.
+def run_one(options: Ablate, study: Study, out: Path) -> None:
+    """The piece of work that ``--cell`` names.
 
     Raises:
-        RuntimeError: another process holds it.
+        ValueError: there is none of that name.
     """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise RuntimeError(
-                    f"another pointcmt ablate is at work in {out}: wait for it, stop it, or give another "
-                    "--out"
-                ) from None
-            # a file system without locks
-        yield  # the lock goes with the file, however the process ends
+    cells = {cell.name: cell for cell in study.cells()}
+    teachers = {f"teacher-{name}": name for name in study.teachers}
+    if options.cell in cells:
+        run_cell(study, cells[options.cell], out, options.machine, options.keep)
+    elif options.cell in teachers:
+        prepare(study, teachers[options.cell], out, options.machine)
+    else:
+        raise ValueError(f"--cell {options.cell}: expected one of {', '.join([*teachers, *cells])}")
 
 
 def run_study(options: Ablate, study: Study, out: Path) -> dict[str, Any]:
@@ -317,54 +135,6 @@ def run_study(options: Ablate, study: Study, out: Path) -> dict[str, Any]:
     if failures:
         raise RuntimeError(f"{len(failures)} failed:\n" + "\n".join(failures))
     return rows
-
-
-def check_unchanged(path: Path, study: Study) -> None:
-    """Cells of two configurations in one folder would be compared as if they were of one."""
-    # more seeds, students, methods, teachers or tests extend a study; the rest must stay
-    fixed, named = study.fixed(), study.named()
-    if path.exists():
-        before = read_json(path)
-        resolved = {
-            "data": DataOptions(),
-            "views": ViewOptions(),
-            "students": StudentOptions(),
-            "methods": MethodOptions(),
-        }
-
-        def same(section: str, old: Any, new: Any) -> bool:
-            if section == "methods" and old["method"] == new["method"] == "none":
-                return True  # the plain student has no use for the other options
-            if section in resolved:
-                # options that came with a newer version of the package were at their defaults then
-                default = to_json(resolved[section])
-                old = {**{key: default[key] for key in new if key in default}, **old}
-                new = {**{key: old[key] for key in old if key not in new}, **new}
-            return old == new
-
-        changed = [name for name in fixed if not same(name, before["fixed"].get(name, {}), fixed[name])]
-        for section, entries in named.items():
-            earlier = before["named"].get(section, {})
-            changed += [
-                f"{section}.{name}"
-                for name in entries.keys() & earlier.keys()
-                if not same(section, earlier[name], entries[name])
-            ]
-            entries |= {name: value for name, value in earlier.items() if name not in entries}
-        if changed:
-            raise ValueError(
-                f"{path.parent} holds cells of a configuration with other {', '.join(changed)}: "
-                "give another --out, or put the configuration back"
-            )
-    described = {
-        "about": study.about,
-        "baseline": study.baseline,
-        "paper": study.paper,
-        "fixed": fixed,
-        "named": named,
-    }
-    if not path.exists() or read_json(path) != to_json(described):
-        write_json(path, described)
 
 
 def record_path(out: Path, cell: Cell) -> Path:
@@ -382,17 +152,27 @@ def finished(study: Study, cell: Cell, out: Path) -> bool:
 
 def run_cells(options: Ablate, study: Study, out: Path, cells: list[Cell], todo: list[Cell]) -> list[str]:
     """Run cells, and first what they need; a line for each that ends. Returns what failed, with its log."""
-    places = slots(options.machine, options.jobs)
-    teachers = list(dict.fromkeys(cell.teacher for cell in todo if cell.teacher is not None))
-    jobs = [Job(f"teacher-{name}", prepare, (study, name, out, options.machine)) for name in teachers] + [
-        Job(
-            cell.name,
-            run_cell,
-            (study, cell, out, options.machine, options.keep),
-            () if cell.teacher is None else (f"teacher-{cell.teacher}",),
-        )
+
+    def job(name: str, call: Callable[[], object], needs: tuple[str, ...] = ()) -> Job:
+        return Job(name, call, command_of(options, out, name), needs)
+
+    def trained(cell: Cell) -> Callable[[], object]:
+        return partial(run_cell, study, cell, out, options.machine, options.keep)
+
+    teachers = dict.fromkeys(cell.teacher for cell in todo if cell.teacher is not None)
+    jobs = [job(f"teacher-{name}", partial(prepare, study, name, out, options.machine)) for name in teachers]
+    jobs += [
+        job(cell.name, trained(cell), () if cell.teacher is None else (f"teacher-{cell.teacher}",))
         for cell in todo
     ]
+    if options.submit is not None:
+        handed = submit(jobs, out / "logs", parse_assignments(options.submit, "--submit"))
+        say(
+            "".join(f"{number}  {name}\n" for name, number in handed.items())
+            + f"their output is in {out / 'logs'}"
+        )
+        return []
+    places = slots(options.machine, options.jobs)
     say(
         f"{len(cells)} cells, {len(todo)} to do, {len(places)} at a time with {places[0].threads} threads "
         "each" + (f"; their output is in {out / 'logs'}" if len(places) > 1 else "")
@@ -412,15 +192,43 @@ def run_cells(options: Ablate, study: Study, out: Path, cells: list[Cell], todo:
                 elif name in by_name:
                     done += 1
                     left = time_left(read_records(out), list(waiting.values()), len(places))
-                    say(f"[{done}/{len(cells)}] {name}: {told(outcome.result)}; {left}")
+                    record = read_json(record_path(out, by_name[name]))
+                    say(f"[{done}/{len(cells)}] {name}: {in_words(record)}; {left}")
                 else:
-                    say(f"{name}: {outcome.result}")
+                    results = read_json(
+                        out / "teachers" / name.removeprefix("teacher-") / "teacher/results.json"
+                    )
+                    say(f"{name}: test {results['last']['test_oa']:.2f}")
     except OutOfTime as stop:
         say(f"out of time: {stop}")
     return failures
 
 
-def told(record: Mapping[str, Any]) -> str:
+def command_of(options: Ablate, out: Path, name: str) -> list[str]:
+    """Arguments of ``python`` that do one piece of the study in a process of its own."""
+    words: list[object] = [
+        "-m",
+        "pointcmt",
+        "ablate",
+        "--config",
+        options.config,
+        "--out",
+        out,
+        "--cell",
+        name,
+    ]
+    words += ["--keep", options.keep] + (["--data", options.data] if options.data is not None else [])
+    for item in dataclasses.fields(options.machine):
+        value, option = getattr(options.machine, item.name), item.name.replace("_", "-")
+        words += (
+            [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", value]
+        )
+    for module in IMPORTED:
+        words += ["--import", module]
+    return [str(word) for word in words]
+
+
+def in_words(record: Mapping[str, Any]) -> str:
     """A finished cell in a few words."""
     scores = [f"test {record['last']['test_oa']:.2f}"]
     scores += [f"{name} {values['oa']:.2f}" for name, values in record["tests"].items()]
@@ -477,9 +285,9 @@ def _cpu_seconds() -> float:
     return spent.user + spent.system + spent.children_user + spent.children_system
 
 
-def prepare(study: Study, name: str, out: Path, machine: MachineOptions) -> str:
+def prepare(study: Study, name: str, out: Path, machine: MachineOptions) -> None:
     """Train the teacher of that name and its generator, and compute its features of the students' shapes,
-    where that is not done yet; returns what to say of it."""
+    where that is not done yet."""
     values = study.teachers[name]
     where = f"teachers.{name}"
     data = override(study.data, values.get("data"), f"{where}.data")
@@ -528,7 +336,6 @@ def prepare(study: Study, name: str, out: Path, machine: MachineOptions) -> str:
             }
             (out / "records/teachers").mkdir(parents=True, exist_ok=True)
             write_json(out / "records/teachers" / f"{name}.json", record)
-    return f"test {results['last']['test_oa']:.2f}"
 
 
 def inputs_of(run: Path) -> dict[str, str]:
@@ -601,19 +408,6 @@ def forget_training(folder: Path) -> None:
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
-def feature_dim(study: Study) -> int:
-    """The teachers' feature size; all must have one, for the students to be the same network."""
-    sizes = {
-        override(TrainTeacher(Path()), values.get("teacher"), f"teachers.{name}.teacher").feature_dim
-        for name, values in study.teachers.items()
-    }
-    if len(sizes) > 1:
-        raise ValueError(
-            f"the teachers' features have different sizes {sorted(sizes)}: give them one feature_dim"
-        )
-    return sizes.pop()
-
-
 def summarise(study: Study, out: Path) -> dict[str, Any]:
     """Table on the terminal; table.md, summary.json and chart.png in the folder."""
     records = read_records(out)
@@ -626,13 +420,7 @@ def summarise(study: Study, out: Path) -> dict[str, Any]:
         study.paper, tests,
     )  # fmt: skip
     headings, lines = table_of(rows, tests)
-    table = Table(*headings, box=box.SIMPLE, pad_edge=False)
-    for column in table.columns[3:]:
-        column.justify = "right"
-    for line in lines:
-        table.add_row(*(text.replace("**", "") for text in line))
-    # a file has no width: no heading need be cut short
-    console.print(table, width=None if console.is_terminal else 200, crop=False)
+    show_table(headings, [[text.replace("**", "") for text in line] for line in lines], keys=2)
     text = markdown(headings, lines) + "\n"
     text += "\n".join(f"{note}\n" for note in notes(records, study.baseline, bool(study.paper)))
     with atomic_write(out / "table.md") as temporary:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,11 @@ import pytest
 import yaml
 
 from pointcmt.cli import main
-from pointcmt.recipes import ablate as study
-from pointcmt.recipes import study_table
 from pointcmt.recipes.evaluate import Evaluate, evaluate
-from pointcmt.recipes.study_table import paired_interval, read_records, rows_of, table_of
+from pointcmt.recipes.run import held
+from pointcmt.studies import ablate as study
+from pointcmt.studies import tables
+from pointcmt.studies.tables import paired_interval, read_records, rows_of, table_of
 
 ABLATION = """
 data: {per_class: 4, test_per_class: 2, num_points: 64, holdout: 0.25}
@@ -138,12 +141,21 @@ def test_two_commands_do_not_share_a_folder(tmp_path, capsys):
     config, out = tmp_path / "study.yaml", tmp_path / "out"
     config.write_text(ABLATION)
     out.mkdir()
-    with study.alone(out):
+    code = (
+        "import sys, time; from pathlib import Path; from pointcmt.recipes.run import hold\n"
+        "hold(Path(sys.argv[1]), 'pointcmt ablate'); print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
         assert main(words(config, out)) == 1
-        assert "another pointcmt ablate is at work" in capsys.readouterr().err
+        assert "another process is at work in" in capsys.readouterr().err
         assert not (out / "cells").exists()
         assert main(words(config, out, "--table")) == 0  # looks, and trains nothing
-    with study.alone(out):
+    finally:
+        other.kill()
+        other.wait()
+    with held(out, "pointcmt ablate"):  # the lock went with the process
         pass
 
 
@@ -158,7 +170,10 @@ def test_cells_at_a_time_with_one_that_fails(tmp_path, capsys, monkeypatch):
     raw["seeds"] = [0]
     config, out = tmp_path / "study.yaml", tmp_path / "out"
     config.write_text(yaml.safe_dump(raw))
-    assert main(words(config, out, "--jobs", 2)) == 1
+    assert main(words(config, out)) == 1  # a file imports nothing
+    assert "if you trust that module, add --import mine" in capsys.readouterr().err.lower()
+    more = ("--import", "mine")
+    assert main(words(config, out, "--jobs", 2, *more)) == 1
     said = capsys.readouterr()
     assert "2 failed" in said.err and "broken-none-0: ValueError: no such network" in said.err
     assert str(out / "logs/broken-none-0.txt") in said.err.replace("\n", "")
@@ -176,7 +191,8 @@ def test_cells_at_a_time_with_one_that_fails(tmp_path, capsys, monkeypatch):
         "        return self.b(self.a(points).relu().amax(1))\n"
     )
     before = contents(out / "records")
-    assert main(words(config, out, "--debug")) == 0
+    monkeypatch.delitem(sys.modules, "mine")
+    assert main(words(config, out, "--debug", *more)) == 0
     assert len(read_records(out)) == 4
     assert before.items() <= contents(out / "records").items()
 
@@ -209,7 +225,7 @@ def test_rows_pair_seeds_and_show_each_teachers_accuracy():
     assert "paper" not in headings
     assert [line[3] for line in lines] == ["–", "50.0", "90.0"]
     difference = lines[2][headings.index("difference")]
-    assert study_table.excludes_zero(strong.difference["test"]) == difference.startswith("**+4.00")
+    assert tables.excludes_zero(strong.difference["test"]) == difference.startswith("**+4.00")
 
 
 def test_the_time_left_follows_the_same_student_and_method():

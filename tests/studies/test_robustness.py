@@ -11,8 +11,8 @@ from matplotlib.image import imread
 
 from pointcmt.cli import main
 from pointcmt.data import SEVERITIES, SyntheticShapes
-from pointcmt.recipes import robustness as recipe
 from pointcmt.recipes.evaluate import load_student
+from pointcmt.studies import robustness as recipe
 
 TRAIN = [
     "train", "--method", "none", "--device", "cpu", "--no-tensorboard", "--no-progress", "--per-class", "3",

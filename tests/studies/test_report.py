@@ -11,24 +11,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from pointcmt.report import (
-    Curve,
-    Entry,
-    Row,
-    Section,
-    compare,
-    draw_cloud,
-    find_runs,
-    human,
-    save_clouds,
-    save_comparison,
-    save_curves,
-    save_rows,
-    save_views,
-    spread,
-    write_page,
-    write_report,
-)
+from pointcmt.pictures import draw_cloud, save_clouds, save_views
+from pointcmt.studies.charts import Curve, Entry, Row, human, save_comparison, save_curves, save_rows, spread
+from pointcmt.studies.report import Section, compare, find_runs, write_page, write_report
 
 
 def make_run(folder, command, results, records=(), config=None):

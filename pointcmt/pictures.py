@@ -1,0 +1,126 @@
+"""Pictures of views and clouds, and the look that all charts share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pointcmt.checkpoint import atomic_write
+
+INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e8ee"
+COLOURS = {"teacher": "#d9822b", "none": "#7b8794", "pointcmt": "#0b7a75", "generator": "#7c5cbf"}
+OTHERS = ("#2f6fb0", "#b0413e", "#5a8f29", "#a05a9c")
+LABELS = {"teacher": "image teacher", "none": "plain student", "pointcmt": "PointCMT student"}
+
+
+def colour(role: str, position: int = 0) -> str:
+    """Colour of a role or method, the same in every picture."""
+    return COLOURS.get(role, OTHERS[position % len(OTHERS)])
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure without pyplot: no window, no global state, safe beside a user's own plots."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def tidy(axes: Axes, grid: str = "y") -> None:
+    """The look that all plots share."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(GRID)
+    axes.tick_params(colors=MUTED, labelsize=8, length=0)
+    axes.grid(True, axis=grid, color=GRID, linewidth=0.8)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG atomically."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=140, format="png")
+    return Path(path)
+
+
+def draw_cloud(axes: Axes, points: np.ndarray, up: str = "z", tint: str = "#0b7a75") -> None:
+    """Draw a cloud [N, 3] seen obliquely from above: near points larger and darker."""
+    order = {"z": (0, 1, 2), "y": (2, 0, 1), "x": (1, 2, 0)}[up]
+    x, y, z = points[:, order[0]], points[:, order[1]], points[:, order[2]]
+    turn, tilt = math.radians(35), math.radians(22)
+    across = x * math.cos(turn) + y * math.sin(turn)
+    away = -x * math.sin(turn) + y * math.cos(turn)
+    height = z * math.cos(tilt) + away * math.sin(tilt)
+    depth = away * math.cos(tilt) - z * math.sin(tilt)
+    far_first = np.argsort(-depth)
+    span = np.ptp(depth)
+    near = 1 - (depth - depth.min()) / (span if span > 0 else 1)
+    base = np.array([int(tint[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    fade = (0.55 * (1 - near))[:, None]
+    rgb = base * (1 - fade) + fade
+    # the fewer the points, the larger
+    size = 3.2 * math.sqrt(1024 / max(len(points), 1)) * (0.5 + near)
+    axes.scatter(
+        across[far_first],
+        height[far_first],
+        s=size[far_first],
+        c=rgb[far_first],
+        linewidths=0,
+        rasterized=True,
+    )
+    axes.set_aspect("equal")
+    axes.set_axis_off()
+    reach = 0.98 * max(np.abs(across).max(initial=1e-6), np.abs(height).max(initial=1e-6)) * 1.08
+    axes.set_xlim(-reach, reach)
+    axes.set_ylim(-reach, reach)
+
+
+def save_clouds(
+    real: np.ndarray, generated: np.ndarray, names: Sequence[str], path: Path, up: str = "z"
+) -> Path:
+    """Real clouds [S, N, 3] above the clouds [S, M, 3] that were generated from their images."""
+    figure = new_figure(1.75 * len(names) + 0.5, 4.0)
+    grid = figure.subplots(2, len(names), squeeze=False)
+    for column, name in enumerate(names):
+        draw_cloud(grid[0, column], real[column], up, INK)
+        draw_cloud(grid[1, column], generated[column], up, COLOURS["generator"])
+        grid[0, column].set_title(name.replace("_", " "), fontsize=9, color=INK)
+    for row, text in enumerate(("real", "generated")):
+        grid[row, 0].text(
+            -0.04, 0.5, text, transform=grid[row, 0].transAxes, rotation=90, ha="right", va="center",
+            fontsize=9, color=MUTED,
+        )  # fmt: skip
+    return save_figure(figure, path)
+
+
+def save_views(views: np.ndarray, names: Sequence[str], path: Path) -> Path:
+    """A sheet of views [S, V, C, H, W], one shape per row; the first channel, or three as colours.
+
+    A single channel is depth with 0 for the background: near is dark.
+    """
+    shapes, count = views.shape[:2]
+    figure = new_figure(1.15 * count + 0.5, 1.15 * shapes + 0.1)
+    grid = figure.subplots(shapes, count, squeeze=False)
+    for row in range(shapes):
+        for column in range(count):
+            axes = grid[row, column]
+            image = views[row, column]
+            if image.shape[0] == 3:
+                low, high = image.min(), image.max()
+                axes.imshow(np.moveaxis((image - low) / max(high - low, 1e-6), 0, -1))
+            else:
+                drawn = np.where(image[0] > 0, image[0], np.nan)
+                axes.imshow(drawn, cmap="cividis", interpolation="nearest")
+            axes.set_facecolor("#f5f7fa")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+        grid[row, 0].set_ylabel(names[row].replace("_", " "), fontsize=8, color=INK)
+    return save_figure(figure, path)

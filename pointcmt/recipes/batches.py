@@ -1,0 +1,141 @@
+"""Batches on the device, in an order that follows from the seed and the epoch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pointcmt.data.loading import epoch_order
+
+
+class Batch(NamedTuple):
+    """One batch on the device; ``inputs`` are points [B, N, 3], or views [B, V, C, H, W] of an image
+    folder."""
+
+    inputs: Tensor
+    labels: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index, which nobody calls
+
+
+class Batches:
+    """Batches of a dataset, in an order that follows from (seed, epoch), shared among the processes.
+
+    Args:
+        dataset: items ``(input, label, index)``. One with ``points`` [n, N, 3] and ``labels`` [n] is put on
+            the device whole; another is read through a ``DataLoader``.
+        batch_size: over all processes.
+        device: of the batches.
+        seed: of the order; None keeps the dataset's order, and keeps a last batch that is not full.
+        rank, world: this process and the number of them.
+        workers: loading processes for a dataset without ``points``.
+        what: the attribute that holds the clouds: ``points``, or ``view_points`` for views.
+
+    Raises:
+        ValueError: the dataset is empty, too small for a training batch, or holds numbers that are not
+            finite or labels without a class; the shape is named.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        device: torch.device,
+        seed: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        what: str = "points",
+    ) -> None:
+        self.n = len(dataset)
+        self.dataset, self.seed, self.rank, self.world, self.workers = dataset, seed, rank, world, workers
+        self.device = torch.device(device)
+        if batch_size < 1:
+            raise ValueError(f"the batch size is {batch_size}; expected at least 1")
+        if self.n == 0:
+            raise ValueError("the dataset is empty: expected at least one shape")
+        self.batch_size = min(batch_size, self.n)
+        if seed is not None and self.batch_size < 2 * world:
+            raise ValueError(
+                f"a training batch of {self.batch_size} over {world} process(es) leaves fewer than two "
+                f"shapes to "
+                "each, and batch normalisation needs two: use a larger --batch-size or more shapes"
+            )
+        self.points: Tensor | None = None
+        if getattr(dataset, what, None) is not None:
+            points = torch.as_tensor(getattr(dataset, what), dtype=torch.float32)
+            self._require_finite(points, torch.arange(self.n))
+            labels = torch.as_tensor(np.asarray(dataset.labels), dtype=torch.int64)
+            classes = getattr(dataset, "num_classes", None)
+            if wrong := ((labels < 0) | (labels >= (classes or 2**62))).nonzero().flatten().tolist():
+                raise ValueError(
+                    f"{self._shape(wrong[0])} has the label {int(labels[wrong[0]])}; expected a class from 0 "
+                    f"to {'K-1' if classes is None else classes - 1}: correct the data"
+                )
+            self.points, self.labels = points.to(self.device), labels.to(self.device)
+
+    def _shape(self, row: int) -> str:
+        names = getattr(self.dataset, "shape_ids", None)
+        return f"shape {row}" + (f" ({names[row]})" if names is not None else "")
+
+    def _require_finite(self, inputs: Tensor, rows: Tensor) -> None:
+        if bool(torch.isfinite(inputs).all()):
+            return
+        place = (~torch.isfinite(inputs)).nonzero()[0].tolist()
+        what = f"point {place[1]}" if inputs.ndim == 3 else f"view {place[1]}"
+        raise ValueError(
+            f"{self._shape(int(rows[place[0]]))} holds {float(inputs[tuple(place)])} in {what}; expected "
+            "finite numbers: correct or leave out that shape in the data"
+        )
+
+    def __len__(self) -> int:
+        if self.seed is not None:
+            return self.n // self.batch_size  # the order changes each epoch, so no shape is always left out
+        return -(-self.n // self.batch_size)
+
+    def epoch(self, epoch: int = 0) -> Iterator[Batch]:
+        """This process's part of every batch of one epoch. ``index`` are rows of the dataset."""
+        order = epoch_order(self.n, self.seed or 0, epoch, self.seed is not None)
+        size = self.batch_size
+        whole = [torch.from_numpy(order[k * size : (k + 1) * size]) for k in range(len(self))]
+        return self._take([piece[self.rank :: self.world] for piece in whole])
+
+    def rows(self, rows: Tensor) -> Iterator[Batch]:
+        """Batches of the given rows [m], in their order, all in this process."""
+        return self._take(list(rows.split(self.batch_size)) if len(rows) else [])
+
+    def _take(self, pieces: list[Tensor]) -> Iterator[Batch]:
+        if self.points is not None:
+            for piece in pieces:
+                index = piece.to(self.device)
+                yield Batch(self.points[index], self.labels[index], index)
+            return
+        loader = DataLoader(
+            self.dataset, batch_sampler=[piece.tolist() for piece in pieces], num_workers=self.workers
+        )
+        for piece, (inputs, labels, _) in zip(pieces, loader, strict=True):
+            self._require_finite(inputs, piece)
+            yield Batch(inputs.to(self.device), labels.to(self.device), piece.to(self.device))
+
+
+def batches_of(
+    parts: Mapping[str, Any],
+    batch_size: int,
+    seed: int,
+    accelerator: Accelerator,
+    workers: int = 0,
+    what: str = "points",
+) -> tuple[Batches, dict[str, Batches]]:
+    """This process's training batches of the part ``train``, in an order of ``seed``; and those of the other
+    parts by name, in the data's order."""
+
+    def made(name: str, order: int | None) -> Batches:
+        rank, world = accelerator.process_index, accelerator.num_processes
+        return Batches(parts[name], batch_size, accelerator.device, order, rank, world, workers, what)
+
+    return made("train", seed), {name: made(name, None) for name in parts if name != "train"}
