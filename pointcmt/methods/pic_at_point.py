@@ -46,6 +46,8 @@ class PicAtPoint(CrossModalTraining):
         pose: whether the head for local features is told the view matrix (ablation: False).
         hidden_points: whether points that the cloud's own surface hides ``"count"``, as in the paper, or are
             ``"skip"``-ped.
+        local_points: at most so many local features of each cloud in a step, drawn by chance; None: all, as
+            in the paper. A network with one per point (DGCNN) trains much faster with some of them.
         temperature: τ of both terms, which the paper does not say; 0.1 is CrossPoint's.
         hidden: width of all heads.
         out_features: size of the common spaces.
@@ -73,6 +75,7 @@ class PicAtPoint(CrossModalTraining):
         global_weight: float = 1.0,
         pose: bool = True,
         hidden_points: Literal["count", "skip"] = "count",
+        local_points: int | None = None,
         temperature: float = 0.1,
         hidden: int = 512,
         out_features: int = 512,
@@ -91,6 +94,7 @@ class PicAtPoint(CrossModalTraining):
                         out_features,
                         pose=64 if pose else 0,
                         hidden_points=hidden_points,
+                        local_points=local_points,
                         name="local",
                     )
                 )

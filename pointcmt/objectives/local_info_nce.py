@@ -124,10 +124,13 @@ class LocalInfoNCE(Objective):
         hidden_points: centres that the cloud's own surface hides ``"count"`` too, as in the paper, with the
             cell that they project to; or ``"skip"`` takes visible ones only, for which the views must say
             which points are visible.
+        local_points: in training at most so many local features of each cloud, drawn by chance at every step:
+            where a network has one per point, the head costs as much as the network. None: all, as in the
+            paper.
         max_logits: at most so many logits are in memory at a time.
 
     Raises:
-        ValueError: hidden_points is neither.
+        ValueError: hidden_points is neither, or local_points below 1.
 
     Source: Pic@Point (Herzog and Suwelack, ACML 2024), sections 3.2 and 3.3.
     """
@@ -146,13 +149,17 @@ class LocalInfoNCE(Objective):
         out_features: int = 512,
         pose: int = 64,
         hidden_points: Literal["count", "skip"] = "count",
+        local_points: int | None = None,
         max_logits: int = MAX_LOGITS,
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
         if hidden_points not in ("count", "skip"):
             raise ValueError(f"{self.name}: hidden_points is {hidden_points!r}; expected 'count' or 'skip'")
+        if local_points is not None and local_points < 1:
+            raise ValueError(f"{self.name}: local_points is {local_points}; expected at least 1, or None")
         self.temperature, self.hidden_points, self.max_logits = temperature, hidden_points, max_logits
+        self.local_points = local_points
         self.widths = hidden, out_features, pose
         self.point_head: LocalHead | None = None
         self.map_head: MapHead | None = None
@@ -228,6 +235,9 @@ class LocalInfoNCE(Objective):
                 f"{self.name}: the views lack a view or a projection matrix; give both "
                 "(teacher.project(points, cameras=True))"
             )
+        if self.training and self.local_points is not None and self.local_points < local.shape[1]:
+            drawn = torch.randperm(local.shape[1], device=local.device)[: self.local_points]
+            local, centers = local[:, drawn], centers[:, drawn]
         before = self._head().before_pose(local)
         assert self.map_head is not None
         images = self.map_head(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])

@@ -68,6 +68,11 @@ class ContrastOptions:
     """pic-at-point: the head for points is told where the camera is."""
     hidden_points: Literal["count", "skip"] = "count"
     """pic-at-point: points that the cloud's own surface hides count, as in the paper, or are skipped."""
+    local_points: int | None = None
+    """pic-at-point: at most so many local features of each cloud in a step, drawn by chance; default: all, as
+    in the paper. Where the network has one per point, a few make the step much cheaper."""
+    head_width: int = 512
+    """pic-at-point: width of the heads and of the common spaces."""
     views_per_step: int | None = None
     """Pictures of each shape in a step; default: 1, and 4 for mm-point."""
     shared_head: bool = False
@@ -150,6 +155,8 @@ def check(options: Pretrain) -> None:
         )
     if contrast.method == "crosspoint" and contrast.levels() > 1:
         raise ValueError("--method crosspoint has one change of its pictures: --image-levels 1 or 0")
+    if contrast.head_width < 1:
+        raise ValueError(f"--head-width is {contrast.head_width}; expected at least 1")
     if contrast.views() < 1 or options.watch_shapes < 2:
         raise ValueError(
             f"--views-per-step {contrast.views()}, --watch-shapes {options.watch_shapes}: expected at "
@@ -379,6 +386,9 @@ def make_method(
             global_weight=contrast.global_weight,
             pose=contrast.pose,
             hidden_points=contrast.hidden_points,
+            local_points=contrast.local_points,
+            hidden=contrast.head_width,
+            out_features=contrast.head_width,
             temperature=contrast.temperature,
             train_images=contrast.trains_images(),
         )

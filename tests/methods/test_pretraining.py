@@ -162,6 +162,23 @@ def test_hidden_points_can_be_skipped():
     assert values["skip", "half"] != values["skip", "all"]
 
 
+def test_some_of_the_local_features_in_each_step():
+    model, points = network(), clouds(4)
+    views = views_of(points)
+    with PicAtPoint(
+        images(), model, points=points, adapter=adapter(), local_points=5, global_weight=0
+    ) as pre:
+        seen = []
+        pre.objectives[0].point_head.first.register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
+        for _ in range(2):
+            model(points)
+            assert torch.isfinite(pre.loss(views=views))
+    assert [tuple(rows.shape) for rows in seen] == [(4, 5, LOCAL)] * 2
+    assert not torch.equal(*seen)  # others at every step
+    with pytest.raises(ValueError, match="local_points is 0"):
+        LocalInfoNCE(local_points=0)
+
+
 def test_mm_point_compares_the_first_copy_with_the_first_half_of_the_views():
     objective = MultiViewInfoNCE(views=4)
     objective.bind(sizes=Sizes(global_=LOCAL, image=IMAGE))

@@ -136,7 +136,7 @@ def test_what_a_frozen_encoder_says_can_be_kept(tmp_path):
         ["--method", "mm-point", "--views-per-step", "2", "--shared-head", "--image-levels", "0"],
         ["--method", "mm-point", "--train-images", "no", "--intra-weight", "0", "--image-levels", "1"],
         ["--method", "crosspoint", "--cross-weight", "0", "--holdout", "0"],
-        ["--precision", "bf16", "--train-images", "yes"],
+        ["--precision", "bf16", "--train-images", "yes", "--local-points", "9", "--head-width", "16"],
     ],
 )
 def test_ablations(ablation, tmp_path):
