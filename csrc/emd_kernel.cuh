@@ -1,11 +1,12 @@
 // EMD on a GPU: what one thread block does for one pair of clouds.
 //
-// A Jacobi auction (Bertsekas 1988): in every round all unmatched points of x bid at once, and every
-// point of y goes to its highest bidder. Rounds, phases of eps scaling and the early exit all happen
-// inside the block, so a batch is one launch and the host never waits.
+// The algorithm is emd_auction.h's, but for the bids: in every round those points of x that have waited longest
+// bid at once, one by a warp or by several, and every point of y goes to its highest bidder. Rounds, sweeps,
+// phases and the certificate all happen inside the block, so a batch is one launch and the host never waits.
+// All of it is float32: where that does not resolve the tolerance, the bound that is returned says so.
 //
-// The code needs nothing of CUDA but blocks, warps and their intrinsics; tests/ops/cuda_on_cpu.h
-// supplies these on a CPU, so that the logic is tested on machines without a GPU.
+// The code needs nothing of CUDA but blocks, warps and their intrinsics; tests/cuda_on_cpu/ supplies these on
+// a CPU, so that the logic is tested on machines without a GPU.
 #pragma once
 
 #include <cfloat>
@@ -37,12 +38,14 @@ struct Arrays {
   float4* bidders;  // points of x
   Key* key;         // highest bid so far: price bits above, complement of the bidder below
   int* owner;       // by object: its bidder, or -1
-  int* choice;      // by place in the queue: the object bid for
-  int* queue[2];    // unmatched bidders of this round and of the next
+  int* holds;       // by bidder: its object, or -1; only after find_holds()
+  int* choice;      // by bidder: the object that a path goes on to; by place in a list: the object bid for
+  int* queue;       // unmatched bidders, a ring
+  int* order;       // a second list of bidders
 };
 
 constexpr size_t kObjectBytes = sizeof(float4);
-constexpr size_t kOtherBytes = sizeof(float4) + sizeof(Key) + 4 * sizeof(int);
+constexpr size_t kOtherBytes = sizeof(float4) + sizeof(Key) + 5 * sizeof(int);
 
 __host__ __device__ inline Arrays carve(char* objects, char* others, int n) {
   Arrays a;
@@ -50,9 +53,10 @@ __host__ __device__ inline Arrays carve(char* objects, char* others, int n) {
   a.bidders = reinterpret_cast<float4*>(others);
   a.key = reinterpret_cast<Key*>(a.bidders + n);
   a.owner = reinterpret_cast<int*>(a.key + n);
-  a.choice = a.owner + n;
-  a.queue[0] = a.choice + n;
-  a.queue[1] = a.queue[0] + n;
+  a.holds = a.owner + n;
+  a.choice = a.holds + n;
+  a.queue = a.choice + n;
+  a.order = a.queue + n;
   return a;
 }
 
@@ -60,19 +64,21 @@ __host__ __device__ inline Arrays carve(char* objects, char* others, int n) {
 struct Scratch {
   double reduced[kMaxWarps];
   Candidate partial[kMaxWarps];
-  int waiting[3];  // bidders in the queue of round r at [r % 3]; r + 1 is filled while r + 2 is cleared
+  Key least[2][kMaxWarps];
+  int waiting[2];  // bidders in the queue in round r at [r % 2]
+  int won[2];      // how many of the bids of the round before were the highest
 };
 
 template <typename scalar_t>
 struct Problem {
   const scalar_t *x, *y;    // [N, 3]
-  const int64_t* initial;   // [N] or null
   scalar_t* distance;       // one
+  scalar_t* bound;          // one
   int64_t* assignment;      // [N]
   int64_t* statistics;      // [kStatistics]
   int n;
-  float eps;                // relative to the pair's scale
-  int64_t max_rounds;
+  double tolerance;
+  int64_t most;             // rows
 };
 
 __device__ __forceinline__ float root(float v) {
@@ -149,6 +155,16 @@ __device__ __forceinline__ unsigned offer(const Candidate& c, float price, float
   return raised > current ? raised : current + 1;
 }
 
+struct Plus {
+  __device__ double operator()(double u, double v) const { return u + v; }
+};
+struct Least {
+  __device__ double operator()(double u, double v) const { return u < v ? u : v; }
+};
+struct Most {
+  __device__ double operator()(double u, double v) const { return u > v ? u : v; }
+};
+
 template <typename Op>
 __device__ double reduce(double v, Scratch& s, Op op) {
   for (int offset = 16; offset > 0; offset /= 2) v = op(v, __shfl_xor_sync(kAllLanes, v, offset));
@@ -171,102 +187,373 @@ class Block {
     if (!normalise()) {
       for (int i = thread; i < n; i += threads) p.assignment[i] = i;
       if (thread == 0) {
-        *p.distance = scalar_t(NAN);
-        p.statistics[kRounds] = p.statistics[kBids] = p.statistics[kCompleted] = 0;
-        p.statistics[kBoundMet] = 0;
+        *p.distance = *p.bound = scalar_t(NAN);
+        for (int k = 0; k < kStatistics; ++k) p.statistics[k] = 0;
       }
       return;
     }
-    const float last = fmaxf(p.eps, 1e-7f);
-    float eps = fmaxf(last, kFirstEps);
-    everyone_waits();
-    if (p.initial) eps = keep_initial(last);
-    bool met = false;
-    for (;;) {
-      // a coarse phase only sets prices: its last few bidders, who take most of its rounds, can wait
-      const int enough = eps > last ? n / kUnmatchedFraction : 0;
-      while (waiting() > enough && rounds < p.max_rounds) {
-        if (2 * waiting() <= warps) {
-          narrow_round(eps);
-        } else {
-          wide_round<false>(eps);
-        }
-        ++rounds;
-      }
-      met = rounds >= p.max_rounds && (eps > last || waiting() > 0);
-      if (met || eps <= last) break;
-      eps = fmaxf(last, eps / kEpsFactor);
-      everyone_waits();
-    }
+    double bound = 0;
+    const bool done = solve(bound);
     const int completed = waiting();
     if (completed > 0) complete();
     __syncthreads();
-    finish(completed, met);
+    finish(bound, completed, !done && rows >= p.most);
   }
 
  private:
-  // Both clouds in one frame in which float32 serves any input; see emd_cpu.cpp.
+  // As Auction::run on the CPU, this being the last resort.
+  __device__ bool solve(double& bound) {
+    double eps = fmax(kFirstEps * spread, kLeastEps);
+    double aim = start_near(eps);
+    bool certified = false;  // bidders' w is what is cheapest to them, and all have an object
+    for (bool least = false; !least;) {
+      if (const double floor = kFloorFloat * level(); eps < floor) {
+        least = true;
+        eps = aim = floor;
+      }
+      begin_phase(float(eps), certified);
+      const bool last = eps <= aim;
+      bid(float(eps), last || sweeps > 0 ? 0 : n / kUnmatchedFraction);
+      if (rows >= p.most) return false;
+      const double sum = total();
+      if (sum == 0) return true;
+      certified = last;
+      if (last) {
+        bound = fmax(bound, certify());
+        if (sum - bound <= p.tolerance * sum) return true;
+        if (rows >= p.most) return false;
+        eps *= fmin(fmax(kCaution * p.tolerance * sum / (sum - bound), 1 / (2 * kEpsFactor)), 0.5);
+        aim = eps;
+      } else {
+        const int left = waiting();
+        aim = kTightness * p.tolerance * sum / (left < n ? n - left : 1);
+        eps = fmax(eps / kEpsFactor, fmin(aim, eps / 1.5));
+      }
+    }
+    return false;
+  }
+
+  __device__ double framed(double v, double centre) const { return (v / 2 - centre / 2) / (scale / 2); }
+
+  // Both clouds in one frame in which float32 serves any input; see Pair::normalise in emd_auction.h.
   __device__ bool normalise() {
     bool finite = true;
-    double low[3], high[3], side = 0;
-    const auto least = [](double u, double v) { return u < v ? u : v; };
-    const auto most = [](double u, double v) { return u > v ? u : v; };
-    for (int cloud = 0; cloud < 2; ++cloud) {
-      const scalar_t* points = cloud == 0 ? p.x : p.y;
-      for (int d = 0; d < 3; ++d) {
-        double lo = DBL_MAX, hi = -DBL_MAX;
+    double centre[3], means[2][3], reach = 0;
+    for (int d = 0; d < 3; ++d) {
+      double low = DBL_MAX, high = -DBL_MAX;
+      for (int cloud = 0; cloud < 2; ++cloud) {
+        const scalar_t* points = cloud == 0 ? p.x : p.y;
+        double mean = 0;
         for (int i = thread; i < n; i += threads) {
           const double v = points[3 * size_t(i) + d];
           finite = finite && v - v == 0;
-          lo = least(lo, v);
-          hi = most(hi, v);
+          mean += v / n;
+          low = fmin(low, v);
+          high = fmax(high, v);
         }
-        lo = reduce(lo, s, least);
-        hi = reduce(hi, s, most);
-        side = most(side, hi / 2 - lo / 2);
-        low[d] = cloud == 0 ? lo : least(low[d], lo);
-        high[d] = cloud == 0 ? hi : most(high[d], hi);
+        means[cloud][d] = reduce(mean, s, Plus());
       }
+      low = reduce(low, s, Least());
+      high = reduce(high, s, Most());
+      centre[d] = fmin(fmax(means[0][d] / 2 + means[1][d] / 2, low), high);  // rounding may have left the box
+      reach = fmax(reach, high / 2 - low / 2);  // halves: high - low may overflow
     }
     if (__syncthreads_or(!finite)) return false;
-    double reach = 0;
-    for (int d = 0; d < 3; ++d) reach = most(reach, high[d] / 2 - low[d] / 2);
-    scale = most(most(2 * side, 2 * reach * kLeastScale), DBL_MIN);
+    scale = fmax(2 * reach, DBL_MIN);
     if (!(scale <= DBL_MAX)) scale = DBL_MAX;
-    const double inverse = 1 / scale;
-    for (int i = thread; i < n; i += threads) {
-      float from[3], to[3];
-      for (int d = 0; d < 3; ++d) {
-        const double centre = low[d] / 2 + high[d] / 2;
-        from[d] = float((double(p.x[3 * size_t(i) + d]) - centre) * inverse);
-        to[d] = float((double(p.y[3 * size_t(i) + d]) - centre) * inverse);
+    for (int cloud = 0; cloud < 2; ++cloud) {
+      const scalar_t* points = cloud == 0 ? p.x : p.y;
+      float4* placed = cloud == 0 ? a.bidders : a.objects;
+      double sum = 0;
+      for (int i = thread; i < n; i += threads) {
+        float to[3];
+        double square = 0;
+        for (int d = 0; d < 3; ++d) {
+          const double v = framed(points[3 * size_t(i) + d], centre[d]);
+          const double e = v - framed(means[cloud][d], centre[d]);
+          to[d] = float(v);
+          square += e * e;
+        }
+        placed[i] = make_float4(to[0], to[1], to[2], 0.f);
+        sum += sqrt(square);
       }
-      a.bidders[i] = make_float4(from[0], from[1], from[2], 0.f);
-      a.objects[i] = make_float4(to[0], to[1], to[2], 0.f);
-      a.key[i] = 0;
+      spread = fmax(spread, reduce(sum, s, Plus()) / n);
     }
+    if (thread == 0) s.waiting[0] = n;
     __syncthreads();
     return true;
   }
 
-  __device__ int waiting() const { return s.waiting[round % 3]; }
-  __device__ int* now() const { return a.queue[round & 1]; }
-  __device__ int* next() const { return a.queue[(round + 1) & 1]; }
+  __device__ int waiting() const { return s.waiting[round % 2]; }
+  __device__ int* queued(int slot) const { return a.queue + (head + slot) % n; }
 
   __device__ int number(int from_bidder, int bidder) const {
     const int j = from_bidder + bidder;
     return j < n ? j : j - n;
   }
 
-  // Nobody holds anything. Prices stay, and so do the keys: they are prices too.
-  __device__ void everyone_waits() {
-    __syncthreads();  // all threads have read waiting()
-    for (int i = thread; i < n; i += threads) {
-      a.owner[i] = -1;
-      now()[i] = i;
+  // How much rounding may have raised what is cheapest; see Auction::margin.
+  __device__ double margin(int bidder, double best) const {
+    const float4& from = a.bidders[bidder];
+    return FLT_EPSILON * (8 * best + 2 * (fabs(double(from.x)) + fabs(double(from.y)) + fabs(double(from.z))));
+  }
+
+  __device__ float length(int bidder, int object) const { return between(a.bidders[bidder], a.objects[object]); }
+
+  __device__ double lowest_price() {
+    double lowest = DBL_MAX;
+    for (int j = thread; j < n; j += threads) lowest = fmin(lowest, double(a.objects[j].w));
+    return reduce(lowest, s, Least());
+  }
+
+  // The mean price above the lowest one.
+  __device__ double level() {
+    double sum = 0;
+    for (int j = thread; j < n; j += threads) sum += double(a.objects[j].w);
+    return reduce(sum, s, Plus()) / n - lowest_price();
+  }
+
+  // At least what the matching costs, rounding considered; 0 where all points are matched to their like.
+  __device__ double total() {
+    double sum = 0, rounding = 0;
+    for (int j = thread; j < n; j += threads) {
+      if (a.owner[j] < 0) continue;
+      const double cost = length(a.owner[j], j);
+      sum += cost;
+      rounding += margin(a.owner[j], cost);
     }
-    if (thread < 3) s.waiting[thread] = thread == round % 3 ? n : 0;
+    sum = reduce(sum, s, Plus());
+    rounding = reduce(rounding, s, Plus());
+    return sum > 0 || waiting() > 0 ? sum + rounding : 0;
+  }
+
+  // A lower bound of the sum over all matchings; leaves in bidders' w what is cheapest to them.
+  __device__ double certify() {
+    double paid = 0, prices = 0;
+    for (int i = warp; i < n; i += warps) {
+      const Candidate c = merge_warp(scan(a.objects, n, a.bidders[i], i, lane, 32));
+      __syncwarp();  // every lane has read the bidder
+      if (lane == 0) {
+        a.bidders[i].w = c.best;
+        paid += double(c.best) - margin(i, c.best);
+      }
+    }
+    for (int j = thread; j < n; j += threads) prices += double(a.objects[j].w);
+    rows += n;
+    return reduce(paid, s, Plus()) - reduce(prices, s, Plus());
+  }
+
+  // See Auction::start_near.
+  __device__ double start_near(double& eps) {
+    const int step = n / kSample > 1 ? n / kSample : 1, count = (n + step - 1) / step;
+    double nearest = 0, apart = 0, mutual = 0;
+    for (int k = warp; k < count; k += warps) {
+      const int i = k * step;
+      const Candidate c = merge_warp(scan(a.objects, n, a.bidders[i], i, lane, 32));
+      const int object = number(c.object, i);
+      const float own = length(i, object);
+      bool closest = 2 * c.best < c.second;
+      for (int other = lane; other < n; other += 32) {
+        closest = closest && (other == i || length(other, object) > 2 * own);
+      }
+      closest = __ballot_sync(kAllLanes, !closest) == 0;
+      if (lane == 0) {
+        nearest += double(c.best);
+        apart += c.second < INFINITY ? double(c.second) - double(c.best) : 0;
+        mutual += closest;
+      }
+    }
+    rows += 2 * count;
+    nearest = reduce(nearest, s, Plus());
+    apart = reduce(apart, s, Plus());
+    mutual = reduce(mutual, s, Plus());
+    if (16 * mutual < 15 * count) return 0;
+    eps = fmin(eps, fmax(kTightness * p.tolerance * nearest, apart / 4) / count);
+    return eps;
+  }
+
+  __device__ void find_holds() {
     __syncthreads();
+    for (int i = thread; i < n; i += threads) a.holds[i] = -1;
+    __syncthreads();
+    for (int j = thread; j < n; j += threads) {
+      if (a.owner[j] >= 0) a.holds[a.owner[j]] = j;
+    }
+    __syncthreads();
+  }
+
+  __device__ void keys_from_prices() {
+    for (int j = thread; j < n; j += threads) a.key[j] = Key(__float_as_uint(a.objects[j].w)) << 32;
+    __syncthreads();
+  }
+
+  // See Auction::begin_phase; `certified` where certify() came before, else nobody keeps anything.
+  __device__ void begin_phase(float eps, bool certified) {
+    if (certified) find_holds();
+    const float lowest = float(lowest_price());
+    for (int j = thread; j < n; j += threads) {
+      a.objects[j].w -= lowest;
+      if (!certified) a.owner[j] = -1;
+    }
+    __syncthreads();
+    head = 0;
+    if (warp == 0) {  // in order, for who bids together must not depend on the order of threads
+      int listed = 0;
+      for (int first = 0; first < n; first += 32) {
+        const int i = first + lane;
+        bool free = i < n;
+        if (free && certified) {
+          const int held = a.holds[i];
+          free = !(length(i, held) + a.objects[held].w <= a.bidders[i].w - lowest + eps);
+          if (free) a.owner[held] = -1;
+        }
+        const unsigned ballot = __ballot_sync(kAllLanes, free);
+        if (free) a.queue[listed + __popc(ballot & ((1u << lane) - 1))] = i;
+        listed += __popc(ballot);
+      }
+      if (lane == 0) s.waiting[round % 2] = listed;
+    }
+    keys_from_prices();
+  }
+
+  __device__ void bid(float eps, int enough) {
+    int64_t since = 0;
+    while (waiting() > enough && rows < p.most) {
+      if (since >= (sweeps > 0 ? kBidsLater : kBidsFirst) * n) {
+        sweep(eps);
+        since = 0;
+        continue;
+      }
+      const int won = bid_round(eps);  // bids that lost took no time of their own
+      since += won;
+      rows += won;
+    }
+  }
+
+  __device__ Key least_of_block(Key mine, int step) {
+    for (int offset = 16; offset > 0; offset /= 2) {
+      const Key other = __shfl_xor_sync(kAllLanes, mine, offset);
+      mine = other < mine ? other : mine;
+    }
+    Key* least = s.least[step & 1];  // in turns: one barrier a step is enough
+    if (lane == 0) least[warp] = mine;
+    __syncthreads();
+    mine = least[0];
+    for (int w = 1; w < warps; ++w) mine = least[w] < mine ? least[w] : mine;
+    return mine;
+  }
+
+  // See Auction::sweep. The keys' place holds, until it is over, the lengths of paths; bidders' w what a step's
+  // length counts from.
+  struct Way {
+    float length;  // by bidder: of the path to a free object that is the shortest so far
+    float rise;    // by object: by how much its price will rise; -1 where it is not reached yet
+  };
+  static_assert(sizeof(Way) == sizeof(Key));
+
+  __device__ void sweep(float eps) {
+    ++sweeps;
+    const int count = waiting();
+    find_holds();
+    Way* way = reinterpret_cast<Way*>(a.key);
+    for (int slot = warp; slot < count; slot += warps) {
+      const int bidder = *queued(slot);
+      const Candidate c = merge_warp(scan(a.objects, n, a.bidders[bidder], bidder, lane, 32));
+      __syncwarp();
+      if (lane == 0) a.bidders[bidder].w = c.best;
+    }
+    for (int i = thread; i < n; i += threads) {
+      const int held = a.holds[i];
+      if (held >= 0) a.bidders[i].w = length(i, held) + a.objects[held].w - eps;
+      way[i].rise = a.owner[i] < 0 ? 0.f : -1.f;
+    }
+    __syncthreads();
+    Key mine = ~Key(0);
+    for (int i = thread; i < n; i += threads) {
+      float shortest = INFINITY;
+      for (int j = 0; j < n; ++j) {
+        if (a.owner[j] >= 0) continue;
+        const float found = fmaxf(length(i, j) + a.objects[j].w - a.bidders[i].w, 0.f);
+        if (found < shortest) {
+          shortest = found;
+          a.choice[i] = j;
+        }
+      }
+      way[i].length = shortest;
+      mine = nearer(mine, shortest, i);
+    }
+    rows += 2 * count;
+    int left = count, settled = 0;
+    float reached = 0;
+    for (int step = 0; left > 0; ++step) {
+      const Key least = least_of_block(mine, step);
+      const int bidder = int(unsigned(least)), held = a.holds[bidder];
+      reached = fmaxf(reached, __uint_as_float(unsigned(least >> 32)));
+      if (thread == bidder % threads) {
+        way[bidder].length = INFINITY;
+        a.bidders[bidder].w = -INFINITY;
+      }
+      if (held < 0) {
+        if (thread == 0) a.order[settled] = bidder;
+        ++settled;
+        --left;
+      } else {
+        if (thread == 0) way[held].rise = reached;
+        ++rows;
+      }
+      mine = ~Key(0);
+      for (int i = thread; i < n; i += threads) {
+        float shortest = way[i].length;
+        if (held >= 0) {
+          const float found = fmaxf(length(i, held) + (a.objects[held].w + reached) - a.bidders[i].w, 0.f);
+          if (found < shortest) {
+            way[i].length = shortest = found;
+            a.choice[i] = held;
+          }
+        }
+        mine = nearer(mine, shortest, i);
+      }
+    }
+    __syncthreads();
+    for (int j = thread; j < n; j += threads) {
+      const float rise = way[j].rise;
+      a.objects[j].w += rise >= 0 ? rise : reached;
+      way[j].length = 0;  // from here on: 1 where an object lies on a path that is taken
+    }
+    __syncthreads();
+    if (thread == 0) {
+      int still = 0;
+      for (int k = 0; k < count; ++k) {
+        const int first = a.order[k];
+        if (!take_path(first, way)) a.queue[still++] = first;
+      }
+      s.waiting[round % 2] = still;
+    }
+    head = 0;
+    __syncthreads();
+    keys_from_prices();
+  }
+
+  __device__ static Key nearer(Key key, float length, int bidder) {
+    const Key other = length < INFINITY ? (Key(__float_as_uint(length)) << 32) | unsigned(bidder) : ~Key(0);
+    return other < key ? other : key;
+  }
+
+  // Matches along a bidder's path, unless it meets one that is taken.
+  __device__ bool take_path(int first, Way* way) {
+    for (int i = first;;) {
+      const int object = a.choice[i];
+      if (way[object].length > 0) return false;
+      if (a.owner[object] < 0) break;
+      i = a.owner[object];
+    }
+    for (int i = first; i >= 0;) {
+      const int object = a.choice[i], previous = a.owner[object];
+      way[object].length = 1;
+      a.owner[object] = i;
+      i = previous;
+    }
+    return true;
   }
 
   // Who won holds the object; who lost, or was outbid, waits for the next round.
@@ -279,46 +566,15 @@ class Block {
     return previous;
   }
 
-  __device__ void settle_all(int count, bool completing) {
-    __syncthreads();
-    for (int slot = thread; slot < count; slot += threads) {
-      const int bidder = now()[slot], object = a.choice[slot];
-      const int left = object < 0 ? bidder : settle(bidder, object, completing);
-      if (left >= 0) next()[atomicAdd(&s.waiting[(round + 1) % 3], 1)] = left;
-    }
-    __syncthreads();
-    ++round;
-  }
-
-  // A warp per bidder.
-  template <bool completing>
-  __device__ void wide_round(float eps) {
-    const int count = waiting();
-    if (thread == 0) s.waiting[(round + 2) % 3] = 0;
-    for (int slot = warp; slot < count; slot += warps) {
-      const int bidder = now()[slot];
-      Candidate c = merge_warp(scan(a.objects, n, a.bidders[bidder], bidder, lane, 32));
-      c.object = number(c.object, bidder);
-      if (lane == 0) {
-        const unsigned rank = completing ? ~__float_as_uint(c.best)  // nearest first
-                                         : offer(c, a.objects[c.object].w, eps);
-        a.choice[slot] = c.object;
-        atomicMax(&a.key[c.object], pack(rank, bidder));
-      }
-    }
-    bids += count;
-    settle_all(count, completing);
-  }
-
-  // Several warps per bidder: most rounds have only a few, and their latency is the run time.
-  __device__ void narrow_round(float eps) {
-    const int count = waiting();
-    if (thread == 0) s.waiting[(round + 2) % 3] = 0;
+  // Those who have waited longest bid, one by each warp, or by several where only a few wait: their latency is the
+  // run time. Returns how many won. That not all bid at once, who may all want the same, saves most of the bids.
+  __device__ int bid_round(float eps) {
+    const int count = waiting(), bidding = count < warps ? count : warps;
     int group = 1;  // warps per bidder, a power of two
-    while (2 * group * count <= warps) group *= 2;
+    while (2 * group * bidding <= warps) group *= 2;
     const int slot = warp / group;
-    if (slot < count) {
-      const int bidder = now()[slot];
+    if (slot < bidding) {
+      const int bidder = *queued(slot);
       const Candidate c = merge_warp(
           scan(a.objects, n, a.bidders[bidder], bidder, (warp % group) * 32 + lane, 32 * group));
       if (lane == 0) s.partial[warp] = c;
@@ -326,83 +582,71 @@ class Block {
     __syncthreads();
     if (warp == 0) {
       const int mine = lane / group;
-      Candidate c = lane < warps && mine < count ? s.partial[lane] : Candidate{INFINITY, INFINITY, kNoObject};
+      Candidate c = lane < warps && mine < bidding ? s.partial[lane] : Candidate{INFINITY, INFINITY, kNoObject};
       for (int offset = 1; offset < group; offset *= 2) {
         const Candidate other{__shfl_xor_sync(kAllLanes, c.best, offset),
                               __shfl_xor_sync(kAllLanes, c.second, offset),
                               __shfl_xor_sync(kAllLanes, c.object, offset)};
         c = merge_two(c, other);
       }
-      const bool leader = lane % group == 0 && mine < count;
-      const int bidder = leader ? now()[mine] : 0;
+      const bool leader = lane % group == 0 && mine < bidding;
+      const int bidder = leader ? *queued(mine) : 0;
       c.object = number(c.object, bidder);
       if (leader) atomicMax(&a.key[c.object], pack(offer(c, a.objects[c.object].w, eps), bidder));
       __syncwarp();
       const int left = leader ? settle(bidder, c.object, false) : -1;
       const unsigned ballot = __ballot_sync(kAllLanes, left >= 0);
-      if (left >= 0) next()[__popc(ballot & ((1u << lane) - 1))] = left;
-      if (lane == 0) s.waiting[(round + 1) % 3] = __popc(ballot);
-    }
-    __syncthreads();
-    bids += count;
-    ++round;
-  }
-
-  // Keeps the pairs of the initial assignment that satisfy eps complementary slackness at price 0, for
-  // the finest phase's eps at which all but a few do; returns that eps. A slack is by how much a bidder
-  // would rather have another object; it stands in the place that a bidder's float4 has left.
-  __device__ float keep_initial(float last) {
-    if (thread == 0) s.waiting[(round + 2) % 3] = 0;
-    for (int slot = warp; slot < n; slot += warps) {
-      const int64_t object = p.initial[slot];
-      const bool known = object >= 0 && object < n;
-      const Candidate c = merge_warp(scan(a.objects, n, a.bidders[slot], slot, lane, 32));
-      __syncwarp();  // every lane has read the bidder
+      const unsigned winners = __ballot_sync(kAllLanes, leader && left != bidder);
+      if (left >= 0) *queued(count + __popc(ballot & ((1u << lane) - 1))) = left;
       if (lane == 0) {
-        a.bidders[slot].w = known ? between(a.bidders[slot], a.objects[object]) - c.best : INFINITY;
+        s.waiting[(round + 1) % 2] = count - bidding + __popc(ballot);
+        s.won[(round + 1) % 2] = __popc(winners);
       }
     }
     __syncthreads();
-    float eps = last;
-    for (; eps < kFirstEps; eps *= kEpsFactor) {
-      double ill = 0;
-      for (int i = thread; i < n; i += threads) ill += a.bidders[i].w <= eps ? 0 : 1;
-      ill = reduce(ill, s, [](double u, double v) { return u + v; });
-      if (ill * kWarmFraction <= n) break;
-    }
-    if (eps >= kFirstEps) eps = fmaxf(last, kFirstEps);
-    for (int i = thread; i < n; i += threads) {
-      const bool keep = a.bidders[i].w <= eps;
-      a.choice[i] = keep ? int(p.initial[i]) : -1;
-      if (keep) atomicMax(&a.key[p.initial[i]], pack(0, i));  // a bid at price 0: below all others
-    }
-    settle_all(n, false);
-    return eps;
+    head = (head + bidding) % n;
+    ++round;
+    return s.won[round % 2];
   }
 
-  // The bound on rounds was met: each point left takes the nearest point that is free.
+  // The bound on work was met: each point left takes the nearest point that is free.
   __device__ void complete() {
-    __syncthreads();
+    find_holds();
     for (int j = thread; j < n; j += threads) {
       a.objects[j].w = a.owner[j] < 0 ? 0.f : INFINITY;
       a.key[j] = 0;
     }
+    if (thread == 0) s.waiting[0] = 0;
     __syncthreads();
-    const int64_t counted = bids;
-    for (int k = 0; k < kCompletionRounds && waiting() > 0; ++k) wide_round<true>(0.f);
-    bids = counted;
-    const int left = waiting();
-    __syncthreads();
-    if (left == 0) return;
-    for (int i = thread; i < n; i += threads) a.choice[i] = 0;
-    __syncthreads();
-    for (int j = thread; j < n; j += threads) {
-      if (a.owner[j] >= 0) a.choice[a.owner[j]] = 1;
+    for (int i = thread; i < n; i += threads) {
+      if (a.holds[i] < 0) a.queue[atomicAdd(&s.waiting[0], 1)] = i;
     }
     __syncthreads();
+    for (int k = 0; k < kCompletionRounds && s.waiting[k % 2] > 0; ++k) {
+      const int count = s.waiting[k % 2];
+      const int* now = k % 2 ? a.order : a.queue;
+      int* next = k % 2 ? a.queue : a.order;
+      for (int slot = warp; slot < count; slot += warps) {
+        const int bidder = now[slot];
+        Candidate c = merge_warp(scan(a.objects, n, a.bidders[bidder], bidder, lane, 32));
+        c.object = number(c.object, bidder);
+        if (lane == 0) {
+          a.choice[slot] = c.object;
+          atomicMax(&a.key[c.object], pack(~__float_as_uint(c.best), bidder));  // the nearest is highest
+        }
+      }
+      if (thread == 0) s.waiting[(k + 1) % 2] = 0;
+      __syncthreads();
+      for (int slot = thread; slot < count; slot += threads) {
+        const int left = settle(now[slot], a.choice[slot], true);
+        if (left >= 0) next[atomicAdd(&s.waiting[(k + 1) % 2], 1)] = left;
+      }
+      __syncthreads();
+    }
+    find_holds();
     if (thread == 0) {
       for (int i = 0, j = 0; i < n; ++i) {
-        if (a.choice[i]) continue;
+        if (a.holds[i] >= 0) continue;
         while (a.owner[j] >= 0) ++j;
         a.owner[j++] = i;
       }
@@ -419,40 +663,24 @@ class Block {
     return sqrt(square);
   }
 
-  __device__ void finish(int completed, bool met) {
-    const auto plus = [](double u, double v) { return u + v; };
+  __device__ void finish(double bound, int completed, bool met) {
     double sum = 0;
     for (int j = thread; j < n; j += threads) {
       p.assignment[a.owner[j]] = j;
       sum += apart(a.owner[j], j);
     }
-    sum = reduce(sum, s, plus);
-    if (p.initial) {  // a warm start never makes the result worse
-      for (int i = thread; i < n; i += threads) a.choice[i] = 0;
-      __syncthreads();
-      double before = 0;
-      bool permutation = true;
-      for (int i = thread; i < n; i += threads) {
-        const int64_t j = p.initial[i];
-        if (j >= 0 && j < n && atomicAdd(&a.choice[j], 1) == 0) {
-          before += apart(i, j);
-        } else {
-          permutation = false;
-        }
-      }
-      permutation = !__syncthreads_or(!permutation);
-      before = reduce(before, s, plus);
-      if (permutation && before < sum) {
-        for (int i = thread; i < n; i += threads) p.assignment[i] = p.initial[i];
-        sum = before;
-      }
-    }
+    const double mean = reduce(sum, s, Plus()) / n * scale;
     if (thread == 0) {
-      *p.distance = scalar_t(sum / n * scale);
-      p.statistics[kRounds] = rounds;
-      p.statistics[kBids] = bids;
+      *p.distance = scalar_t(mean);
+      const double least = fmin(bound / n * scale, mean);
+      scalar_t below = scalar_t(least);
+      if (below > least) below = nextafter(below, scalar_t(0));  // still a lower bound
+      *p.bound = below > 0 ? below : scalar_t(0);
+      p.statistics[kRounds] = (rows + n - 1) / n;
+      p.statistics[kRows] = rows;
       p.statistics[kCompleted] = completed;
       p.statistics[kBoundMet] = met;
+      p.statistics[kSweeps] = sweeps;
     }
   }
 
@@ -460,9 +688,9 @@ class Block {
   const Arrays& a;
   Scratch& s;
   const int n, thread, threads, lane, warp, warps;
-  double scale = 1;
-  int round = 0;
-  int64_t rounds = 0, bids = 0;
+  double scale = 1, spread = 0;
+  int round = 0, head = 0;
+  int64_t rows = 0, sweeps = 0;
 };
 
 }  // namespace pointcmt::emd::device

@@ -8,8 +8,8 @@ namespace pointcmt {
 inline void define_schemas(torch::Library& m) {
   // emd
   m.def(
-      "emd(Tensor x, Tensor y, float eps, int max_rounds, Tensor? initial=None) -> "
-      "(Tensor distance, Tensor assignment, Tensor statistics)");
+      "emd(Tensor x, Tensor y, float tolerance, int max_rounds) -> "
+      "(Tensor distance, Tensor bound, Tensor assignment, Tensor statistics)");
   // sampling
   m.def("furthest_point_sample(Tensor xyz, SymInt npoint) -> Tensor");
   // neighbors

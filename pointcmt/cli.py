@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pointcmt: there is no command {command!r}\n\n{usage()}", file=sys.stderr)
         return 2
     module_name, options_name, function_name = COMMANDS[command]
+    running = False
     try:
         if modules:
             from pointcmt.recipes.build import import_module
@@ -110,11 +111,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pointcmt.recipes.config import plain, structure
 
         structure(plain(options), options_type, command)
+        running = True
         result = function(options)
         leave_processes()
         return result if isinstance(result, int) else 0
-    except SystemExit as stop:  # tyro: 2 for wrong usage, 0 after --help
-        return stop.code if isinstance(stop.code, int) else 2
+    except SystemExit as stop:
+        if running:  # code of the user's own: an end without a word must not pass for success
+            print(f"pointcmt {command}: ended by sys.exit({stop.code!r}) in imported code", file=sys.stderr)
+            return 1
+        return stop.code if isinstance(stop.code, int) else 2  # tyro: 2 for wrong usage, 0 after --help
     except KeyboardInterrupt:
         again = "the same command" if command == "ablate" else "--resume"
         print(
@@ -125,7 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         else:
-            print(f"pointcmt {command}: {error}\n(--debug shows where)", file=sys.stderr)
+            words = str(error) or type(error).__name__
+            print(f"pointcmt {command}: {words}\n(--debug shows where)", file=sys.stderr)
         return 1
 
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from pointcmt.checkpoint import atomic_write
 
@@ -43,8 +45,10 @@ def tidy(axes: Axes, grid: str = "y") -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG atomically."""
-    with atomic_write(path) as temporary:
+    """Write a PNG atomically. Names in it are text, never mathematics, whatever signs they have."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with atomic_write(path) as temporary, rc_context({"text.parse_math": False}):
         figure.savefig(temporary, dpi=140, format="png")
     return Path(path)
 

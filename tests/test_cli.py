@@ -110,6 +110,16 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_code_of_the_user_that_exits_is_no_success(tmp_path, capsys):
+    (tmp_path / "quits.py").write_text("import sys\nsys.exit(0)\n")
+    assert main(["doctor", "--import", str(tmp_path / "quits.py")]) == 1
+    assert "cannot import" in capsys.readouterr().err
+    (tmp_path / "late.py").write_text("import sys\ndef Net(num_classes):\n    sys.exit(0)\n")
+    small = ["--num-points", "16", "--per-class", "3", "--test-per-class", "1", "--method", "none"]
+    assert main(["train", "--out", str(tmp_path / "r"), "--student", f"{tmp_path}/late.py:Net", *small]) == 1
+    assert "ended by sys.exit(0) in imported code" in capsys.readouterr().err
+
+
 def test_doctor_and_adapters_say_what_is_there(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out

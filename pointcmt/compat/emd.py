@@ -24,15 +24,17 @@ __all__ = ["backward", "emdFunction", "emdModule", "forward"]
 def _match(x: Tensor, y: Tensor, eps: float, iters: int) -> Tensor:
     """int64 [B, N]: x[b, i] goes to y[b, match[b, i]].
 
-    ``eps`` has the same meaning in every auction: no single swap can gain more than that per point.
-    ``iters`` is not used: MSN needs it because its auction would run on, and hands out what is left over
-    without regard to the distance; ours ends, with bounded work.
+    ``eps`` and ``iters`` are not used. MSN's auction ends after ``iters`` rounds and hands out what is left
+    over without regard to the distance, and its ``eps`` is in the clouds' unit; ours ends when it has
+    certified that the distance is near the optimum, for clouds of any unit, with bounded work.
     """
     _check(x, y)
+    if not eps > 0:
+        raise ValueError(f"emd: eps must be positive, got {eps}")
     if iters < 1:
         raise ValueError(f"emd: iters must be at least 1, got {iters}")
     with torch.no_grad():
-        return ops.emd(x.float(), y.float(), eps=eps)[1]
+        return ops.emd(x.float(), y.float())[1]
 
 
 def _check(x: Tensor, y: Tensor) -> None:
@@ -64,13 +66,13 @@ class emdModule(nn.Module):
     """``emdModule()(xyz1, xyz2, eps, iters) -> (dist, assignment)``."""
 
     def forward(self, input1: Tensor, input2: Tensor, eps: float, iters: int) -> tuple[Tensor, Tensor]:
-        """Matches the points of two clouds one to one, with the least sum of distances up to ``eps``.
+        """Matches the points of two clouds one to one, with the least sum of distances up to half a percent.
 
         Args:
             input1: [B, N, 3] predicted cloud; gets the gradient.
             input2: [B, N, 3] true cloud.
-            eps: slack of the auction per point, in the clouds' unit.
-            iters: accepted for compatibility; the work is bounded without it.
+            eps, iters: accepted for compatibility; the matching is near the optimum, and the work bounded,
+                without them.
 
         Returns:
             dist: float32 [B, N], squared distance of ``input1[b, i]`` to its match.

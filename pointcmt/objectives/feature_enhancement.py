@@ -29,10 +29,6 @@ class FeatureEnhancement(Objective):
         generator: ``[B, D] -> [B, N, 3]``, e.g. ``PointGenerator``. None: the one given to ``PointCMT``.
         distance: ``"emd"`` (the paper's), ``"chamfer"``, ``"sinkhorn"``, ``"sliced_wasserstein"``, or a
             callable ``(x [B, N, 3], y [B, N, 3]) -> [B]``, in unit-cube lengths.
-        warm_start: start EMD's matching from the identity: point k of both clouds comes from the same row of
-            the generator. It changes no more than the matching's tolerance, and saves work only where the
-            student's clouds lie within a few tenths of a point's spacing of the teacher's; in real training
-            they did not, so that it is off (``benchmarks/warm_start.py``).
 
     Raises:
         ValueError: unknown distance, or feature sizes that do not fit the generator.
@@ -50,7 +46,6 @@ class FeatureEnhancement(Objective):
         weight: float = 30.0,
         generator: nn.Module | None = None,
         distance: str | CloudDistance = "emd",
-        warm_start: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
@@ -60,7 +55,6 @@ class FeatureEnhancement(Objective):
                 "callable (x [B, N, 3], y [B, N, 3]) -> [B]"
             )
         self.distance = distance
-        self.warm_start = warm_start
         self.generator: nn.Module | None = None
         self._bound_here = False
         if generator is not None:
@@ -121,10 +115,7 @@ class FeatureEnhancement(Objective):
             return self.distance(x, y)
         if self.distance != "emd":
             return DISTANCES[self.distance](x, y)
-        initial = None
-        if self.warm_start:
-            initial = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1).contiguous()
-        return emd(x, y, initial=initial)[0]
+        return emd(x, y)[0]
 
     def extra_repr(self) -> str:
         distance = getattr(self.distance, "__name__", self.distance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pointcmt import objectives
+from pointcmt.adapters import INPUT_LAYOUTS, Adapter, find_adapter
 from pointcmt.objectives import Objective
 from pointcmt.recipes.options import parse_assignments
 from pointcmt.students.registry import list_students
@@ -39,6 +42,9 @@ class StudentOptions:
     """Further arguments of the student, as NAME=VALUE, such as variant=msg."""
     adapter: str | None = None
     """Name of the adapter; default: the registered one that matches, else the generic one."""
+    layout: str | None = None
+    """How the student takes its clouds: BN3, B3N or pos_x; default: as its adapter says, else the first of
+    these that it takes."""
 
 
 def import_module(name: str) -> Any:
@@ -104,6 +110,41 @@ def make_student(options: StudentOptions, num_classes: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"{options.student} made a {type(model).__name__}; expected a torch.nn.Module")
     return model
+
+
+def adapter_of(student: nn.Module, options: StudentOptions, sample: Tensor | None = None) -> Adapter:
+    """The student's adapter, with the layout in which the student takes its clouds.
+
+    Args:
+        student: the network.
+        options: name of the adapter, and layout, where they are given.
+        sample: [B, N, 3] clouds on the student's device, to try the layouts on; None takes what is said.
+
+    Raises:
+        ValueError: no layout in which the student takes the sample; with what it said of each.
+    """
+    adapter = find_adapter(student, options.adapter)
+    own = adapter.input_layout if options.layout is None else options.layout
+    if sample is None or options.layout is not None:
+        return dataclasses.replace(adapter, input_layout=own)
+    said, was = [], student.training
+    student.eval()
+    try:
+        for layout in dict.fromkeys([own, *INPUT_LAYOUTS]):
+            tried = dataclasses.replace(adapter, input_layout=layout)
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    tried.logits(student(tried.arrange(sample)))
+                return tried
+            except Exception as error:
+                said.append(f"{layout}: {type(error).__name__}: {str(error).strip().splitlines()[-1]:.200}")
+    finally:
+        student.train(was)
+    raise ValueError(
+        f"the student {options.student} takes clouds of {list(sample.shape)} in no known layout. "
+        + "; ".join(said)
+        + ". Give --layout, or an --adapter that says how it is called (docs/adapters.md)"
+    )
 
 
 def find_factory(name: str) -> Callable[..., Any]:

@@ -12,11 +12,11 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from pointcmt.adapters import Adapter, find_adapter
+from pointcmt.adapters import Adapter
 from pointcmt.checkpoint import PathLike, check_configuration, kind_of, load_module, read_config
 from pointcmt.data import vote_scale
 from pointcmt.recipes.batches import Batch, Batches
-from pointcmt.recipes.build import StudentOptions, check_named_by_file, make_student
+from pointcmt.recipes.build import StudentOptions, adapter_of, check_named_by_file, make_student
 from pointcmt.recipes.config import read_json, restore, write_json
 from pointcmt.recipes.engine import MachineOptions, make_accelerator, seed_everything
 from pointcmt.recipes.options import (
@@ -94,7 +94,7 @@ def load_student(path: Path, factory: str | None = None) -> tuple[nn.Module, Ada
     if factory is not None:
         options.student = factory
     model = load_module(file, "student", build, check)
-    return model, find_adapter(model, options.adapter), config
+    return model, adapter_of(model, options), config
 
 
 def described(path: Path, checkpoint: str = "final") -> tuple[Path, str, dict[str, Any]]:

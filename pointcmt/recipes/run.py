@@ -38,6 +38,7 @@ PACKAGES = ("pointcmt", "torch", "torchvision", "timm", "numpy", "accelerate", "
 # where a run is written to, on what it runs and how it reports do not change its result
 NOT_PART_OF_THE_RESULT = (
     "out", "resume", "device", "progress", "tensorboard", "workers", "minutes", "timeout",
+    "features", "data_cache",
 )  # fmt: skip
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pointcmt.adapters import Adapter, find_adapter
+from pointcmt.adapters import INPUT_LAYOUTS, Adapter, find_adapter
 from pointcmt.checkpoint import read_about, save_module, seen_before
 from pointcmt.data import Augmentation, FeatureCache, PointDataset
 from pointcmt.methods import PointCMT
 from pointcmt.objectives import Objective
 from pointcmt.recipes.batches import Batch, Batches, batches_of
-from pointcmt.recipes.build import StudentOptions, make_objectives, make_student, split_weights
+from pointcmt.recipes.build import StudentOptions, adapter_of, make_objectives, make_student, split_weights
 from pointcmt.recipes.config import plain, read_json, write_json
 from pointcmt.recipes.engine import (
     LoopOptions,
@@ -140,6 +140,8 @@ def check_options(options: Train) -> None:
     if not 0 <= options.label_smoothing < 1:
         raise ValueError(f"--label-smoothing is {options.label_smoothing}; expected a part in [0, 1)")
     parse_assignments(options.student.student_options, "--student-options")
+    if options.student.layout not in (None, *INPUT_LAYOUTS):
+        raise ValueError(f"--layout {options.student.layout}: expected one of {', '.join(INPUT_LAYOUTS)}")
     method = options.method
     make_objectives(0, 0, method.objectives)
     if method.method == "none":
@@ -198,7 +200,9 @@ def train(options: Train) -> dict[str, Any]:
         options.student.feature_dim = teacher.feature_dim
     student = make_student(options.student, splits.train.num_classes).to(accelerator.device)
     sample = torch.from_numpy(splits.train.points[: min(4, len(splits.train))]).to(accelerator.device)
-    adapter = find_adapter(student, options.student.adapter)
+    adapter = adapter_of(student, options.student, sample)
+    if adapter.input_layout != find_adapter(student, options.student.adapter).input_layout:
+        options.student.layout = adapter.input_layout
     run = RunFolder.start(
         accelerator, options.out, options, command="train", inputs=inputs, resume=options.resume
     )

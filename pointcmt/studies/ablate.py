@@ -81,8 +81,8 @@ class Ablate:
     table: bool = False
     """Only make table and chart of the cells that are finished."""
     cell: str | None = None
-    """Do this piece alone: the name of a cell whose teacher is there, or teacher-NAME. It is what --jobs and
-    --submit run, and what a script of your own may run on any machine that sees the folder."""
+    """Do this piece alone: the name of a cell whose teacher is there, or teacher-NAME. It is what --submit
+    runs, and what a script of your own may run on any machine that sees the folder."""
     submit: tuple[str, ...] | None = None
     """Hand the cells to SLURM, by submitit, with its parameters as NAME=VALUE: timeout_min=240
     slurm_partition=gpu gpus_per_node=1."""
@@ -127,6 +127,9 @@ def run_study(options: Ablate, study: Study, out: Path) -> dict[str, Any]:
     """:func:`ablate` in a folder that no other command is at work in."""
     check_unchanged(out / "study.json", study)
     cells = [cell for cell in study.cells() if options.only is None or options.only in cell.name]
+    if not cells:
+        names = ", ".join(cell.name for cell in study.cells())
+        raise ValueError(f"--only {options.only}: no cell's name contains it; there are {names}")
     todo = [cell for cell in cells if not finished(study, cell, out)]
     failures: list[str] = []
     if not options.table and todo:

@@ -187,6 +187,11 @@ def check(study: Study) -> None:
             f"two cells are called {twice[0]}, by other names of student, method and teacher: the records of "
             "one would be taken for the other's. Give them names that differ"
         )
+    if "test" in study.tests:
+        raise ValueError(
+            "tests.test: test is the name of the data's own test shapes, which are always measured; give it "
+            "another"
+        )
     study.views.spec()
     for name, values in study.teachers.items():
         where = f"teachers.{name}"

@@ -5,7 +5,6 @@ A record is the JSON of one finished cell, as :func:`pointcmt.studies.ablate.run
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from pointcmt.recipes.config import read_json
 from pointcmt.studies.charts import Row
 
 Record = Mapping[str, Any]
@@ -20,15 +20,12 @@ Record = Mapping[str, Any]
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records of all finished cells of a study."""
-    return [json.loads(path.read_text()) for path in sorted((folder / "records").glob("*.json"))]
+    return [read_json(path) for path in sorted((folder / "records").glob("*.json"))]
 
 
 def read_teachers(folder: Path) -> dict[str, dict[str, Any]]:
     """The records of a study's teachers, by name."""
-    return {
-        path.stem: json.loads(path.read_text())
-        for path in sorted((folder / "records/teachers").glob("*.json"))
-    }
+    return {path.stem: read_json(path) for path in sorted((folder / "records/teachers").glob("*.json"))}
 
 
 def paired_interval(differences: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:

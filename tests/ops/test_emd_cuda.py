@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 
 from pointcmt.ops import check_deferred, emd, emd_statistics
 from pointcmt.ops._extension import compiled_ops
-from pointcmt.ops.emd import DEFAULT_EPS
+from pointcmt.ops.emd import DEFAULT_TOLERANCE
 
 pytestmark = pytest.mark.cuda
 
@@ -43,18 +43,18 @@ def test_near_the_optimum(n):
     x, y = clouds(n, 3, n)
     distance, assignment = emd(x, y)
     check(x, y, distance, assignment)
-    assert (distance.double().cpu() <= optimum(x, y) + DEFAULT_EPS).all()
+    assert (distance.double().cpu() <= optimum(x, y) / (1 - DEFAULT_TOLERANCE)).all()
 
 
 @pytest.mark.parametrize("n", [4096, 5000, 8192, 20_000])
 def test_every_place_for_the_arrays(n):
     # all in shared memory, the points bid for alone, and nothing of it
     x, y = clouds(n, 2, n)
-    distance, assignment, statistics = emd_statistics(x, y, eps=0.01)
+    distance, assignment, statistics = emd_statistics(x, y, tolerance=0.01)
     check(x, y, distance, assignment)
-    assert not statistics.bound_met.any()
-    expected, _ = emd(x.cpu(), y.cpu(), eps=0.01)
-    torch.testing.assert_close(distance.cpu(), expected, rtol=0, atol=0.01)
+    assert not statistics.bound_met.any() and (distance - statistics.bound <= 0.01 * distance).all()
+    expected, _ = emd(x.cpu(), y.cpu(), tolerance=0.01)
+    torch.testing.assert_close(distance.cpu(), expected, rtol=0.01, atol=0)
 
 
 def test_float64_and_half_precision():
@@ -78,9 +78,8 @@ def test_degenerate_clouds(kind):
     unit = {"huge": 1e30, "tiny": 1e-30}.get(kind, 1.0)
     distance, assignment, statistics = emd_statistics(x * unit, y * unit)
     assert not statistics.bound_met.any()
-    side = max((c.amax(1) - c.amin(1)).amax().item() for c in (x, y))
     check(x, y, distance.double().div(unit).float(), assignment)
-    assert (distance.double().cpu() / unit <= optimum(x, y) + DEFAULT_EPS * side + 1e-6).all()
+    assert (distance.double().cpu() / unit <= optimum(x, y) / (1 - DEFAULT_TOLERANCE) + 1e-6).all()
 
 
 def test_same_result_every_time():
@@ -100,7 +99,6 @@ def test_no_synchronisation_with_the_host():
     torch.cuda.set_sync_debug_mode("error")
     try:
         emd(x, y)[0].sum().backward()
-        emd(x.detach(), y, initial=torch.arange(256, device="cuda").expand(4, -1))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -124,11 +122,11 @@ def test_gradients_match_the_cpu():
     grads = []
     for device in ("cuda", "cpu"):
         a, b = x.double().to(device).requires_grad_(), y.double().to(device).requires_grad_()
-        emd(a, b, eps=1e-5)[0].sum().backward()
+        emd(a, b, tolerance=1e-4)[0].sum().backward()
         assert a.grad is not None and b.grad is not None
         grads.append((a.grad.cpu(), b.grad.cpu()))
     same = (grads[0][0] - grads[1][0]).abs().amax(-1) < 1e-9
-    assert same.double().mean() > 0.98, "at eps 1e-5 nearly all matches are those of the optimum"
+    assert same.double().mean() > 0.98, "nearly all matches are those of the optimum"
     a, b = clouds(8, 2, 8)
     torch.use_deterministic_algorithms(True)
     try:
@@ -158,17 +156,6 @@ def test_the_bound_ends_in_a_permutation(rounds):
         assert (statistics.bound_met == 1).all()
 
 
-def test_warm_start():
-    x, _ = clouds(11, 4, 1024)
-    y = x + 0.003 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).cuda()
-    identity = torch.arange(1024, device="cuda").expand(4, -1)
-    cold = emd_statistics(x, y)
-    warm = emd_statistics(x, y, initial=identity)
-    check(x, y, warm[0], warm[1])
-    assert (warm[0] <= (x - y).norm(dim=-1).mean(1) * (1 + 1e-6)).all()
-    assert warm[2].bids.sum() < cold[2].bids.sum() / 4
-
-
 def test_under_compile():
     x, y = clouds(12, 2, 128)
     compiled = torch.compile(lambda a, b: emd(a, b)[0].sum(), fullgraph=True)
@@ -177,6 +164,4 @@ def test_under_compile():
 
 def test_opcheck():
     x, y = clouds(13, 2, 16)
-    torch.library.opcheck(
-        torch.ops.pointcmt.emd.default, (x.requires_grad_(), y.requires_grad_(), 0.01, 100, None)
-    )
+    torch.library.opcheck(torch.ops.pointcmt.emd.default, (x.requires_grad_(), y.requires_grad_(), 0.01, 100))

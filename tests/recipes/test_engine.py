@@ -246,6 +246,31 @@ def test_batches_too_small_for_batch_normalisation_are_refused():
         Batches(clouds(0), 2, torch.device("cpu"))
 
 
+def test_data_that_cannot_be_trained_on_is_named_before_training():
+    """Not a wrong adapter, not a learning rate: the shape and its point."""
+    device, data = torch.device("cpu"), clouds(20)
+    data.points[13, 4, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"shape 13 \(a_0013\) holds nan in point 4"):
+        Batches(data, 4, device, 0)
+
+    class OnDisk(torch.utils.data.Dataset):
+        shape_ids = data.shape_ids
+
+        def __len__(self):
+            return len(data)
+
+        def __getitem__(self, index):
+            return data[index]
+
+    with pytest.raises(ValueError, match=r"shape 13 \(a_0013\) holds nan in point 4"):
+        list(Batches(OnDisk(), 4, device).epoch())
+    for label in (-1, 4):
+        data = clouds(20)
+        data.labels[7] = label
+        with pytest.raises(ValueError, match=rf"shape 7 \(a_0007\) has the label {label}; .* from 0 to 3"):
+            Batches(data, 4, device)
+
+
 def test_the_learning_rate_warms_up_and_ends_at_zero():
     options = LoopOptions(lr=0.1, warmup=2, epochs=10)
     rates = [learning_rate(options, step, 100, 10) for step in range(101)]

@@ -53,8 +53,8 @@ def test_a_process_that_is_lost_ends_the_others_with_its_name(how, tmp_path):
     for rank in (0, 1):
         environment = {
             **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-            "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
         }  # fmt: skip
         command = [sys.executable, "-c", SCRIPT, os.path.dirname(__file__), str(tmp_path / "r"), how]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -132,6 +134,82 @@ def test_state_is_loaded_without_unpickling_and_damage_is_an_error(tmp_path):
     run.state_path.write_bytes(run.state_path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"state\.pt cannot be read"):
         run.load_state()
+
+
+@dataclass
+class Loop:
+    epochs: int = 3
+    schedule: str = "cosine"
+
+
+@dataclass
+class Looped:
+    loop: Loop = field(default_factory=Loop)
+
+
+def finished(folder: Path, epochs: int, schedule: str) -> RunFolder:
+    run = start(folder, Looped(Loop(epochs, schedule)))
+    run.save_state({"epoch": epochs})
+    run.finish({"last": {}})
+    return run
+
+
+def test_a_run_goes_on_to_more_epochs_and_says_what_changes(tmp_path, capsys):
+    finished(tmp_path / "r", 3, "cosine")
+    run = start(tmp_path / "r", Looped(Loop(5)), resume=True)
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "begun with --epochs 3 and goes on to 5 after 3" in said and "is planned anew over 5 epochs" in said
+    )
+    assert run.finished() is None and run.read_config()["config"]["loop"]["epochs"] == 5
+    assert run.read_config()["epochs_before"] == [[3, 3]]
+    run.finish({"last": {}})
+    finished(tmp_path / "c", 3, "constant")
+    start(tmp_path / "c", Looped(Loop(4, "constant")), resume=True)
+    assert "the learning rate is constant, as it was" in " ".join(capsys.readouterr().out.split())
+    # fewer than are over; or a state that is gone
+    with pytest.raises(ValueError, match=r"4 epochs, of which 3 are over: it cannot go on to --epochs 2"):
+        start(tmp_path / "c", Looped(Loop(2, "constant")), resume=True)
+    finished(tmp_path / "s", 3, "constant").state_path.unlink()
+    with pytest.raises(ValueError, match=r"state\.pt\) is gone"):
+        start(tmp_path / "s", Looped(Loop(5, "constant")), resume=True)
+
+
+def test_other_processes_or_threads_are_a_warning(tmp_path, capsys, monkeypatch):
+    start(tmp_path)
+    start(tmp_path, resume=True)
+    assert "warning" not in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    start(tmp_path, resume=True)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "begun with processes: 1, and goes on with 2" in said and "and goes on with 77" in said
+
+
+def test_one_process_at_a_time_writes_a_run(tmp_path):
+    pytest.importorskip("fcntl")
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[2]); from pathlib import Path\n"
+        "from test_run import start\n"
+        "start(Path(sys.argv[1])); print('started', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "r"), str(Path(__file__).parent)], stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout is not None and other.stdout.readline() == b"started\n"
+        with pytest.raises(RuntimeError, match=r"another process is at work in .*wait for it, stop it"):
+            start(tmp_path / "r", resume=True)
+        assert "resumed" not in json.loads((tmp_path / "r/environment.json").read_text())
+    finally:
+        other.kill()
+        other.wait()
+    left = tmp_path / "r/.state.x7f1_b2c.pt"  # of a write that the kill cut short
+    left.write_text("half")
+    run = start(tmp_path / "r", resume=True)  # the lock went with the process
+    assert not left.exists()
+    run.finish({})
+    assert not (tmp_path / "r/.lock").exists()
 
 
 def test_find_checkpoint_says_what_was_tried_and_what_to_run(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -12,18 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
+from pointcmt.checkpoint import read_about, read_config
 from pointcmt.cli import main
 from pointcmt.data import SyntheticShapes
 from pointcmt.recipes import build
 from pointcmt.recipes import train as stage3
-from pointcmt.recipes.evaluate import load_student
+from pointcmt.recipes.evaluate import Evaluate, evaluate, load_student
 from pointcmt.recipes.features import Draws
 from pointcmt.recipes.options import DataOptions, views_of_teacher
 from pointcmt.recipes.run import read_metrics
+from pointcmt.students import registry
+from pointcmt.students.registry import register_student
 from pointcmt.tasks.metrics import class_accuracies, overall_accuracy, scores
 from pointcmt.teacher import ImageTeacher
+from pointcmt.training import CrossModalTraining
 
 CPU = ["--device", "cpu", "--no-tensorboard", "--no-progress"]
 DATA = ["--per-class", "4", "--test-per-class", "2", "--num-points", "64", "--holdout", "0.25"]
@@ -216,6 +222,161 @@ def test_mistakes_between_stages_are_explained(stages, tmp_path, capsys):
     (tmp_path / "lone").mkdir()
     shutil.copy(stages / "teacher/teacher.safetensors", tmp_path / "lone")
     run("cache-features", "--teacher", tmp_path / "lone", *DATA)  # the file alone is enough
+
+
+def test_a_checkpoint_alone_is_enough(stages, tmp_path):
+    """Without its run folder: for every recipe that takes a teacher, and for what judges a student."""
+    lone = tmp_path / "files"
+    lone.mkdir()
+    for name in ("teacher", "generator"):
+        shutil.copy(stages / name / f"{name}.safetensors", lone)
+    shutil.copy(stages / "pointcmt/student.safetensors", lone / "mine.safetensors")
+    teacher = lone / "teacher.safetensors"
+    run("cache-features", "--teacher", teacher, *DATA)
+    run("train-generator", "--out", tmp_path / "g", "--teacher", teacher, *DATA, *CPU, "--epochs", 1)
+    command = ["--teacher", teacher, "--generator", lone / "generator.safetensors", *DATA, *CPU, *SMALL]
+    run("train", "--out", tmp_path / "s", *command, "--guard", "none")
+    whole, again = read(stages / "pointcmt"), read(tmp_path / "s")
+    assert again["last"] == whole["last"] and again["teacher_check"] == whole["teacher_check"]
+    for name, file in (("teacher", teacher), ("pointcmt", lone / "mine.safetensors")):
+        run("evaluate", file, "--device", "cpu", "--json", tmp_path / "e.json")
+        assert json.loads((tmp_path / "e.json").read_text())["oa"] == read(stages / name)["last"]["test_oa"]
+    curves = tmp_path / "curves.json"
+    run("robustness", lone / "mine.safetensors", "--out", curves, "--kinds", "jitter", "--no-progress")
+    [entry] = json.loads(curves.read_text())["runs"]
+    assert entry["oa"]["jitter"][0] == whole["last"]["test_oa"]
+    assert (entry["run"], entry["method"], entry["teacher"]) == ("mine", "pointcmt", "teacher")
+    # which shapes it was trained on is in the file too: they are not taken for held out
+    run("train", "--out", tmp_path / "x", *command, "--guard", "none", "--epochs", 1, "--holdout", 0.5)
+    assert "was trained on" in read(tmp_path / "x")["teacher_check"]["verdict"]
+    with pytest.raises(ValueError, match="holds a generator: only teachers and students"):
+        evaluate(Evaluate(lone / "generator.safetensors"))
+
+
+def test_a_file_of_an_older_version_still_loads(stages, tmp_path, capsys):
+    """It had no more than the configuration; the run folder said the rest."""
+    for name, kind in (("teacher", "teacher"), ("pointcmt", "student")):
+        shutil.copytree(stages / name, tmp_path / name)
+        file = tmp_path / name / f"{kind}.safetensors"
+        metadata = {"kind": kind, "config": json.dumps(read_config(file, kind)), "pointcmt": "0.1"}
+        save_file(load_file(file), file, metadata=metadata)
+        run("evaluate", tmp_path / name, "--json", tmp_path / "e.json")
+        assert json.loads((tmp_path / "e.json").read_text())["oa"] == read(stages / name)["last"]["test_oa"]
+    command = ["train", "--teacher", tmp_path / "teacher", *DATA, *CPU, *SMALL, "--fe-weight", 0]
+    run(*command, "--out", tmp_path / "s", "--guard", "none")
+    assert read(tmp_path / "s")["teacher_check"]["heldout"] == 16
+    (tmp_path / "pointcmt/config.json").unlink()
+    assert main(["evaluate", str(tmp_path / "pointcmt")]) == 1
+    assert "keep config.json of its run beside it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"student": "os:system", "student_options": ["command=touch MARK"]},
+            "code of a module that you",
+        ),
+        ({"student": "subprocess:call"}, "--student subprocess:call"),
+        ({"student": "nobody"}, "the student 'nobody', which is not known here"),
+        ({"student_options": ["npoints=(900000000,)"]}, "expected a number below a million"),
+        ({"width": 1000.0}, "far larger than the weights in the file"),
+        ({"width": "wide"}, "student.width is 'wide'; expected a number"),
+    ],
+)
+def test_a_student_s_file_runs_no_code(options, words, stages, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = stages / "plain/student.safetensors"
+    config = read_config(source, "student")
+    config["student"] = {**config["student"], **options}
+    metadata = {"kind": "student", "config": json.dumps(config), "about": json.dumps(read_about(source))}
+    save_file(load_file(source), tmp_path / "s.safetensors", metadata=metadata)
+    for command in ("evaluate", "robustness"):
+        assert main([command, str(tmp_path / "s.safetensors"), "--no-progress"]) == 1
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "MARK").exists()
+
+
+def test_one_file_brings_a_network_and_an_objective(stages, tmp_path, capsys, monkeypatch):
+    """Listed, trained with, saved and evaluated without an edit elsewhere."""
+    mine = tmp_path / "brought.py"
+    mine.write_text(
+        "from torch import nn\n"
+        "from pointcmt.objectives import Objective\n"
+        "from pointcmt.students.registry import register_student\n"
+        "@register_student('tiny')\n"
+        "class Tiny(nn.Module):\n"
+        "    def __init__(self, num_classes, feature_dim=8):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = nn.Linear(3, feature_dim), nn.Linear(feature_dim, num_classes)\n"
+        "    def forward(self, points):\n"
+        "        return self.b(self.a(points).relu().amax(1))\n"
+        "class Cosine(Objective):\n"
+        "    default_name = 'cosine_distance'\n"
+        "    def forward(self, student, teacher):\n"
+        "        return 1 - nn.functional.cosine_similarity(student.feature, teacher.feature).mean()\n"
+    )
+    try:
+        assert main(["doctor", "--import", str(mine)]) in (0, 1)
+        printed = capsys.readouterr().out
+        assert "tiny" in printed and "cosine_distance" in printed and "pointnet2" in printed
+        run(
+            "train", "--import", mine, "--out", tmp_path / "r", "--student", "tiny", "--teacher",
+            stages / "teacher", "--fe-weight", 0, "--ce-weight", 0, "--objectives", "cosine_distance=2",
+            *DATA, *CPU, "--epochs", 1,
+        )  # fmt: skip
+        results = read(tmp_path / "r")
+        assert results["student"] == "tiny" and results["method"] == "cosine_distance"
+        assert 0 < read_metrics(tmp_path / "r")[0]["cosine_distance"] < 2
+        run("evaluate", tmp_path / "r", f"--import={mine}", "--json", tmp_path / "e.json")
+        assert json.loads((tmp_path / "e.json").read_text())["oa"] == results["last"]["test_oa"]
+        with pytest.raises(ValueError, match="there is a student 'tiny' already"):
+            register_student("tiny")(nn.Linear)
+        assert main(["evaluate", str(tmp_path / "r"), "--import", str(tmp_path / "nothing.py")]) == 1
+        assert "cannot import" in capsys.readouterr().err
+    finally:
+        monkeypatch.setattr(build, "IMPORTED", [])
+        registry._registered.pop("tiny", None)
+        sys.modules.pop("brought", None)
+    gc.collect()
+    assert main(["evaluate", str(tmp_path / "r")]) == 1
+    assert "the student 'tiny', which is not known here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_network_that_takes_channels_first(given, tmp_path, monkeypatch, capsys):
+    (tmp_path / "channels_first.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_classes, channels=3):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = nn.Conv1d(channels, 8, 1), nn.Linear(8, num_classes)\n"
+        "    def forward(self, points):\n"
+        "        return self.b(self.a(points).relu().amax(2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build, "IMPORTED", [])
+    command = ["train", "--out", tmp_path / "r", "--method", "none", "--student", "channels_first:Net", *CPU]
+    run(*command, *DATA, "--epochs", 1, *(["--layout", "B3N"] if given else []))
+    run("evaluate", tmp_path / "r", "--json", tmp_path / "e.json")
+    assert json.loads((tmp_path / "e.json").read_text())["oa"] == read(tmp_path / "r")["last"]["test_oa"]
+    command = [str(word) for word in [*command, *DATA, "--resume"]]
+    command[2] = str(tmp_path / "six")
+    assert main([*command, "--student-options", "channels=6"]) == 1
+    said = capsys.readouterr().err
+    assert (
+        "in no known layout. BN3: " in said and "B3N: " in said and "pos_x: " in said and "--layout" in said
+    )
+    assert main([*command, "--layout", "3BN"]) == 1
+    assert "--layout 3BN: expected one of BN3, B3N, pos_x" in capsys.readouterr().err
+
+
+def test_no_step_waits_for_the_device_to_read_a_loss(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        CrossModalTraining, "losses", property(lambda _: pytest.fail("reading .losses waits for the device"))
+    )
+    run("train", "--out", tmp_path / "r", *taught(stages), *DATA, *CPU, *SMALL, "--epochs", 1)
+    assert read_metrics(tmp_path / "r")[0]["feature_enhancement"] > 0
 
 
 def test_a_teacher_that_saw_the_held_out_shapes_is_not_compared(stages, tmp_path, capsys):

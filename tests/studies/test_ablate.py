@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from pointcmt.cli import main
+from pointcmt.recipes.engine import MachineOptions
 from pointcmt.recipes.evaluate import Evaluate, evaluate
 from pointcmt.recipes.run import held
 from pointcmt.studies import ablate as study
@@ -281,9 +282,78 @@ def test_the_paired_interval_against_the_textbook():
         (ABLATION.replace("lr: 5e-3", "lrr: 5e-3"), r"students.net.train.loop: there is no option 'lrr'"),
         (ABLATION.replace("votes", "vote"), "tests.few: there is no option 'vote'"),
         (ABLATION.replace("feature_dim: 32", "feature_dmi: 32"), "teachers.only.teacher: there is no option"),
+        # what trained something else, exit 0
+        (
+            ABLATION.replace("batch_size: 16", "optimizer: AdamW"),
+            r"loop\.optimizer is 'AdamW'; expected one of",
+        ),
+        (
+            ABLATION.replace("ce_weight: 0}", "guard: heldotu}"),
+            r"methods\.FE\.guard is 'heldotu'; expected one of",
+        ),
+        (ABLATION.replace("ce_weight: 0}", "decay: linaer}"), r"methods\.FE\.decay is 'linaer'"),
+        (
+            ABLATION.replace("num_points: 64", "num_points: {a: 1}"),
+            r"data\.num_points is \{'a': 1\}; expected",
+        ),
+        (
+            ABLATION.replace("ce_weight: 0}", "fe_weight: null}"),
+            r"methods\.FE\.fe_weight is None; expected a number",
+        ),
+        (
+            ABLATION.replace("ce_weight: 0}", "ce_weight: -1}"),
+            "under methods.FE: the weights of the objectives",
+        ),
+        (ABLATION.replace("soft_labels=1", "sotf_labels=1"), "--objectives sotf_labels: expected one of"),
+        (ABLATION.replace("soft_labels=1", "soft_labels=0"), "is no method"),
+        (ABLATION.replace("size: 16", "rig: simplview"), "simplview"),
+        (ABLATION.replace("votes: 2", "split: tset"), r"tests\.few\.split is 'tset'"),
+        ("students: {a: {}}\nmethods: [{method: none}]\nseeds: [0]", r"methods is \[.*; expected a mapping"),
+        ("students: [a]\nmethods: {none: {}}\nseeds: [0]", r"students is \['a'\]; expected a mapping"),
+        # what went missing, exit 0, or was written elsewhere
+        (ABLATION.replace("seeds: [0, 1]", "seeds: [0, 0]"), "seeds: 0 stands twice"),
+        (ABLATION.replace("seeds: [0, 1]", "seeds: [0.5]"), r"seeds is 0\.5; expected a whole number"),
+        (ABLATION.replace("seeds: [0, 1]", "seeds: 3"), "seeds is 3; expected a list"),
+        (ABLATION.replace("  FE:", "  FE/CE:"), "methods: 'FE/CE' is no name"),
+        (ABLATION.replace("  FE:", "  ../../x:"), r"methods: '\.\./\.\./x' is no name"),
+        (ABLATION.replace("  FE:", "  no:"), "methods: False is no name"),
+        (ABLATION.replace("  FE:", "  none:"), "line 12: 'none' stands twice"),
+        (ABLATION.replace("  only:", "  /etc/x:"), "teachers: '/etc/x' is no name"),
+        (
+            ABLATION.replace("  net:", "  net-FE: {}\n  net:").replace(
+                "  Hinton:", "  FE-FE: {ce_weight: 0}\n  H:"
+            ),
+            "two cells are called net-fe-fe-only-0",
+        ),
+        (
+            ABLATION.replace("  few: {votes", "  test: {votes"),
+            "tests.test: test is the name of the data's own",
+        ),
+        (ABLATION.replace("{net: {none", "{nte: {none"), "paper.nte: there is no such student"),
+        (
+            ABLATION.replace("student: pointnet2", "student: 'os:system'"),
+            "code of a module that you did not name",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_named(text, words, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         study.read_study(tmp_path / "c.yaml")
+    assert "c.yaml" in str(error.value)
+
+
+def test_one_piece_of_a_study_is_a_command(tmp_path, capsys):
+    """As --submit hands it to a cluster."""
+    config, out = tmp_path / "study.yaml", tmp_path / "out"
+    config.write_text(ABLATION)
+    options = study.Ablate(config, out, keep="all", machine=MachineOptions(device="cpu", tensorboard=False))
+    command = study.command_of(options, out, "net-none-1")
+    assert command[:3] == ["-m", "pointcmt", "ablate"] and "--no-tensorboard" in command
+    assert main(command[2:]) == 0
+    assert [record["seed"] for record in read_records(out)] == [1]
+    assert (out / "cells/net-none-1/state.pt").exists()
+    assert main([*words(config, out), "--only", "nte"]) == 1
+    assert "--only nte: no cell's name contains it; there are net-none-0" in capsys.readouterr().err
+    assert main([*command[2:], "--cell", "net-none-7"]) == 1
+    assert "expected one of teacher-only, net-none-0" in capsys.readouterr().err

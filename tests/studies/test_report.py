@@ -90,6 +90,13 @@ def test_text_of_a_page_is_escaped(tmp_path):
     assert "a &lt; b" in page and "&lt;y&gt;" in page and "&lt;c&gt;" in page and "<y>" not in page
 
 
+def test_names_from_data_are_text_on_the_page(study):
+    name = "<script>alert(1)</script>"
+    make_run(study / "x", "train", student(name, 50.0, name="$\\foo"))
+    page = write_report(study).read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+
+
 def test_a_folder_without_runs_is_an_error_that_says_what_makes_one(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no finished run in .*pointcmt train"):
         write_report(tmp_path)
@@ -121,6 +128,7 @@ def test_pictures_are_drawn(tmp_path):
     ]  # fmt: skip
     for path in made:
         assert 0.005 < ink(path) < 0.9, path
+    save_views(views, ["$\\foo", "$x$"], tmp_path / "names.png")  # names are no mathematics
     # a picture of nothing has less in it
     save_views(np.zeros_like(views), ["a", "b"], tmp_path / "empty.png")
     assert ink(tmp_path / "empty.png") < ink(tmp_path / "views.png")
