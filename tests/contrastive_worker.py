@@ -10,7 +10,9 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from pointcmt.cli import main as command_line
+from pointcmt.methods import CrossPoint, PicAtPoint
 from tests.objectives.contrastive_cases import CASES, batch, projector
+from tests.pretraining_toys import adapter, clouds, images, network, views_of
 
 
 def losses(folder: Path) -> None:
@@ -31,6 +33,34 @@ def losses(folder: Path) -> None:
         torch.save(results, folder / "results.pt")
 
 
+def own_loop(folder: Path) -> None:
+    """Three steps of somebody's own loop: largest difference of anything trained between the processes."""
+    apart = {}
+    rank = distributed.get_rank()
+    for kind in (PicAtPoint, CrossPoint):
+        model = network()
+        # layers after the feature get no gradient, and the wrapper must not wait for one
+        wrapped = DistributedDataParallel(model, static_graph=True)
+        points = clouds(4, seed=rank)
+        with kind(images(), wrapped, points=points, adapter=adapter()) as pre:
+            optimizer = torch.optim.Adam([*model.parameters(), *pre.parameters()], 1e-3)
+            for _ in range(3):
+                wrapped(torch.cat([points] * pre.copies))
+                loss = pre.loss(views=views_of(points))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            worst = 0.0
+            for parameter in (*model.parameters(), *pre.parameters()):
+                other = parameter.detach().clone()
+                distributed.broadcast(other, 0)
+                worst = max(worst, float((other - parameter.detach()).abs().max()))
+        apart[kind.__name__] = worst
+    if rank == 1:
+        torch.save(apart, folder / "apart.pt")
+
+
 if __name__ == "__main__":
     losses(Path(sys.argv[1]))
+    own_loop(Path(sys.argv[1]))
     raise SystemExit(command_line(sys.argv[2:]))  # leaves the processes

@@ -56,6 +56,10 @@ def test_two_processes_equal_one_with_the_joined_batch(folder):
             torch.testing.assert_close(mine, parameter.grad, rtol=1e-5, atol=1e-5, msg=name)
 
 
+def test_heads_and_network_stay_equal_in_a_loop_of_ones_own(folder):
+    assert torch.load(folder / "apart.pt", weights_only=True) == {"PicAtPoint": 0.0, "CrossPoint": 0.0}
+
+
 def test_pretraining_in_two_processes(folder):
     """Layers of the head get no gradients, for which a wrapper for several processes would wait for ever; of
     16 shapes 8 are in each process, and all of them are candidates."""
