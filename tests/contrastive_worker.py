@@ -10,7 +10,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from pointcmt.cli import main as command_line
-from pointcmt.methods import CrossPoint, PicAtPoint
+from pointcmt.methods import CrossPoint, PicAtPoint, freeze_unused
 from tests.objectives.contrastive_cases import CASES, batch, projector
 from tests.pretraining_toys import adapter, clouds, images, network, views_of
 
@@ -39,9 +39,9 @@ def own_loop(folder: Path) -> None:
     rank = distributed.get_rank()
     for kind in (PicAtPoint, CrossPoint):
         model = network()
-        # layers after the feature get no gradient, and the wrapper must not wait for one
-        wrapped = DistributedDataParallel(model, static_graph=True)
         points = clouds(4, seed=rank)
+        freeze_unused(model, points, adapter())
+        wrapped = DistributedDataParallel(model)
         with kind(images(), wrapped, points=points, adapter=adapter()) as pre:
             optimizer = torch.optim.Adam([*model.parameters(), *pre.parameters()], 1e-3)
             for _ in range(3):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pointcmt.adapters.registry import Adapter, find_adapter, observe, unwrap
+from pointcmt.adapters.registry import Adapter, find_adapter
 from pointcmt.checkpoint import save_module
 from pointcmt.data import PointDataset, subset
 from pointcmt.data.contrastive import CloudAugmentation
-from pointcmt.methods import CrossPoint, MMPoint, PicAtPoint
+from pointcmt.methods import CrossPoint, MMPoint, PicAtPoint, freeze_unused
 from pointcmt.objectives import LocalInfoNCE
 from pointcmt.recipes.batches import Batch, Batches
 from pointcmt.recipes.build import StudentOptions, make_student
@@ -198,7 +198,7 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
         parts = {"train": train.shape_ids, "heldout": watched.shape_ids if part == "heldout" else []}
         write_json(run.path / "shapes.json", parts)
 
-    untouched = set_aside(network, adapter, sample)
+    untouched = freeze_unused(network, adapter.arrange(sample), adapter)
     method = make_method(options, encoder, network, adapter, adapter.arrange(sample), spec)
     config = {
         "student": plain(options.student),
@@ -335,35 +335,6 @@ def encoder_words(options: Pretrain) -> str:
 
 
 # ---- the method and its step
-
-
-def set_aside(network: nn.Module, adapter: Adapter, sample: Tensor) -> list[nn.Parameter]:
-    """Takes the parameters that no feature depends on (the layers of the head) out of training, and returns
-    them: an optimizer with weight decay would move them, and several processes would wait for gradients."""
-    was = network.training
-    network.eval()
-    try:
-        with torch.enable_grad():
-            seen = observe(unwrap(network), adapter, lambda: network(adapter.arrange(sample)))
-            assert seen.feature is not None
-            found = [seen.feature if seen.global_ is None else seen.global_]
-            if seen.local is not None:
-                found.append(seen.local[0])
-            if not any(tensor.requires_grad for tensor in found):
-                raise ValueError(
-                    f"the feature that adapter {adapter.name!r} taps in {type(network).__name__} depends on "
-                    "none of its parameters that are trained: give another --adapter"
-                )
-            trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-            gradients = torch.autograd.grad(
-                [tensor.sum() for tensor in found], trained, allow_unused=True, materialize_grads=False
-            )
-    finally:
-        network.train(was)
-    unused = [parameter for parameter, got in zip(trained, gradients, strict=True) if got is None]
-    for parameter in unused:
-        parameter.requires_grad_(False)
-    return unused
 
 
 def make_method(

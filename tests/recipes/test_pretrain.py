@@ -15,6 +15,7 @@ from torch import nn
 from pointcmt.adapters import register_adapter, unregister_adapter
 from pointcmt.cli import main
 from pointcmt.data.dataset import PointDataset
+from pointcmt.methods import freeze_unused
 from pointcmt.recipes import networks, pretrain
 from pointcmt.recipes.few_shot import episode
 from pointcmt.recipes.networks import encode, find_weights, load_network, start_from
@@ -196,7 +197,7 @@ def test_starting_from_weights_takes_what_fits(runs):
 
 def test_layers_without_a_part_in_the_features_are_set_aside():
     network = Network()
-    unused = pretrain.set_aside(network, adapter(), torch.randn(2, 5, 3))
+    unused = freeze_unused(network, torch.randn(2, 5, 3), adapter())
     assert {id(p) for p in unused} == {
         id(p) for part in (network.hidden, network.head) for p in part.parameters()
     }
@@ -319,7 +320,7 @@ def test_a_network_without_local_features(tmp_path, capsys):
     assert main([*words, "--resume", "--local-weight", "0", "--student-options", "learns=False"]) == 1
     assert "another configuration" in capsys.readouterr().err
     with pytest.raises(ValueError, match="depends on none of its parameters"):
-        pretrain.set_aside(NoLocal(learns=False), networks.find_adapter(NoLocal()), torch.randn(2, 5, 3))
+        freeze_unused(NoLocal(learns=False), torch.randn(2, 5, 3))
 
 
 def test_held_out_shapes_are_drawn_without_labels():
