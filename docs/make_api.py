@@ -1,6 +1,6 @@
 """Writes docs/api.md: the index of the public API, from the first lines of its docstrings.
 
-    python docs/make_api.py
+python docs/make_api.py
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def page() -> str:
     """The whole page."""
     parts = [
         "# Index of the API",
-        "Generated from the docstrings by `python docs/make_api.py`; `help(name)` has shapes, units, dtypes, errors "
-        "and sources.",
+        "Generated from the docstrings by `python docs/make_api.py`; `help(name)` has shapes, units, dtypes, "
+        "errors and sources.",
     ]
     for path in MODULES:
         module = importlib.import_module(path)
