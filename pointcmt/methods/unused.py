@@ -32,12 +32,12 @@ def freeze_unused(
         ValueError: the features depend on no parameter that is trained.
     """
     args = points if isinstance(points, tuple) else (points,)
-    adapter = find_adapter(network, adapter, points=(args, {}))
+    chosen = find_adapter(network, adapter, points=(args, {}))
     modes = [(child, child.training) for child in network.modules()]
     network.eval()
     try:
         with torch.enable_grad():
-            seen = observe(unwrap(network), adapter, lambda: network(*args))
+            seen = observe(unwrap(network), chosen, lambda: network(*args))
             assert seen.feature is not None
             found = [seen.feature if seen.global_ is None else seen.global_]
             if seen.local is not None:
@@ -45,7 +45,7 @@ def freeze_unused(
             trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
             if not trained or not any(tensor.requires_grad for tensor in found):
                 raise ValueError(
-                    f"the feature that adapter {adapter.name!r} taps in {type(network).__name__} depends on "
+                    f"the feature that adapter {chosen.name!r} taps in {type(network).__name__} depends on "
                     "none of its parameters that are trained: give another adapter"
                 )
             gradients = torch.autograd.grad(
