@@ -216,8 +216,7 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
             watch=Figure(
                 watch.name,
                 "highest",
-                "how often the right picture is found, among training shapes that were held out; no label "
-                "and no test shape is looked at",
+                watch.means,
             ),
             headline=(watch.name,),
         )
@@ -545,6 +544,13 @@ class Watch:
     def name(self) -> str:
         """The metric that stands for all: ``retrieval``, or ``cell`` where only points are compared."""
         return f"{self.part}_{'cell' if self.pairing is None else 'retrieval'}"
+
+    @property
+    def means(self) -> str:
+        """What choosing by it means."""
+        what = "points find their cells" if self.pairing is None else "clouds find their pictures or copies"
+        shapes = "training shapes that were held out" if self.part == "heldout" else "some training shapes"
+        return f"how often {what}, of {shapes}; no label and no test shape is looked at"
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
