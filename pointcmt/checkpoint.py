@@ -30,6 +30,7 @@ Module = TypeVar("Module", bound=nn.Module)
 _MAKERS = {
     "teacher": "pointcmt train-teacher",
     "generator": "pointcmt train-generator",
+    "network": "pointcmt pretrain",
     "student": "pointcmt train",
 }
 

@@ -19,7 +19,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": set(),
     "checkpoint": {"_version"},
     "ops": set(),
-    "objectives": {"ops"},
+    "heads": set(),
+    "objectives": {"ops", "heads", "views"},
     "views": {"ops", "checkpoint"},
     "data": {"views", "checkpoint"},
     "students": {"ops"},
@@ -35,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": set(),
     "schedules": set(),
     "training": {"schedules", "objectives", "adapters", "frozen", "hooks", "distributed", "ops"},
-    "methods": {"training", "objectives", "adapters", "generator", "schedules"},
+    "methods": {"training", "objectives", "adapters", "generator", "schedules", "views"},
     "integrations": {"methods", "training", "objectives", "adapters"},
     "recipes": {
         "methods", "training", "teacher", "generator", "students", "views", "data", "pictures", "objectives",

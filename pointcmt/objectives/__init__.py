@@ -4,17 +4,29 @@ from pointcmt.objectives.base import Objective, Sizes
 from pointcmt.objectives.classifier_enhancement import ClassifierEnhancement
 from pointcmt.objectives.feature_enhancement import FeatureEnhancement
 from pointcmt.objectives.feature_l2 import FeatureL2
+from pointcmt.objectives.info_nce import GlobalInfoNCE, IntraModalInfoNCE, MultiViewInfoNCE, info_nce
+from pointcmt.objectives.local_info_nce import LocalInfoNCE, local_info_nce
 from pointcmt.objectives.nst import NeuronSelectivityTransfer
+from pointcmt.objectives.nt_xent import CrossModalNTXent, IntraModalNTXent, nt_xent
 from pointcmt.objectives.soft_labels import SoftLabels
 from pointcmt.objectives.srrl import SoftmaxRegression
 
 __all__ = [
     "ClassifierEnhancement",
+    "CrossModalNTXent",
     "FeatureEnhancement",
     "FeatureL2",
+    "GlobalInfoNCE",
+    "IntraModalInfoNCE",
+    "IntraModalNTXent",
+    "LocalInfoNCE",
+    "MultiViewInfoNCE",
     "NeuronSelectivityTransfer",
     "Objective",
     "Sizes",
     "SoftLabels",
     "SoftmaxRegression",
+    "info_nce",
+    "local_info_nce",
+    "nt_xent",
 ]

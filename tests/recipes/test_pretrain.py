@@ -1,0 +1,336 @@
+"""pretrain, probe and few-shot through the command line, at the smallest size that is one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.svm import SVC
+from torch import nn
+
+from pointcmt.adapters import register_adapter, unregister_adapter
+from pointcmt.cli import main
+from pointcmt.data.dataset import PointDataset
+from pointcmt.methods import freeze_unused
+from pointcmt.recipes import networks, pretrain
+from pointcmt.recipes.few_shot import episode
+from pointcmt.recipes.networks import encode, find_weights, load_network, start_from
+from pointcmt.recipes.probe import linear_svm
+from pointcmt.recipes.run import read_metrics
+from tests.pretraining_toys import LOCAL, Network, adapter
+
+TOY = ["--student", "tests.pretraining_toys:made", "--adapter", "toy"]
+DATA = ["--per-class", "3", "--test-per-class", "2", "--num-points", "48"]
+CPU = ["--device", "cpu", "--no-tensorboard", "--no-progress"]
+SMALL = [
+    "--size", "16", "--rig", "simpleview", "--backbone", "simpleview_resnet", "--backbone-options",
+    "layers=(1,1)", "stem_stride=2", "--epochs", "2", "--batch-size", "16",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy():
+    register_adapter(adapter())
+    yield
+    unregister_adapter("toy")
+
+
+def run(*arguments: object) -> None:
+    words = [str(argument) for argument in arguments]
+    assert main([*words, "--debug"]) == 0, words
+
+
+def read(folder: Path, name: str = "results.json") -> dict:
+    return json.loads((folder / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("pretrained")
+    for method in pretrain.METHODS:
+        run("pretrain", "--out", root / method, "--method", method, *TOY, *DATA, *CPU, *SMALL)
+    return root
+
+
+@pytest.mark.parametrize("method", pretrain.METHODS)
+def test_a_run_saves_just_the_network_and_says_what_it_did(method, runs):
+    folder = runs / method
+    results = read(folder)
+    assert results["last"]["epoch"] == 2 and results["method"] == method
+    assert results["shapes"] == {"train": 43, "heldout": 5}
+    assert "no label and no test shape" in results["best"]["chosen_by"]
+    names = {"pic-at-point": {"local", "global"}, "mm-point": {"intra", "inter"}}
+    terms = names.get(method, {"intra", "cross"})
+    assert results["losses_at_chance"].keys() == terms
+    records = read_metrics(folder)
+    for record in records:
+        assert {"loss", *terms, "heldout_retrieval", "heldout_alignment", "heldout_uniformity"} <= set(record)
+        assert record["loss"] == pytest.approx(sum(record[term] for term in terms), rel=1e-5)
+    assert ("heldout_cell" in records[0]) is (method == "pic-at-point")
+    # anybody's load_state_dict takes it, and the head's layers are as they were made
+    network = Network(num_classes=16)
+    network.load_state_dict(load_file(folder / "network.safetensors"))
+    assert results["not_trained"] == sum(
+        p.numel() for part in (network.hidden, network.head) for p in part.parameters()
+    )
+
+
+def test_the_last_network_is_the_one_that_is_saved(runs):
+    folder = runs / "crosspoint"
+    last, saved = load_file(folder / "last.safetensors"), load_file(folder / "network.safetensors")
+    assert all(torch.equal(last[name], saved[name]) for name in last)
+
+
+def test_no_label_and_no_test_shape_is_looked_at(runs, tmp_path, monkeypatch):
+    asked = []
+    whole = networks.clouds_of
+
+    def scrambled(data, split):
+        asked.append(split)
+        found = whole(data, split)
+        found.labels = np.roll(found.labels, 7)
+        return found
+
+    monkeypatch.setattr(pretrain, "clouds_of", scrambled)
+    run("pretrain", "--out", tmp_path / "again", "--method", "pic-at-point", *TOY, *DATA, *CPU, *SMALL)
+    assert asked == ["train"]
+    ours = load_file(tmp_path / "again" / "network.safetensors")
+    theirs = load_file(runs / "pic-at-point" / "network.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("method", ["pic-at-point", "mm-point"])
+def test_a_stopped_run_goes_on_to_the_same_bits(method, runs, tmp_path):
+    words = ["pretrain", "--out", tmp_path / "run", "--method", method, *TOY, *DATA, *CPU, *SMALL]
+    assert main([*map(str, words), "--minutes", "1e-9"]) == 1
+    assert not (tmp_path / "run" / "results.json").exists()
+    run(*words, "--resume")
+    ours = load_file(tmp_path / "run" / "network.safetensors")
+    theirs = load_file(runs / method / "network.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    keep = {"loss", "heldout_retrieval", "heldout_alignment"}
+    mine, other = read_metrics(tmp_path / "run"), read_metrics(runs / method)
+    assert [{k: r[k] for k in keep} for r in mine] == [{k: r[k] for k in keep} for r in other]
+
+
+def test_what_a_frozen_encoder_says_can_be_kept(tmp_path):
+    """Three of six views a step for two epochs: as many passes as there are views, so they are kept."""
+    losses = {}
+    for kept in ("2", "0"):
+        run(
+            "pretrain", "--out", tmp_path / kept, *TOY, *DATA, *CPU, *SMALL, "--views-per-step", 3,
+            "--cache-gb", kept, "--hidden-points", "skip",
+        )  # fmt: skip
+        losses[kept] = [record["loss"] for record in read_metrics(tmp_path / kept)]
+    assert losses["2"] == pytest.approx(losses["0"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "ablation",
+    [
+        ["--local-weight", "0"],
+        ["--global-weight", "0", "--no-pose", "--no-augment-points"],
+        ["--method", "mm-point", "--views-per-step", "2", "--shared-head", "--image-levels", "0"],
+        ["--method", "mm-point", "--train-images", "no", "--intra-weight", "0", "--image-levels", "1"],
+        ["--method", "crosspoint", "--cross-weight", "0", "--holdout", "0"],
+        ["--precision", "bf16", "--train-images", "yes", "--local-points", "9", "--head-width", "16"],
+    ],
+)
+def test_ablations(ablation, tmp_path):
+    once = [*SMALL[: SMALL.index("--epochs")], "--epochs", "1", "--batch-size", "16"]
+    run("pretrain", "--out", tmp_path / "run", *TOY, *DATA, *CPU, *once, *ablation)
+    results = read(tmp_path / "run")
+    assert np.isfinite(read_metrics(tmp_path / "run")[0]["loss"])
+    if "--global-weight" in ablation:
+        assert "heldout_cell" in results["last"] and "heldout_retrieval" not in results["last"]
+    if "--holdout" in ablation:
+        assert "train_retrieval" in results["last"]
+
+
+# ---- weights
+
+
+def test_load_network_of_a_run_of_a_state_dict_and_at_random(runs, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="a file imports nothing"):  # it is data, and names a user's module
+        monkeypatch.setattr("pointcmt.recipes.build.IMPORTED", [])
+        load_network(runs / "crosspoint", networks.StudentOptions(), 3)
+    named = networks.StudentOptions(student="tests.pretraining_toys:made")
+    model, found, student = load_network(runs / "crosspoint", named, 3)
+    assert isinstance(model, Network) and found.name == "toy" and not model.training
+    assert student.student == "tests.pretraining_toys:made"
+    own = Network(num_classes=3)
+    torch.save(
+        {"epoch": 1, "state_dict": {f"module.{k}": v for k, v in own.state_dict().items()}},
+        tmp_path / "w.pth",
+    )
+    options = networks.StudentOptions(student="tests.pretraining_toys:made")
+    loaded, _, _ = load_network(tmp_path / "w.pth", options, 3)
+    assert torch.equal(loaded.head.weight, own.head.weight)
+    points = torch.randn(2, 9, 3)
+    features = encode(loaded, adapter(), points)
+    torch.testing.assert_close(features.global_, own.points(points).amax(1))
+    assert features.local.shape == (2, 9, LOCAL) and torch.equal(features.centers, points)
+    with pytest.raises(ValueError, match=r"do not fit --student tests\.pretraining_toys:made"):
+        load_network(tmp_path / "w.pth", options, 5)
+    with pytest.raises(FileNotFoundError, match="pointcmt pretrain --out FOLDER"):
+        find_weights(tmp_path)
+    (tmp_path / "no.pth").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be read as weights alone"):
+        load_network(tmp_path / "no.pth", options, 3)
+
+
+def test_starting_from_weights_takes_what_fits(runs):
+    network = Network(num_classes=4)  # the run's has 16 classes
+    head = network.head.weight.clone()
+    taken, rest = start_from(network, runs / "crosspoint")
+    assert rest == ["head.weight", "head.bias"] and len(taken) == 6
+    saved = load_file(runs / "crosspoint" / "network.safetensors")
+    assert torch.equal(network.points[0].weight, saved["points.0.weight"])
+    assert torch.equal(network.head.weight, head)
+    with pytest.raises(ValueError, match=r"nothing in .* has a name and shape of Linear"):
+        start_from(nn.Linear(2, 2), runs / "crosspoint")
+
+
+def test_layers_without_a_part_in_the_features_are_set_aside():
+    network = Network()
+    unused = freeze_unused(network, torch.randn(2, 5, 3), adapter())
+    assert {id(p) for p in unused} == {
+        id(p) for part in (network.hidden, network.head) for p in part.parameters()
+    }
+    assert network.training and not network.head.weight.requires_grad
+    assert network.points[0].weight.requires_grad and network.points[0].weight.grad is None
+
+
+# ---- what features are worth
+
+
+def test_probe_has_both_figures_the_protocol_and_random_weights_beside(runs, tmp_path, capsys):
+    run("probe", runs / "crosspoint", *TOY, *DATA, "--json", tmp_path / "probe.json", "--device", "cpu")
+    said = capsys.readouterr().out
+    assert "protocol:" in said and "chosen there on the test set" in said
+    result = read(tmp_path, "probe.json")
+    rows = result["rows"]
+    assert list(rows) == [str(runs / "crosspoint"), "random weights"]
+    for row in rows.values():
+        assert 0 <= row["oa"] <= 100 and row["c"] in (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
+        assert row["fixed_c"] == 0.01 and row["feature_size"] == LOCAL
+    assert result["protocol"]["points"] == 48 and result["protocol"]["train"] == 48
+    run("probe", "--student", "pointnet2", "--width", 0.125, *DATA, "--device", "cpu", "--c", 0.1)
+
+
+def test_the_svm_is_the_linear_one_and_c_is_chosen_on_training_shapes():
+    draw = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 12)
+    train = draw.normal(size=(36, 8)) + 2 * np.eye(3, 8)[labels]
+    test = draw.normal(size=(36, 8)) + 2 * np.eye(3, 8)[labels]
+    found = linear_svm(train, labels, test, labels, 3, (0.01, 1.0), 4, 0.3)
+    expected = SVC(kernel="linear", C=0.3).fit(train, labels).score(test, labels)
+    assert found["oa_fixed_c"] == pytest.approx(100 * expected)
+    chosen = SVC(kernel="linear", C=found["c"]).fit(train, labels).score(test, labels)
+    assert found["oa"] == pytest.approx(100 * chosen)
+    with pytest.raises(ValueError, match="a class has a single training shape"):
+        linear_svm(train[:13], labels[:13], test, labels, 3, (1.0,), 4, 0.3)
+
+
+def test_few_shot_draws_the_same_runs_for_every_network(runs, tmp_path, capsys):
+    for protocol in ("standard", "crosspoint"):
+        run(
+            "few-shot", runs / "crosspoint", *TOY, *DATA, "--ways", 3, 5, "--shots", 1, "--queries", 2,
+            "--runs", 4, "--protocol", protocol, "--json", tmp_path / f"{protocol}.json", "--device", "cpu",
+        )  # fmt: skip
+    assert "from the training split" in capsys.readouterr().out
+    for protocol in ("standard", "crosspoint"):
+        result = read(tmp_path, f"{protocol}.json")
+        assert list(result["rows"]) == [str(runs / "crosspoint"), "random weights"]
+        for row in result["rows"].values():
+            assert list(row) == ["3-way 1-shot", "5-way 1-shot"]
+            assert len(row["3-way 1-shot"]["runs"]) == 4
+
+
+def test_an_episode_classifies_other_shapes_than_it_learns_from():
+    # each shape's feature is its own: nothing but a shape that was learned could be told
+    labels = np.repeat(np.arange(4), 6)
+    features = np.eye(24)
+    assert episode(features, labels, features, labels, 4, 3, 3, 1.0, (0, 0), shared=True) < 100
+    told = np.eye(4)[labels]
+    assert episode(told, labels, told, labels, 4, 3, 3, 1.0, (0, 0)) == 100
+    with pytest.raises(ValueError, match="needs 4 classes of at least 7 training shapes, and there are 0"):
+        episode(told, labels, told, labels, 4, 6, 3, 1.0, (0, 0), shared=True)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--image-levels", "2"], "crops and flips pictures, after which a point is in another cell"),
+        (["--method", "crosspoint", "--image-levels", "3"], "has one change of its pictures"),
+        (["--encoder", "x", "--pretrained"], "is a trained encoder already"),
+        (["--batch-size", "1"], "use a larger --batch-size"),
+        (["--views-per-step", "9"], "a rig with 6 cameras"),
+        (["--encoder-weights", "nowhere.pth"], "there are no weights at"),
+        (["--holdout", "1.5"], "expected a part of the training shapes"),
+    ],
+)
+def test_errors_say_what_to_do(words, message, tmp_path, capsys):
+    given = ["pretrain", "--out", str(tmp_path / "run"), *TOY, *DATA, *CPU, *SMALL, *words]
+    assert main(given) == 1
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_batch_that_memory_does_not_hold(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(pretrain, "fit", full)
+    assert main(["pretrain", "--out", str(tmp_path / "run"), *TOY, *DATA, *CPU, *SMALL]) == 1
+    assert "16 shapes does not fit into memory (no room): use a smaller" in capsys.readouterr().err
+
+
+class NoLocal(nn.Module):
+    """Ends in a linear layer, and nobody says where its local features are."""
+
+    def __init__(self, learns: bool = True) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(3, 8) if learns else nn.Identity()
+        self.head = nn.Linear(8 if learns else 3, 4)
+
+    def forward(self, points):
+        return self.head(self.encoder(points).amax(1))
+
+
+def test_a_network_without_local_features(tmp_path, capsys):
+    words = [
+        "pretrain",
+        "--out",
+        str(tmp_path / "run"),
+        "--student",
+        f"{__name__}:NoLocal",
+        *DATA,
+        *CPU,
+        *SMALL,
+    ]
+    assert main(words) == 1
+    assert "local needs local features" in capsys.readouterr().err
+    assert main([*words, "--resume", "--local-weight", "0", "--student-options", "learns=False"]) == 1
+    assert "another configuration" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="depends on none of its parameters"):
+        freeze_unused(NoLocal(learns=False), torch.randn(2, 5, 3))
+
+
+def test_held_out_shapes_are_drawn_without_labels():
+    def made(labels):
+        points = np.random.default_rng(0).normal(size=(20, 4, 3)).astype(np.float32)
+        return PointDataset(points, labels, ["a", "b"], [f"s_{k}" for k in range(20)])
+
+    one = pretrain.without_labels(made(np.zeros(20, dtype=np.int64)), 0.25, 3, 0)
+    two = pretrain.without_labels(made(np.arange(20) % 2), 0.25, 3, 0)
+    assert one[0].shape_ids == two[0].shape_ids and one[1].shape_ids == two[1].shape_ids
+    assert (len(one[0]), len(one[1]), one[2]) == (15, 3, "heldout")
+    train, shown, name = pretrain.without_labels(made(np.arange(20) % 2), 0, 6, 0)
+    assert (len(train), len(shown), name) == (20, 6, "train")
