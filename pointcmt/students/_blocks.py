@@ -228,7 +228,7 @@ class Layer(nn.Sequential):
         if isinstance(x, Edges):
             x = convolve(x, conv) if is_plain(conv) else self.call(conv, x.gathered())
         elif x.dim() == 3:
-            return self.forward(x[:, :, None])[:, :, 0]
+            return self.forward(x.unsqueeze(2)).squeeze(2)
         elif self.flat and is_plain(conv):
             x = F.conv2d(x, conv.weight[..., None], conv.bias)
         else:
