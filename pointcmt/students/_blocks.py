@@ -11,8 +11,8 @@ quantisation stub) do what they are there for. A layer's weights are read withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class Student(nn.Module):
     """A classifier of points: an encoder, and a head on what it says of the whole cloud."""
 
     def encode(self, points: Tensor) -> PointFeatures:
-        """points [B, N, in_channels] -> global feature [B, D], local features [B, M, C], centres [B, M, 3]."""
+        """points [B, N, in_channels] -> global feature [B, D], local [B, M, C], centres [B, M, 3]."""
         raise NotImplementedError
 
     def head(self, feature: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ class Layer(nn.Sequential):
         """A module on [B, C, M, S], in the shape that it expects."""
         if not self.flat:
             return module(x)
-        batch, _, groups, samples = x.shape
+        batch, _, groups, _ = x.shape
         return module(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, groups)).transpose(1, 2)
 
 
@@ -266,123 +266,28 @@ def norm_act_highest(x: Tensor | Edges, norm: nn.Module, slope: float = 0.0) -> 
     """The maximum over the samples of ``leaky_relu(norm(x), slope)``: rows [B, M, C].
 
     Args:
-        x: [B, C, M, S], or edges of one part.
+        x: [B, C, M, S], or edges of one part, which the fused operator gathers as it goes.
         norm: BatchNorm2d or what stands in its place.
-        slope: 0 for ReLU; not negative, so that the activation keeps the order.
-
-    A plain BatchNorm keeps or turns round the order of each channel: its batch's highest or lowest values are
-    taken first, and only they are normalised.
+        slope: 0 for ReLU; at most 1 and not negative, so that the activation keeps the order.
     """
-    quick = is_plain(norm) and norm.affine and norm.track_running_stats and norm.momentum is not None
-    if not quick:
+    rows_of_x, around = (
+        (x.parts[0][0], x.parts[0][1]) if isinstance(x, Edges) else (x.permute(0, 2, 3, 1), None)
+    )
+    if (
+        rows_of_x is None
+        or (isinstance(x, Edges) and around is None)
+        or not (is_plain(norm) and isinstance(norm, nn.BatchNorm2d) and norm.affine)
+        or norm.momentum is None
+        or norm.num_batches_tracked is None
+        or rows_of_x.dtype != norm.weight.dtype
+        or norm.num_features % 8  # the operator's vectors
+    ):
         x = x.gathered() if isinstance(x, Edges) else x
-        return highest(F.leaky_relu(norm(x), slope))
-    sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(norm.weight.dtype)
-    if isinstance(x, Edges):
-        of_points, of_centres = x.parts[0]
-        batch, groups, samples = x.idx.shape
-        offset = torch.arange(batch, device=x.idx.device)[:, None, None] * of_points.shape[1]
-        given = of_points.flatten(0, 1), of_centres.flatten(0, 1), (x.idx + offset).flatten(0, 1)
-    else:
-        batch, _, groups, samples = x.shape
-        given = x.permute(0, 2, 3, 1).flatten(0, 1), None, None
-    high, mean, variance, shift = _Pooled.apply(*given, sign)
+        return highest(F.leaky_relu(norm(x), slope, inplace=is_plain(norm)))
     if norm.training:
-        size = batch * groups * samples
-        if size < 2:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-        with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
-            norm.running_mean.lerp_(mean * sign + shift, norm.momentum)
-            norm.running_var.lerp_(variance * (size / (size - 1)), norm.momentum)
-    else:
-        mean, variance = (norm.running_mean - shift) * sign, norm.running_var
-    scale = norm.weight * sign * torch.rsqrt(variance + norm.eps)
-    y = F.leaky_relu(torch.addcmul(norm.bias, high - mean, scale), slope, inplace=True)
-    return y.unflatten(0, (batch, groups))
-
-
-_PIECE = 1 << 18  # values of a piece: a megabyte of float32, about the second-level cache of one core
-
-
-class _Pooled(torch.autograd.Function):
-    """Of values y = sign * (x - shift): the highest of each group, each channel's mean and variance; and shift.
-
-    x is rows [R, S, C], or points[idx] + centres with points [P, C], centres [R, C] and idx int64 [R, S]. The
-    groups are taken in pieces that stay in a processor's cache, forward and backward; edges are never written
-    out, and rows are read once and not copied.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, centres: Tensor | None, idx: Tensor | None, sign: Tensor) -> tuple[Tensor, ...]:
-        groups, samples = (x if idx is None else idx).shape[:2]
-        # of numbers near zero the mean square says more about the variance
-        some = x.flatten(0, -2)
-        shift = some[:: max(1, len(some) // 256)].to(sign.dtype).mean(0)
-        if centres is not None:
-            shift = shift + centres.mean(0)
-        values = _values(x, centres, idx, sign, shift)
-        found = []
-        total, squares = torch.zeros(2, len(sign), dtype=torch.float64, device=x.device)
-        for piece in _pieces(groups, samples * len(sign), x.device):
-            y = values(piece)
-            found.append(y.amax(1))
-            y = y.flatten(0, 1)
-            total += y.sum(0)
-            squares += (y * y).sum(0)
-        mean = total / (groups * samples)
-        variance = (squares / (groups * samples) - mean.square()).clamp_min(0)
-        return torch.cat(found), mean.to(sign.dtype), variance.to(sign.dtype), shift
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        high, mean, _, shift = output
-        ctx.save_for_backward(*inputs, high, mean, shift)
-        ctx.mark_non_differentiable(shift)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, centres, idx, sign, high, mean, shift = ctx.saved_tensors
-        of_high, of_mean, of_variance, _ = grads
-        groups, samples = (x if idx is None else idx).shape[:2]
-        slope = 2 * of_variance / (groups * samples)
-        offset = (of_mean / (groups * samples) - slope * mean) * sign
-        slope, of_high = slope * sign, of_high * sign
-        values = _values(x, centres, idx, sign, shift)
-        grad_x = torch.empty_like(x) if idx is None else torch.zeros_like(x)
-        grad_centres = None if centres is None else torch.empty_like(centres)
-        for piece in _pieces(groups, samples * len(sign), x.device):
-            y = values(piece)
-            # as numbers, which is several times quicker than as bool
-            chosen = torch.eq(y, high[piece, None], out=torch.empty_like(y))
-            grad = torch.addcmul(offset, y, slope)
-            # equal samples share the gradient
-            grad.addcmul_(chosen, (of_high[piece] / chosen.sum(1))[:, None])
-            if idx is None:
-                grad_x[piece] = grad
-            else:
-                grad_x.index_add_(0, idx[piece].flatten(), grad.flatten(0, 1))
-                grad_centres[piece] = grad.sum(1)
-        return grad_x, grad_centres, None, None
-
-
-def _pieces(groups: int, values: int, device: torch.device) -> list[slice]:
-    """Slices of the groups, which have so many values each."""
-    size = groups if device.type != "cpu" else max(1, _PIECE // values)
-    return [slice(start, start + size) for start in range(0, groups, size)]
-
-
-def _values(
-    x: Tensor, centres: Tensor | None, idx: Tensor | None, sign: Tensor, shift: Tensor
-) -> Callable[[slice], Tensor]:
-    """A function of a piece: its values, less ``shift``, times ``sign``, [r, S, C]."""
-    shift = -shift * sign
-    if idx is None or centres is None:
-        return lambda piece: torch.addcmul(shift, x[piece].to(sign.dtype), sign)
-    points, around = x * sign, torch.addcmul(shift, centres, sign)
-
-    def edges(piece: slice) -> Tensor:
-        y = points.index_select(0, idx[piece].flatten())
-        return y.view(-1, *idx.shape[1:], y.shape[1]).add_(around[piece, None])
-
-    return edges
+        norm.num_batches_tracked.add_(1)
+    statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    rule = norm.training, norm.momentum, norm.eps, slope
+    if isinstance(x, Edges):
+        return ops.norm_act_max(rows_of_x, *statistics, *rule, around, x.idx)
+    return ops.norm_act_max(rows_of_x, *statistics, *rule)

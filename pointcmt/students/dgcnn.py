@@ -82,7 +82,7 @@ class DGCNN(blocks.Student):
         self.linear3 = nn.Linear(hidden, num_classes)
 
     def encode(self, points: Tensor) -> PointFeatures:
-        """points [B, N, 3] -> maximum and mean of ``conv5`` over the points, and its output at each of them."""
+        """points [B, N, 3] -> maximum and mean of ``conv5`` over the points, and its output at each."""
         blocks.check_points(
             "dgcnn", points, 3, at_least=self.k, why=f" (k={self.k} neighbours each; pass a smaller k)"
         )

@@ -169,7 +169,7 @@ class PosExtraction(nn.Module):
 
 
 class PointMLP(blocks.Student):
-    """PointMLP; see :func:`pointmlp`. The shape feature of its classifier is the output of ``classifier[2]``."""
+    """PointMLP; see :func:`pointmlp`. Its classifier's shape feature is the output of ``classifier[2]``."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class PointMLP(blocks.Student):
         )
 
     def encode(self, points: Tensor) -> PointFeatures:
-        """points [B, N, 3] -> the maximum over the last stage's anchors, their features and coordinates."""
+        """points [B, N, 3] -> maximum over the last stage's anchors; their features and coordinates."""
         blocks.check_points(
             "pointmlp", points, 3, at_least=self.smallest, why=" (each of its stages halves the cloud)"
         )

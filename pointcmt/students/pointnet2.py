@@ -144,7 +144,9 @@ class PointNet2(blocks.Student):
             radii = (0.2, 0.4) if radii is None else radii
             nsamples = (32, 64) if nsamples is None else nsamples
             self.sa1 = SetAbstraction(npoints[0], radii[0], nsamples[0], extra, c(64, 64, 128), random_start)
-            self.sa2 = SetAbstraction(npoints[1], radii[1], nsamples[1], c(128)[0], c(128, 128, 256), random_start)
+            self.sa2 = SetAbstraction(
+                npoints[1], radii[1], nsamples[1], c(128)[0], c(128, 128, 256), random_start
+            )
             last = c(256)[0]
         else:
             radii = ((0.1, 0.2, 0.4), (0.2, 0.4, 0.8)) if radii is None else radii
