@@ -12,7 +12,7 @@ quantisation stub) do what they are there for. A layer's weights are read withou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -203,7 +203,7 @@ class Edges(NamedTuple):
         return Edges([(sums[0], sums[1])], self.idx)
 
 
-def convolve(edges: Edges, conv: nn.Module) -> Tensor:
+def convolve(edges: Edges, conv: Any) -> Tensor:
     """A 1x1 convolution on edges: [B, C', M, S]."""
     if is_plain(conv):
         return edges.projected(conv.weight, conv.bias).gathered()
@@ -224,7 +224,8 @@ class Layer(nn.Sequential):
 
     def forward(self, x: Tensor | Edges) -> Tensor:
         """[B, C, N] -> [B, C', N]; [B, C, M, S] or edges -> [B, C', M, S]."""
-        conv, *after = self
+        parts: list[Any] = list(self)  # mypy knows no more of them than Module
+        conv, *after = parts
         if isinstance(x, Edges):
             x = convolve(x, conv) if is_plain(conv) else self.call(conv, x.gathered())
         elif x.dim() == 3:

@@ -35,7 +35,8 @@ class EdgeConv(blocks.Layer):
         """
         idx = knn(features.detach(), features.detach(), self.k)[1]
         edges = blocks.Edges([(features, -features), (None, features)], idx)
-        conv, norm, act = self
+        parts: list[Any] = list(self)  # mypy knows no more of them than Module
+        conv, norm, act = parts
         if blocks.is_plain(conv, act):
             projected = edges.projected(conv.weight, conv.bias)
             return points, blocks.norm_act_highest(projected, norm, act.negative_slope)

@@ -87,9 +87,8 @@ class SetAbstractionMSG(nn.Module):
         if features is not None:  # which here the public code puts before the coordinates
             parts.insert(0, (features, None))
         found = []
-        for radius, nsample, convs, bns in zip(
-            self.radii, self.nsamples, self.conv_blocks, self.bn_blocks, strict=True
-        ):
+        mlps: list[Any] = list(zip(self.conv_blocks, self.bn_blocks, strict=True))
+        for radius, nsample, (convs, bns) in zip(self.radii, self.nsamples, mlps, strict=True):
             idx = ball_query(radius, nsample, xyz, centres)
             found.append(_rest_of_mlp(blocks.convolve(blocks.Edges(parts, idx), convs[0]), convs, bns))
         return centres, torch.cat(found, -1)
@@ -104,7 +103,7 @@ def _shared_mlp(in_channels: int, mlp: Sequence[int]) -> tuple[nn.ModuleList, nn
     return convs, bns
 
 
-def _rest_of_mlp(x: Tensor, convs: nn.ModuleList, bns: nn.ModuleList) -> Tensor:
+def _rest_of_mlp(x: Tensor, convs: Any, bns: Any) -> Tensor:
     """What follows the first convolution of a shared MLP, and the maximum: [B, C, M, S] -> [B, M, C']."""
     for norm, conv in zip(bns[:-1], convs[1:], strict=True):
         x = conv(blocks.norm_relu(x, norm))

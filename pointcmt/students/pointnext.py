@@ -96,7 +96,7 @@ class Encoder(nn.Module):
 
     def forward(self, points: Tensor) -> PointFeatures:
         """points [B, N, in_channels] -> output of the last stage; centres and features of the one before."""
-        stages = [stage for (stage,) in self.encoder]
+        stages = [next(stage.children()) for stage in self.encoder]
         xyz, local = points[..., :3].contiguous(), points
         for stage in stages[:-1]:
             xyz, local = stage(xyz, local)
