@@ -1,6 +1,7 @@
 """How fast do the reference students train, next to the public code of the same networks?
 
     python -m benchmarks.students --repos DIR
+    python -m benchmarks.students --plain [--autocast]
 
 DIR holds checkouts of the public repositories, in folders of any name; a repository that is not there is
 skipped by name. Both sides do the same work in the same run, in turns: forward, cross-entropy, backward on
@@ -9,6 +10,9 @@ process starts, where the C library gives a step's memory back and faults it in 
 kept, as commands of pointcmt keep it (see benchmarks/memory.py). Beside the ratios stand the part of our
 step that its matrix products alone would take, the largest difference of the logits in eval mode, each with
 its own search for neighbours and with the same neighbours, and both parameter counts.
+
+``--plain`` asks instead what the fused operator (``ops.norm_act_max``) brings: a whole training step of each
+student with it, and with the same algebra in PyTorch operations, in turns and with freed memory kept.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._harness import RESULTS, interleave, record, show
 from benchmarks._public_students import PUBLIC_STUDENTS, PublicStudent
+from pointcmt import ops, students
 from pointcmt.recipes.engine import keep_freed_memory
+from pointcmt.students._blocks import rows
 
 QUESTION = "How fast do the reference students train, next to the public code of the same networks?"
 CLASSES = 40
@@ -133,6 +140,52 @@ def compare(
     }
 
 
+OWN: dict[str, Callable[[int], nn.Module]] = {public.name: public.ours for public in PUBLIC_STUDENTS}
+OWN["pointnext"] = students.pointnext
+
+
+def against_plain(name: str, points: Tensor, repeats: int, seconds: float, autocast: bool) -> dict[str, Any]:
+    """A student's training step with the fused operator and with the same algebra in PyTorch operations."""
+    torch.manual_seed(0)
+    student = OWN[name](CLASSES).to(points.device).train()
+    labels = torch.arange(len(points), device=points.device) % CLASSES
+
+    def once() -> None:
+        with torch.autocast(points.device.type, dtype=torch.bfloat16, enabled=autocast):
+            step(student, student, points, labels)
+
+    def without() -> None:
+        with mock.patch.object(ops, "norm_act_max", _in_torch):
+            once()
+
+    times = interleave(
+        {"fused": once, "plain": without}, repeats, device=points.device, seconds=seconds, at_least=3
+    )
+    return {"student": name, "plain / fused": times["plain"].over(times["fused"]), **times}
+
+
+def _in_torch(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+    slope: float,
+    centres: Tensor | None = None,
+    idx: Tensor | None = None,
+) -> Tensor:
+    """``ops.norm_act_max`` in PyTorch's quickest operations: amax where its twin takes the first maximum."""
+    if centres is not None and idx is not None:
+        x = rows(x, idx).add_(centres[:, :, None])
+    y = F.batch_norm(
+        x.reshape(-1, x.shape[-1]), running_mean, running_var, weight, bias, training, momentum, eps
+    )
+    return F.leaky_relu_(y, slope).view(x.shape).amax(-2)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=QUESTION)
     parser.add_argument("--repos", type=Path, help="folder that holds checkouts of the public repositories")
@@ -144,8 +197,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=30.0, help="per line, once two rounds are done")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", help="the JSON file; benchmarks/results/students-<device>.json by default")
+    parser.add_argument("--plain", action="store_true", help="compare with plain PyTorch operations instead")
+    parser.add_argument("--autocast", action="store_true", help="with --plain: in bfloat16")
     options = parser.parse_args(argv)
 
+    if options.plain:
+        keep_freed_memory()
+        points, source = clouds(options.batch, options.points, options.modelnet40)
+        lines = [
+            against_plain(name, points.to(options.device), options.repeats, options.seconds, options.autocast)
+            for name in options.students or OWN
+        ]
+        record(
+            options.out or RESULTS / f"students-plain-{torch.device(options.device).type}.json",
+            "What does the fused operator bring to a training step?",
+            lines,
+            notes={"batch": options.batch, "clouds": source, "autocast": options.autocast},
+        )
+        show(lines)
+        return 0
     unknown = set(options.students or ()) - set(_names())
     if unknown:
         parser.error(f"no such student: {', '.join(sorted(unknown))}; choose of {', '.join(_names())}")

@@ -1,23 +1,42 @@
-"""What the reference students share: checks of the input, and shared MLPs applied to rows of features.
+"""What the reference students share: checks of the input, sampling, and layers over points and edges.
 
-Features are kept channel-last, [..., C], so that a 1x1 convolution is one matrix product and a point's
-feature is one contiguous row. The modules that hold the parameters are the public repositories' own
-(``Conv2d``, ``BatchNorm2d``, …): only their weights are used here, reshaped.
+Features are rows, [B, N, C], between stages. Inside a stage they are images [B, C, M, S] as the public code's
+convolutions take them, in channels-last memory, so that turning one into the other copies nothing and a 1x1
+convolution is one matrix product.
+
+Layers are *called*, so that hooks, pruning, parametrisations and replacements (LoRA, SyncBatchNorm, a
+quantisation stub) do what they are there for. A layer's weights are read without calling it only where
+:func:`is_plain` says that nobody would notice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 from pointcmt import ops
+from pointcmt.types import PointFeatures
 
-# a 1x1 Conv1d or Conv2d, or a Linear; indexing an nn.Sequential tells mypy no more than Module
-Conv = Any
-_FEW = 16  # input channels up to which a product is as narrow as `product` says
+
+class Student(nn.Module):
+    """A classifier of points: an encoder, and a head on what it says of the whole cloud."""
+
+    def encode(self, points: Tensor) -> PointFeatures:
+        """points [B, N, in_channels] -> global feature [B, D], local [B, M, C], centres [B, M, 3]."""
+        raise NotImplementedError
+
+    def head(self, feature: Tensor) -> Tensor:
+        """Global feature [B, D] -> logits [B, num_classes]."""
+        raise NotImplementedError
+
+    def forward(self, points: Tensor) -> Tensor:
+        """points [B, N, in_channels] -> logits [B, num_classes]."""
+        return self.head(self.encode(points).global_)
 
 
 def check_points(student: str, points: Tensor, in_channels: int, at_least: int, why: str = "") -> None:
@@ -39,7 +58,9 @@ def check_points(student: str, points: Tensor, in_channels: int, at_least: int, 
         )
 
 
-def check_options(student: str, num_classes: int, feature_dim: int, width: float, dropout: float) -> None:
+def check_options(
+    student: str, num_classes: int, feature_dim: int, width: float, dropout: float, in_channels: int = 3
+) -> None:
     """ValueError that names the option which is out of range."""
     for name, value in (("num_classes", num_classes), ("feature_dim", feature_dim)):
         if value < 1:
@@ -48,12 +69,18 @@ def check_options(student: str, num_classes: int, feature_dim: int, width: float
         raise ValueError(f"{student}: width must be positive, got {width}")
     if not 0 <= dropout < 1:
         raise ValueError(f"{student}: dropout must be in [0, 1), got {dropout}")
+    if in_channels < 3:
+        raise ValueError(f"{student}: in_channels counts x, y, z and must be at least 3, got {in_channels}")
 
 
 def scaled(channels: int, width: float) -> int:
-    """``channels`` times ``width``, a multiple of 8 (exactly ``channels`` at width 1), at least 8: whole
-    vectors for the fused operators."""
+    """``channels`` times ``width``, a multiple of 8 (exactly ``channels`` at width 1), at least 8."""
     return channels if width == 1 else max(8, 8 * round(channels * width / 8))
+
+
+def split(points: Tensor) -> tuple[Tensor, Tensor | None]:
+    """points [B, N, C] -> coordinates [B, N, 3] and what follows them, None where nothing does."""
+    return points[..., :3].contiguous(), points[..., 3:] if points.shape[-1] > 3 else None
 
 
 def sample(xyz: Tensor, npoint: int, random_start: bool = False) -> Tensor:
@@ -82,221 +109,186 @@ def rows(features: Tensor, idx: Tensor) -> Tensor:
     """Rows of ``features`` [B, N, C] named by ``idx`` [B, ...]: [B, ..., C]."""
     batch, n, channels = features.shape
     offset = torch.arange(batch, device=idx.device).view(-1, *[1] * (idx.dim() - 1)) * n
-    # an embedding look-up is a gather of rows whose backward pass PyTorch has made fast on every device
-    return F.embedding(idx + offset, features.reshape(batch * n, channels))
+    flat = features.reshape(batch * n, channels).index_select(0, (idx + offset).flatten())
+    return flat.view(*idx.shape, channels)
 
 
-def weight_of(conv: Conv) -> Tensor:
-    """The weight of a 1x1 convolution or of a linear layer as a matrix [C_out, C_in]."""
-    return conv.weight.flatten(1)
+# --------------------------------------------------------------------------------------------------------
+# Layers
+
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.ReLU, nn.LeakyReLU)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., C] @ weight.T in the weight's precision, also under autocast.
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether nobody would notice if these layers' arithmetic were done without calling them.
 
-    For the linear layers that are applied per point before gathering: what follows subtracts two such
-    products, and of the small difference half precision would leave little.
+    True of torch's own classes without hooks (global ones too), parametrisations, pruning, a ``forward`` of
+    their own or a compiled one.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        return x.to(weight.dtype) @ weight.T
-
-
-def at_least_float(x: Tensor) -> Tensor:
-    """Half precision as float32, the rest as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` on rows: x [..., C_in], weight [C_out, C_in] -> [..., C_out]."""
-    if weight.shape[1] > _FEW:
-        return F.linear(x, weight, bias)
-    # autograd multiplies in the order of the weight's layout, and for many rows of few channels the gradient
-    # x.T @ grad is taken several times faster on a CPU than (grad.T @ x).T
-    y = x @ weight.T.contiguous()
-    return y if bias is None else y + bias
-
-
-def linear(x: Tensor, conv: Conv) -> Tensor:
-    """A 1x1 convolution on channel-last rows: [..., C_in] -> [..., C_out]."""
-    return product(x, weight_of(conv), conv.bias)
-
-
-class _Statistics(NamedTuple):
-    """What a BatchNorm module would hand to ``F.batch_norm`` in its present mode."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor
-    bias: Tensor
-    training: bool
-    momentum: float
-    eps: float
-
-
-def _statistics(bn: nn.Module) -> _Statistics | None:
-    """The module's parameters by the rules of its own ``forward``; None where it must be called itself.
-
-    Counts the batch, as ``forward`` does. SyncBatchNorm and other
-    subclasses have rules of their own, and hooks want to see the call.
-    """
-    if type(bn) not in (nn.BatchNorm1d, nn.BatchNorm2d) or bn._forward_hooks or bn._forward_pre_hooks:
-        return None
-    assert isinstance(bn, nn.BatchNorm1d | nn.BatchNorm2d)
-    if bn.weight is None or bn.bias is None:
-        return None
-    momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    keep = not bn.training or bn.track_running_stats
-    mean, var = (bn.running_mean, bn.running_var) if keep else (None, None)
-    training = bn.training or (bn.running_mean is None and bn.running_var is None)
-    return _Statistics(mean, var, bn.weight, bn.bias, training, momentum, bn.eps)
-
-
-def _activate(x: Tensor, slope: float) -> Tensor:
-    return F.leaky_relu(x, slope) if slope else F.relu(x)
-
-
-def norm(x: Tensor, bn: nn.Module) -> Tensor:
-    """Batch normalisation over all rows of x [..., C], by the module's own rules and running statistics."""
-    # a single "image" [1, C, rows, 1] in channels-last order is the rows as they lie in memory
-    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    found = _statistics(bn)
-    if found is not None:
-        mean, var, weight, bias, training, momentum, eps = found
-        y = F.batch_norm(image, mean, var, weight, bias, training, momentum, eps)
-    elif isinstance(bn, nn.BatchNorm1d):
-        y = bn(image[..., 0])[..., None]
-    else:
-        y = bn(image)
-    return y.permute(0, 2, 3, 1).reshape(x.shape)
-
-
-def norm_act(x: Tensor, bn: nn.Module, slope: float = 0.0) -> Tensor:
-    """Batch normalisation over all rows of x [..., C], then (leaky) ReLU."""
-    found = _statistics(bn)
-    return _activate(norm(x, bn), slope) if found is None else ops.norm_act(x, *found, slope)
-
-
-def norm_act_max(x: Tensor, bn: nn.Module, slope: float = 0.0) -> Tensor:
-    """Batch normalisation over all rows of x [..., S, C], (leaky) ReLU, maximum over the S samples.
-
-    x may have channels beyond the module's; they are left out of the result.
-    """
-    return _norm_act_max(x, bn, slope)
-
-
-def scaled_norm_act_max(
-    of_points: Tensor, of_centres: Tensor, idx: Tensor, factors: Tensor, bn: nn.Module, slope: float = 0.0
-) -> Tensor:
-    """As :func:`norm_act_max` on factors · (of_points[idx] + of_centres).
-
-    [B, N, C], [B, M, C], [B, M, S] and [B, M, S, C] -> [B, M, C'], without the channels beyond the module's.
-    """
-    return _norm_act_max(of_points, bn, slope, of_centres, idx, factors)
-
-
-def _norm_act_max(x: Tensor, bn: nn.Module, slope: float, *edges: Tensor) -> Tensor:
-    """x: rows, or points with ``edges``: centres, idx and factors."""
-    found = _statistics(bn)
-    if found is None:
-        if edges:
-            centres, idx, factors = edges
-            x = (rows(x, idx) + centres[:, :, None]) * factors
-        return _activate(norm(x[..., : bn.num_features], bn), slope).max(-2).values
-    channels, extra = len(found.weight), x.shape[-1] - len(found.weight)
-    if not extra:
-        return ops.norm_act_max(x, *found, slope, *edges)
-    mean, var = found.running_mean, found.running_var
-    padded = found._replace(
-        running_mean=None if mean is None else F.pad(mean, (0, extra)),
-        running_var=None if var is None else F.pad(var, (0, extra)),
-        weight=F.pad(found.weight, (0, extra)),
-        bias=F.pad(found.bias, (0, extra)),
+    return not any(getattr(_module, name) for name in _GLOBAL_HOOKS) and all(
+        type(module) in _PLAIN
+        and not any(getattr(module, name) for name in _HOOKS)
+        and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
+        for module in modules
     )
-    out = ops.norm_act_max(x, *padded, slope, *edges)[..., :channels]
-    if found.training:
-        for kept, updated in ((mean, padded.running_mean), (var, padded.running_var)):
-            if kept is not None and updated is not None:
-                kept.copy_(updated[:channels])
-    return out
 
 
-def gather_norm_act(
-    of_points: Tensor, of_centres: Tensor, idx: Tensor, bn: nn.Module, slope: float = 0.0
-) -> Tensor:
-    """act(bn(of_points[idx] + of_centres)): [B, N, C], [B, M, C], [B, M, S] -> [B, M, S, C]."""
-    found = _statistics(bn)
-    if found is None:
-        return _activate(norm(rows(of_points, idx) + of_centres[:, :, None], bn), slope)
-    return ops.norm_act(of_points, *found, slope, of_centres, idx)
+def image(x: Tensor) -> Tensor:
+    """Rows [B, M, S, C] as an image [B, C, M, S], or [B, N, C] as [B, C, N]; nothing is copied."""
+    return x.movedim(-1, 1)
 
 
-def gather_norm_act_max(
-    of_points: Tensor, of_centres: Tensor, idx: Tensor, bn: nn.Module, slope: float = 0.0
-) -> Tensor:
-    """As :func:`gather_norm_act`, then the maximum over the S samples: [B, M, C]."""
-    found = _statistics(bn)
-    if found is None:
-        return gather_norm_act(of_points, of_centres, idx, bn, slope).max(-2).values
-    return ops.norm_act_max(of_points, *found, slope, of_centres, idx)
+def highest(x: Tensor) -> Tensor:
+    """The maximum over the samples of an image [B, C, M, S]: rows [B, M, C]."""
+    return x.permute(0, 2, 3, 1).amax(2)
 
 
-def _linear_then(
-    x: Tensor, conv: Conv, bn: nn.Module, slope: float, highest: bool = False, weight: Tensor | None = None
-) -> Tensor:
-    """1x1 convolution, normalisation, leaky ReLU, and where ``highest`` the maximum over the samples.
+def norm_relu(x: Tensor, norm: nn.Module) -> Tensor:
+    """``relu(norm(x))``; what a plain layer returns nobody else holds, so it is overwritten."""
+    return F.relu(norm(x), inplace=is_plain(norm))
 
-    ``weight`` [C_out, C_in] takes the place of the convolution's.
+
+# --------------------------------------------------------------------------------------------------------
+# Layers over edges
+
+Part = tuple[Tensor | None, Tensor | None]
+"""What some channels of an edge owe to its point j and to its centre i, their sum: features of the points
+[B, N, C] and of the centres [B, M, C], None for nothing. (x, -x of the centres) is x_j - x_i."""
+
+
+class Edges(NamedTuple):
+    """From each of M centres to S of N points.
+
+    Attributes:
+        parts: the edges' channels, in order.
+        idx: int64 [B, M, S], the points.
     """
-    weight = weight_of(conv) if weight is None else weight
-    found = _statistics(bn)
-    if found is None:
-        return (norm_act_max if highest else norm_act)(product(x, weight, conv.bias), bn, slope)
-    if not found.training and found.running_mean is not None and found.running_var is not None:
-        # fixed statistics make the normalisation linear too: it goes into the product
-        scale = found.weight * torch.rsqrt(found.running_var + found.eps)
-        shift = found.bias - found.running_mean * scale
-        offset = shift if conv.bias is None else shift + conv.bias * scale
-        y = product(x, weight * scale[:, None], offset)
-        return _activate(y.max(-2).values if highest else y, slope)
-    normalise = ops.norm_act_max if highest else ops.norm_act
-    y = product(x, weight)
-    if conv.bias is None:
-        return normalise(y, *found, slope)
-    # a batch's own statistics take the bias out again: it is left out of the product, shifts the running
-    # mean, and has a gradient of exactly zero
-    mean = None if found.running_mean is None else found.running_mean.clone()
-    out = normalise(y, *found._replace(bias=found.bias + 0 * conv.bias, running_mean=mean), slope)
-    if mean is not None and found.running_mean is not None:
-        with torch.no_grad():
-            found.running_mean.copy_(mean + found.momentum * conv.bias)
-    return out
+
+    parts: Sequence[Part]
+    idx: Tensor
+
+    def gathered(self) -> Tensor:
+        """[B, C, M, S]: every edge with all its channels, as the public code writes them out."""
+        found = []
+        for of_points, of_centres in self.parts:
+            if of_points is None:
+                assert of_centres is not None
+                found.append(of_centres[:, :, None].expand(-1, -1, self.idx.shape[2], -1))
+            else:
+                near = rows(of_points, self.idx)
+                found.append(near if of_centres is None else near + of_centres[:, :, None])
+        return image(torch.cat(found, -1) if len(found) > 1 else found[0])
+
+    def projected(self, weight: Tensor, bias: Tensor | None) -> Edges:
+        """The edges after a 1x1 convolution with ``weight`` [C', C, ...], in one part.
+
+        It is linear: it is applied to the N points and the M centres instead of to the M · S edges. In the
+        weight's precision, also under autocast: the sum of two such products is small beside them, and of it
+        half precision would leave little.
+        """
+        sums: list[Tensor | None] = [None, bias]
+        start = 0
+        with torch.autocast(weight.device.type, enabled=False):
+            for part in self.parts:
+                width = next(x.shape[-1] for x in part if x is not None)
+                matrix = weight[:, start : start + width].flatten(1).T
+                start += width
+                for side, x in enumerate(part):
+                    if x is not None:
+                        y, before = x.to(weight.dtype) @ matrix, sums[side]
+                        sums[side] = y if before is None else before + y
+        return Edges([(sums[0], sums[1])], self.idx)
 
 
-def linear_norm_act(
-    x: Tensor, conv: Conv, bn: nn.Module, slope: float = 0.0, weight: Tensor | None = None
-) -> Tensor:
-    """1x1 convolution, batch normalisation, (leaky) ReLU on channel-last rows.
+def convolve(edges: Edges, conv: Any) -> Tensor:
+    """A 1x1 convolution on edges: [B, C', M, S]."""
+    if is_plain(conv):
+        return edges.projected(conv.weight, conv.bias).gathered()
+    return conv(edges.gathered())
 
-    ``weight`` [C_out, C_in], where given, takes the place of the convolution's.
+
+class Layer(nn.Sequential):
+    """1x1 convolution, and where given normalisation and activation, on [B, C, N], [B, C, M, S] or edges.
+
+    Where the public code has ``Conv1d`` and ``BatchNorm1d``, M groups of S samples are given to them as
+    [B · M, C, S]. So are they here to modules that are not plain; plain ones do the same in channels-last
+    memory as it is.
     """
-    return _linear_then(x, conv, bn, slope, weight=weight)
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__(*parts)
+        self.flat = isinstance(parts[0], nn.Conv1d)
+
+    def forward(self, x: Tensor | Edges) -> Tensor:
+        """[B, C, N] -> [B, C', N]; [B, C, M, S] or edges -> [B, C', M, S]."""
+        parts: list[Any] = list(self)  # mypy knows no more of them than Module
+        conv, *after = parts
+        if isinstance(x, Edges):
+            x = convolve(x, conv) if is_plain(conv) else self.call(conv, x.gathered())
+        elif x.dim() == 3:
+            return self.forward(x.unsqueeze(2)).squeeze(2)
+        elif self.flat and is_plain(conv):
+            x = F.conv2d(x, conv.weight[..., None], conv.bias)
+        else:
+            x = self.call(conv, x)
+        return self.after(x, *after)
+
+    def after(self, x: Tensor, norm: nn.Module | None = None, act: nn.Module | None = None) -> Tensor:
+        """What follows the convolution."""
+        plain = norm is not None and is_plain(norm)
+        if norm is not None and plain and self.flat:
+            last = x.permute(0, 2, 3, 1)
+            x = norm(last.reshape(-1, x.shape[1])).view(last.shape).permute(0, 3, 1, 2)
+        elif norm is not None:
+            x = self.call(norm, x)
+        if act is None:
+            return x
+        if not is_plain(act):
+            return self.call(act, x)
+        slope = act.negative_slope if isinstance(act, nn.LeakyReLU) else 0.0
+        return F.leaky_relu(x, slope, inplace=plain)
+
+    def call(self, module: nn.Module, x: Tensor) -> Tensor:
+        """A module on [B, C, M, S], in the shape that it expects."""
+        if not self.flat:
+            return module(x)
+        batch, _, groups, _ = x.shape
+        return module(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, groups)).transpose(1, 2)
 
 
-def linear_norm_act_max(x: Tensor, conv: Conv, bn: nn.Module, slope: float = 0.0) -> Tensor:
-    """As :func:`linear_norm_act` on x [..., S, C], then the maximum over the S samples: [..., C_out]."""
-    return _linear_then(x, conv, bn, slope, highest=True)
+# --------------------------------------------------------------------------------------------------------
+# Normalisation, activation and the maximum over the samples in one
 
 
-def linear_norm_add_act(x: Tensor, conv: Conv, bn: nn.Module, skip: Tensor) -> Tensor:
-    """relu(bn(conv(x)) + skip) on channel-last rows: the end of a residual block."""
-    return F.relu(_linear_then(x, conv, bn, slope=1.0) + skip)
+def norm_act_highest(x: Tensor | Edges, norm: nn.Module, slope: float = 0.0) -> Tensor:
+    """The maximum over the samples of ``leaky_relu(norm(x), slope)``: rows [B, M, C].
 
-
-def linear_norm_act_pool(x: Tensor, conv: Conv, bn: nn.Module, slope: float) -> tuple[Tensor, Tensor]:
-    """As :func:`linear_norm_act` on x [B, N, C], then maximum and mean over the N points: two [B, C_out]."""
-    y = linear_norm_act(x, conv, bn, slope)
-    return y.max(1).values, y.mean(1)
+    Args:
+        x: [B, C, M, S], or edges of one part, which the fused operator gathers as it goes.
+        norm: BatchNorm2d or what stands in its place.
+        slope: 0 for ReLU; at most 1 and not negative, so that the activation keeps the order.
+    """
+    rows_of_x, around = (
+        (x.parts[0][0], x.parts[0][1]) if isinstance(x, Edges) else (x.permute(0, 2, 3, 1), None)
+    )
+    if (
+        rows_of_x is None
+        or (isinstance(x, Edges) and around is None)
+        or not (is_plain(norm) and isinstance(norm, nn.BatchNorm2d) and norm.affine)
+        or norm.momentum is None
+        or norm.num_batches_tracked is None
+        or rows_of_x.dtype != norm.weight.dtype
+        or norm.num_features % 8  # the operator's vectors
+    ):
+        x = x.gathered() if isinstance(x, Edges) else x
+        return highest(F.leaky_relu(norm(x), slope, inplace=is_plain(norm)))
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    rule = norm.training, norm.momentum, norm.eps, slope
+    if isinstance(x, Edges):
+        return ops.norm_act_max(rows_of_x, *statistics, *rule, around, x.idx)
+    return ops.norm_act_max(rows_of_x, *statistics, *rule)

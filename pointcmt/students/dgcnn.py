@@ -15,12 +15,36 @@ from torch import Tensor, nn
 
 from pointcmt.ops import knn
 from pointcmt.students import _blocks as blocks
+from pointcmt.types import PointFeatures
 
 _SLOPE = 0.2  # of every leaky ReLU in the public code
 
 
-class DGCNN(nn.Module):
-    """DGCNN classifier; see :func:`dgcnn`. The shape feature is the input of ``dp1``."""
+class EdgeConv(blocks.Layer):
+    """EdgeConv over the k nearest neighbours in feature space (section 3.1 of the paper)."""
+
+    def __init__(self, in_channels: int, norm: nn.BatchNorm2d, k: int) -> None:
+        conv = nn.Conv2d(2 * in_channels, norm.num_features, 1, bias=False)
+        super().__init__(conv, norm, nn.LeakyReLU(_SLOPE))
+        self.k = k
+
+    def forward(self, points: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """[B, N, 3] and [B, N, C] -> the same points, and features [B, N, C'].
+
+        The convolution sees [x_j - x_i, x_i]; BatchNorm normalises over the edges.
+        """
+        idx = knn(features.detach(), features.detach(), self.k)[1]
+        edges = blocks.Edges([(features, -features), (None, features)], idx)
+        parts: list[Any] = list(self)  # mypy knows no more of them than Module
+        conv, norm, act = parts
+        if blocks.is_plain(conv, act):
+            projected = edges.projected(conv.weight, conv.bias)
+            return points, blocks.norm_act_highest(projected, norm, act.negative_slope)
+        return points, blocks.highest(super().forward(edges))
+
+
+class DGCNN(blocks.Student):
+    """DGCNN; see :func:`dgcnn`. The shape feature of its classifier is the input of ``dp1``."""
 
     def __init__(
         self,
@@ -43,11 +67,11 @@ class DGCNN(nn.Module):
         self.bn3 = nn.BatchNorm2d(sizes[2])
         self.bn4 = nn.BatchNorm2d(sizes[3])
         self.bn5 = nn.BatchNorm1d(embedding)
-        self.conv1 = _edge_layer(3, sizes[0], self.bn1)
-        self.conv2 = _edge_layer(sizes[0], sizes[1], self.bn2)
-        self.conv3 = _edge_layer(sizes[1], sizes[2], self.bn3)
-        self.conv4 = _edge_layer(sizes[2], sizes[3], self.bn4)
-        self.conv5 = nn.Sequential(
+        self.conv1 = EdgeConv(3, self.bn1, k)
+        self.conv2 = EdgeConv(sizes[0], self.bn2, k)
+        self.conv3 = EdgeConv(sizes[1], self.bn3, k)
+        self.conv4 = EdgeConv(sizes[2], self.bn4, k)
+        self.conv5 = blocks.Layer(
             nn.Conv1d(sum(sizes), embedding, 1, bias=False), self.bn5, nn.LeakyReLU(_SLOPE)
         )
         self.linear1 = nn.Linear(2 * embedding, feature_dim, bias=False)
@@ -58,39 +82,23 @@ class DGCNN(nn.Module):
         self.dp2 = nn.Dropout(dropout)
         self.linear3 = nn.Linear(hidden, num_classes)
 
-    def forward(self, points: Tensor) -> Tensor:
-        """points [B, N, 3] -> logits [B, num_classes]."""
+    def encode(self, points: Tensor) -> PointFeatures:
+        """points [B, N, 3] -> maximum and mean of ``conv5`` over the points, and its output at each."""
         blocks.check_points(
             "dgcnn", points, 3, at_least=self.k, why=f" (k={self.k} neighbours each; pass a smaller k)"
         )
         x, found = points, []
         for layer in (self.conv1, self.conv2, self.conv3, self.conv4):
-            x = edge_conv(x, layer[0], layer[1], self.k)
+            x = layer(points, x)[1]
             found.append(x)
-        highest, mean = blocks.linear_norm_act_pool(
-            torch.cat(found, -1), self.conv5[0], self.conv5[1], _SLOPE
-        )
-        x = torch.cat([highest, mean], -1)
-        feature = F.leaky_relu(self.bn6(self.linear1(x)), _SLOPE)
-        x = self.dp1(feature)
+        local = self.conv5(torch.cat(found, -1).transpose(1, 2)).transpose(1, 2)
+        return PointFeatures(torch.cat([local.amax(1), local.mean(1)], -1), local, points)
+
+    def head(self, feature: Tensor) -> Tensor:
+        """[B, 2 * embedding] -> logits [B, num_classes]."""
+        x = self.dp1(F.leaky_relu(self.bn6(self.linear1(feature)), _SLOPE))
         x = self.dp2(F.leaky_relu(self.bn7(self.linear2(x)), _SLOPE))
         return self.linear3(x)
-
-
-def _edge_layer(in_channels: int, out_channels: int, bn: nn.BatchNorm2d) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(2 * in_channels, out_channels, 1, bias=False), bn, nn.LeakyReLU(_SLOPE))
-
-
-def edge_conv(x: Tensor, conv: blocks.Conv, bn: nn.Module, k: int) -> Tensor:
-    """EdgeConv over the k nearest neighbours in feature space: [B, N, C] -> [B, N, C'].
-
-    The convolution sees [x_j - x_i, x_i] and is linear: W1 (x_j - x_i) + W2 x_i = W1 x_j + (W2 - W1) x_i is
-    computed per point and gathered, k times less work than per edge. BatchNorm normalises over the edges.
-    """
-    idx = knn(x.detach(), x.detach(), k)[1]
-    difference, own = blocks.weight_of(conv).chunk(2, 1)
-    of_points, of_centres = blocks.project(x, difference), blocks.project(x, own - difference)
-    return blocks.gather_norm_act_max(of_points, of_centres, idx, bn, _SLOPE)
 
 
 def dgcnn(

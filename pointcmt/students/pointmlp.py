@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pointcmt.ops import knn
 from pointcmt.students import _blocks as blocks
+from pointcmt.types import PointFeatures
 
 
 class _Stages(NamedTuple):
@@ -39,42 +40,78 @@ def _sum(x: Tensor) -> Tensor:
 
 
 class ConvNorm(nn.Module):
-    """1x1 convolution, BatchNorm, ReLU on channel-last rows; ``net`` as in the public code."""
+    """1x1 convolution, BatchNorm, ReLU; ``net`` as in the public code."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv1d(in_channels, out_channels, 1, bias=False), nn.BatchNorm1d(out_channels), nn.ReLU()
-        )
+        self.net = _layer(in_channels, out_channels, nn.ReLU())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_channels] -> [..., out_channels]."""
-        return blocks.linear_norm_act(x, self.net[0], self.net[1])
+    def forward(self, x: Tensor | blocks.Edges) -> Tensor:
+        """[B, in_channels, N] -> [B, out_channels, N], edges -> [B, out_channels, M, k]."""
+        return self.net(x)
 
 
 class Residual(nn.Module):
-    """Bottleneck of two 1x1 convolutions with a skip connection: [..., C] -> [..., C]."""
+    """Bottleneck of two 1x1 convolutions with a skip connection, on [B, C, N] or [B, C, M, k]."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.net1 = nn.Sequential(
-            nn.Conv1d(channels, hidden, 1, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()
-        )
-        self.net2 = nn.Sequential(nn.Conv1d(hidden, channels, 1, bias=False), nn.BatchNorm1d(channels))
+        self.net1 = _layer(channels, hidden, nn.ReLU())
+        self.net2 = _layer(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., C]."""
-        y = blocks.linear_norm_act(x, self.net1[0], self.net1[1])
-        return blocks.linear_norm_add_act(y, self.net2[0], self.net2[1], x)
+        """The same shape."""
+        return torch.relu_(self.net2(self.net1(x)) + x)
+
+
+def _layer(in_channels: int, out_channels: int, *act: nn.Module) -> blocks.Layer:
+    return blocks.Layer(
+        nn.Conv1d(in_channels, out_channels, 1, bias=False), nn.BatchNorm1d(out_channels), *act
+    )
+
+
+class Groups(NamedTuple):
+    """k points around each of M anchors, as :class:`LocalGrouper` finds them.
+
+    Attributes:
+        features: [B, N, C], of all points.
+        anchors: [B, M, C], the anchors' own.
+        idx: int64 [B, M, k], the points of each group.
+        scale: [B, 1, C] and shift [C], of the geometric affine: its channels are
+            ``scale * (f_j - f_i) + shift``.
+    """
+
+    features: Tensor
+    anchors: Tensor
+    idx: Tensor
+    scale: Tensor
+    shift: Tensor
 
 
 class LocalGrouper(nn.Module):
-    """Holds the geometric affine module's two parameters (section 3.2 of the paper)."""
+    """Samples half of the points, finds groups around them, and the geometric affine (section 3.2).
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: of the features.
+        points: of a cloud with more, half of so many are sampled.
+        k: points of a group.
+        random_start: in training mode furthest point sampling starts at a random point.
+    """
+
+    def __init__(self, channels: int, points: int, k: int, random_start: bool = False) -> None:
         super().__init__()
+        self.points, self.k, self.random_start = points, k, random_start
         self.affine_alpha = nn.Parameter(torch.ones(1, 1, 1, channels))
         self.affine_beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
+
+    def forward(self, xyz: Tensor, features: Tensor) -> tuple[Tensor, Groups]:
+        """[B, N, 3] and [B, N, C] -> anchors [B, M, 3] and the groups around them."""
+        n = xyz.shape[1]
+        chosen = blocks.sample(xyz, min(self.points, n) // 2, self.random_start and self.training)
+        centres, anchors = blocks.rows(xyz, chosen), blocks.rows(features, chosen)
+        idx = knn(centres.detach(), xyz.detach(), min(self.k, n))[1]
+        scale = self.affine_alpha[0] / (self.spread(features, anchors, idx) + _EPSILON)
+        return centres, Groups(features, anchors, idx, scale, self.affine_beta.flatten())
 
     def spread(self, features: Tensor, anchors: Tensor, idx: Tensor) -> Tensor:
         """Standard deviation of f_j - f_i over a cloud's groups and channels: [B, 1, 1].
@@ -91,7 +128,8 @@ class LocalGrouper(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             # a difference of the same shift from both is the same difference, of smaller numbers
             shift = features.detach().mean(1, keepdim=True)
-            points, centres = blocks.at_least_float(features - shift), blocks.at_least_float(anchors - shift)
+            dtype = torch.promote_types(features.dtype, torch.float32)
+            points, centres = (features - shift).to(dtype), (anchors - shift).to(dtype)
             counts = points.new_zeros(batch, groups, n).scatter_add_(2, idx, points.new_ones(idx.shape))
             of_group = counts @ points
             members = counts.sum(1)[..., None]
@@ -111,37 +149,27 @@ class PreExtraction(nn.Module):
         self.transfer = ConvNorm(2 * in_channels, channels)
         self.operation = nn.Sequential(*[Residual(channels, hidden) for _ in range(count)])
 
-    def forward(self, features: Tensor, anchors: Tensor, idx: Tensor, grouper: LocalGrouper) -> Tensor:
-        """features [B, N, C], anchors [B, M, C], groups idx [B, M, k] -> [B, M, C'].
-
-        ``transfer`` sees [alpha (f_j - f_i) / (spread + eps) + beta, f_i] and is linear: its two parts are
-        applied per point and per anchor, and only then gathered.
-        """
-        conv, bn = self.transfer.net[0], self.transfer.net[1]
-        of_difference, of_anchor = blocks.weight_of(conv).chunk(2, 1)
-        scale = 1 / (grouper.spread(features, anchors, idx) + _EPSILON)
-        shaped = of_difference * grouper.affine_alpha.flatten()
-        offset = blocks.project(grouper.affine_beta.flatten(), of_difference)
-        of_points = blocks.project(features, shaped) * scale
-        of_centres = blocks.project(anchors, of_anchor) - blocks.project(anchors, shaped) * scale + offset
-        x = blocks.gather_norm_act(of_points, of_centres, idx, bn)
-        return self.operation(x).max(-2).values
+    def forward(self, groups: Groups) -> Tensor:
+        """M groups -> [B, M, C']; ``transfer`` sees [scale (f_j - f_i) + shift, f_i]."""
+        features, anchors, idx, scale, shift = groups
+        edges = blocks.Edges([(features * scale, shift - anchors * scale), (None, anchors)], idx)
+        return blocks.highest(self.operation(self.transfer(edges)))
 
 
 class PosExtraction(nn.Module):
-    """Residual MLP over the anchors: [B, M, C] -> [B, M, C]."""
+    """Residual MLP over the anchors."""
 
     def __init__(self, channels: int, hidden: int, count: int) -> None:
         super().__init__()
         self.operation = nn.Sequential(*[Residual(channels, hidden) for _ in range(count)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, M, C] -> [B, M, C]."""
-        return self.operation(x)
+    def forward(self, centres: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, M, 3] and [B, M, C] -> the same centres, and features [B, M, C]."""
+        return centres, self.operation(features.transpose(1, 2)).transpose(1, 2)
 
 
-class PointMLP(nn.Module):
-    """PointMLP classifier; see :func:`pointmlp`. The shape feature is the output of ``classifier[2]``."""
+class PointMLP(blocks.Student):
+    """PointMLP; see :func:`pointmlp`. Its classifier's shape feature is the output of ``classifier[2]``."""
 
     def __init__(
         self,
@@ -161,7 +189,6 @@ class PointMLP(nn.Module):
         if k < 1:
             raise ValueError(f"pointmlp: k must be at least 1, got {k}")
         stages = VARIANTS[variant]
-        self.points, self.k, self.random_start = points, k, random_start
         self.smallest = 2 ** len(stages.growth)
         if points < self.smallest:
             raise ValueError(f"pointmlp: points must be at least {self.smallest}, got {points}")
@@ -173,7 +200,7 @@ class PointMLP(nn.Module):
         for growth, count in zip(stages.growth, stages.blocks, strict=True):
             out_channels = channels * growth
             hidden = int(out_channels * stages.bottleneck)
-            self.local_grouper_list.append(LocalGrouper(channels))
+            self.local_grouper_list.append(LocalGrouper(channels, points, k, random_start))
             self.pre_blocks_list.append(PreExtraction(channels, out_channels, hidden, count))
             self.pos_blocks_list.append(PosExtraction(out_channels, hidden, count))
             channels = out_channels
@@ -190,24 +217,22 @@ class PointMLP(nn.Module):
             nn.Linear(last, num_classes),
         )
 
-    def forward(self, points: Tensor) -> Tensor:
-        """points [B, N, 3] -> logits [B, num_classes]."""
+    def encode(self, points: Tensor) -> PointFeatures:
+        """points [B, N, 3] -> maximum over the last stage's anchors; their features and coordinates."""
         blocks.check_points(
             "pointmlp", points, 3, at_least=self.smallest, why=" (each of its stages halves the cloud)"
         )
-        random_start = self.random_start and self.training
-        xyz, x = points, self.embedding(points)
-        groups = min(self.points, points.shape[1])
+        xyz, x = points, self.embedding(points.transpose(1, 2)).transpose(1, 2)
         for grouper, pre, pos in zip(
             self.local_grouper_list, self.pre_blocks_list, self.pos_blocks_list, strict=True
         ):
-            groups //= 2
-            chosen = blocks.sample(xyz, groups, random_start)
-            centres, anchors = blocks.rows(xyz, chosen), blocks.rows(x, chosen)
-            idx = knn(centres.detach(), xyz.detach(), min(self.k, xyz.shape[1]))[1]
-            x = pos(pre(x, anchors, idx, grouper))
-            xyz = centres
-        return self.classifier(x.max(1).values)
+            xyz, groups = grouper(xyz, x)
+            xyz, x = pos(xyz, pre(groups))
+        return PointFeatures(x.amax(1), x, xyz)
+
+    def head(self, feature: Tensor) -> Tensor:
+        """[B, channels of the last stage] -> logits [B, num_classes]."""
+        return self.classifier(feature)
 
 
 def pointmlp(

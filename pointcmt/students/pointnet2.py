@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pointcmt.ops import ball_query
 from pointcmt.students import _blocks as blocks
+from pointcmt.types import PointFeatures
 
 
 class SetAbstraction(nn.Module):
@@ -26,27 +27,36 @@ class SetAbstraction(nn.Module):
         radius, nsample: of the ball query; unused when npoint is None.
         in_channels: of the points' features, without the 3 coordinates.
         mlp: output channels of the shared MLP's layers.
+        random_start: in training mode furthest point sampling starts at a random point.
     """
 
     def __init__(
-        self, npoint: int | None, radius: float, nsample: int, in_channels: int, mlp: Sequence[int]
+        self,
+        npoint: int | None,
+        radius: float,
+        nsample: int,
+        in_channels: int,
+        mlp: Sequence[int],
+        random_start: bool = False,
     ) -> None:
         super().__init__()
-        self.npoint, self.radius, self.nsample = npoint, radius, nsample
+        self.npoint, self.radius, self.nsample, self.random_start = npoint, radius, nsample, random_start
         self.mlp_convs, self.mlp_bns = _shared_mlp(in_channels + 3, mlp)
 
-    def forward(
-        self, xyz: Tensor, features: Tensor | None, random_start: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, xyz: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
         """[B, N, 3] and [B, N, C] (or None) -> centres [B, M, 3] and features [B, M, C']."""
-        convs, bns = list(self.mlp_convs), list(self.mlp_bns)
         if self.npoint is None:
+            centres = xyz.new_zeros(len(xyz), 1, 3)
             x = xyz if features is None else torch.cat([xyz, features], -1)
-            return xyz.new_zeros(len(xyz), 1, 3), _mlp_max(x[:, None], convs, bns)
-        centres = blocks.rows(xyz, blocks.sample(xyz, self.npoint, random_start))
-        idx = ball_query(self.radius, self.nsample, xyz, centres)
-        weight = blocks.weight_of(convs[0])
-        return centres, _group_mlp_max(xyz, features, centres, idx, weight[:, :3], weight[:, 3:], convs, bns)
+            x = self.mlp_convs[0](blocks.image(x[:, None]))
+        else:
+            centres = blocks.rows(xyz, blocks.sample(xyz, self.npoint, self.random_start and self.training))
+            idx = ball_query(self.radius, self.nsample, xyz, centres)
+            parts: list[blocks.Part] = [(xyz, -centres)]
+            if features is not None:
+                parts.append((features, None))
+            x = blocks.convolve(blocks.Edges(parts, idx), self.mlp_convs[0])
+        return centres, _rest_of_mlp(x, self.mlp_convs, self.mlp_bns)
 
 
 class SetAbstractionMSG(nn.Module):
@@ -59,28 +69,28 @@ class SetAbstractionMSG(nn.Module):
         nsamples: Sequence[int],
         in_channels: int,
         mlps: Sequence[Sequence[int]],
+        random_start: bool = False,
     ) -> None:
         super().__init__()
         self.npoint, self.radii, self.nsamples = npoint, tuple(radii), tuple(nsamples)
+        self.random_start = random_start
         self.conv_blocks, self.bn_blocks = nn.ModuleList(), nn.ModuleList()
         for mlp in mlps:
             convs, bns = _shared_mlp(in_channels + 3, mlp)
             self.conv_blocks.append(convs)
             self.bn_blocks.append(bns)
 
-    def forward(
-        self, xyz: Tensor, features: Tensor | None, random_start: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, xyz: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
         """[B, N, 3] and [B, N, C] (or None) -> centres [B, M, 3] and features [B, M, sum of C']."""
-        centres = blocks.rows(xyz, blocks.sample(xyz, self.npoint, random_start))
+        centres = blocks.rows(xyz, blocks.sample(xyz, self.npoint, self.random_start and self.training))
+        parts: list[blocks.Part] = [(xyz, -centres)]
+        if features is not None:  # which here the public code puts before the coordinates
+            parts.insert(0, (features, None))
         found = []
-        for i, (radius, nsample) in enumerate(zip(self.radii, self.nsamples, strict=True)):
-            convs, bns = list(self.conv_blocks[i].children()), list(self.bn_blocks[i].children())
+        mlps: list[Any] = list(zip(self.conv_blocks, self.bn_blocks, strict=True))
+        for radius, nsample, (convs, bns) in zip(self.radii, self.nsamples, mlps, strict=True):
             idx = ball_query(radius, nsample, xyz, centres)
-            weight = blocks.weight_of(convs[0])  # here the public code puts the coordinates last
-            found.append(
-                _group_mlp_max(xyz, features, centres, idx, weight[:, -3:], weight[:, :-3], convs, bns)
-            )
+            found.append(_rest_of_mlp(blocks.convolve(blocks.Edges(parts, idx), convs[0]), convs, bns))
         return centres, torch.cat(found, -1)
 
 
@@ -93,39 +103,15 @@ def _shared_mlp(in_channels: int, mlp: Sequence[int]) -> tuple[nn.ModuleList, nn
     return convs, bns
 
 
-def _group_mlp_max(
-    xyz: Tensor,
-    features: Tensor | None,
-    centres: Tensor,
-    idx: Tensor,
-    weight_xyz: Tensor,
-    weight_features: Tensor,
-    convs: Sequence[blocks.Conv],
-    bns: Sequence[nn.Module],
-) -> Tensor:
-    """Shared MLP and maximum over the groups ``idx`` [B, M, S] around ``centres`` [B, M, 3].
-
-    The first layer sees [x_j - x_i, f_j], and is linear: it is applied to the N points and the M centres
-    and only then gathered, instead of to the M·S pairs.
-    """
-    of_points = blocks.project(xyz, weight_xyz)
-    if features is not None:
-        of_points = of_points + blocks.project(features, weight_features)
-    of_centres = convs[0].bias - blocks.project(centres, weight_xyz)
-    if len(convs) == 1:
-        return blocks.gather_norm_act_max(of_points, of_centres, idx, bns[0])
-    return _mlp_max(blocks.gather_norm_act(of_points, of_centres, idx, bns[0]), convs[1:], bns[1:])
+def _rest_of_mlp(x: Tensor, convs: Any, bns: Any) -> Tensor:
+    """What follows the first convolution of a shared MLP, and the maximum: [B, C, M, S] -> [B, M, C']."""
+    for norm, conv in zip(bns[:-1], convs[1:], strict=True):
+        x = conv(blocks.norm_relu(x, norm))
+    return blocks.norm_act_highest(x, bns[-1])
 
 
-def _mlp_max(x: Tensor, convs: Sequence[blocks.Conv], bns: Sequence[nn.Module]) -> Tensor:
-    """[B, M, S, C] -> [B, M, C']: shared MLP, maximum over the S samples."""
-    for conv, bn in zip(convs[:-1], bns[:-1], strict=True):
-        x = blocks.linear_norm_act(x, conv, bn)
-    return blocks.linear_norm_act_max(x, convs[-1], bns[-1])
-
-
-class PointNet2(nn.Module):
-    """PointNet++ classifier; see :func:`pointnet2`. The shape feature is the input of ``drop1``."""
+class PointNet2(blocks.Student):
+    """PointNet++; see :func:`pointnet2`. The shape feature of its classifier is the input of ``drop1``."""
 
     def __init__(
         self,
@@ -143,13 +129,9 @@ class PointNet2(nn.Module):
         super().__init__()
         if variant not in ("ssg", "msg"):
             raise ValueError(f"pointnet2: variant must be 'ssg' or 'msg', got {variant!r}")
-        if in_channels < 3:
-            raise ValueError(
-                f"pointnet2: in_channels counts x, y, z and must be at least 3, got {in_channels}"
-            )
         drops = ((0.4, 0.4) if variant == "ssg" else (0.4, 0.5)) if dropout is None else (dropout, dropout)
-        blocks.check_options("pointnet2", num_classes, feature_dim, width, drops[0])
-        self.in_channels, self.random_start = in_channels, random_start
+        blocks.check_options("pointnet2", num_classes, feature_dim, width, drops[0], in_channels)
+        self.in_channels = in_channels
         extra = in_channels - 3
         self.sa1: SetAbstraction | SetAbstractionMSG
         self.sa2: SetAbstraction | SetAbstractionMSG
@@ -160,17 +142,19 @@ class PointNet2(nn.Module):
         if variant == "ssg":
             radii = (0.2, 0.4) if radii is None else radii
             nsamples = (32, 64) if nsamples is None else nsamples
-            self.sa1 = SetAbstraction(npoints[0], radii[0], nsamples[0], extra, c(64, 64, 128))
-            self.sa2 = SetAbstraction(npoints[1], radii[1], nsamples[1], c(128)[0], c(128, 128, 256))
+            self.sa1 = SetAbstraction(npoints[0], radii[0], nsamples[0], extra, c(64, 64, 128), random_start)
+            self.sa2 = SetAbstraction(
+                npoints[1], radii[1], nsamples[1], c(128)[0], c(128, 128, 256), random_start
+            )
             last = c(256)[0]
         else:
             radii = ((0.1, 0.2, 0.4), (0.2, 0.4, 0.8)) if radii is None else radii
             nsamples = ((16, 32, 128), (32, 64, 128)) if nsamples is None else nsamples
             mlps = [c(32, 32, 64), c(64, 64, 128), c(64, 96, 128)]
-            self.sa1 = SetAbstractionMSG(npoints[0], radii[0], nsamples[0], extra, mlps)
+            self.sa1 = SetAbstractionMSG(npoints[0], radii[0], nsamples[0], extra, mlps, random_start)
             middle = sum(mlp[-1] for mlp in mlps)
             mlps = [c(64, 64, 128), c(128, 128, 256), c(128, 128, 256)]
-            self.sa2 = SetAbstractionMSG(npoints[1], radii[1], nsamples[1], middle, mlps)
+            self.sa2 = SetAbstractionMSG(npoints[1], radii[1], nsamples[1], middle, mlps, random_start)
             last = sum(mlp[-1] for mlp in mlps)
         self.sa3 = SetAbstraction(None, 0.0, 0, last, c(256, 512, 1024))
         hidden = c(256)[0]
@@ -182,17 +166,15 @@ class PointNet2(nn.Module):
         self.drop2 = nn.Dropout(drops[1])
         self.fc3 = nn.Linear(hidden, num_classes)
 
-    def forward(self, points: Tensor) -> Tensor:
-        """points [B, N, in_channels] -> logits [B, num_classes]."""
+    def encode(self, points: Tensor) -> PointFeatures:
+        """points [B, N, in_channels] -> the output of ``sa3``, the centres and features of ``sa2``."""
         blocks.check_points("pointnet2", points, self.in_channels, at_least=1)
-        random_start = self.random_start and self.training
-        xyz = points[..., :3].contiguous()
-        features = points[..., 3:] if self.in_channels > 3 else None
-        xyz, features = self.sa1(xyz, features, random_start)
-        xyz, features = self.sa2(xyz, features, random_start)
-        x = self.sa3(xyz, features)[1].flatten(1)
-        feature = torch.relu(self.bn1(self.fc1(x)))
-        x = self.drop1(feature)
+        centres, local = self.sa2(*self.sa1(*blocks.split(points)))
+        return PointFeatures(self.sa3(centres, local)[1].flatten(1), local, centres)
+
+    def head(self, feature: Tensor) -> Tensor:
+        """[B, 1024] -> logits [B, num_classes]."""
+        x = self.drop1(torch.relu(self.bn1(self.fc1(feature))))
         x = self.drop2(torch.relu(self.bn2(self.fc2(x))))
         return self.fc3(x)
 

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pointcmt.ops import ball_query
 from pointcmt.students import _blocks as blocks
+from pointcmt.types import PointFeatures
 
 
 class RSConv(nn.Module):
@@ -37,8 +37,9 @@ class RSConv(nn.Module):
         width = raised if raised is not None else in_channels + 3
         self.bn_rsconv = nn.BatchNorm2d(width)
         self.bn_channel_raising = nn.BatchNorm1d(out_channels)
-        # in later layers the public code has this one too, and never uses it
-        self.bn_xyz_raising = nn.BatchNorm2d(16 if raised is None else raised)
+        # in later layers the public code has this one too, and never uses it: it is kept for its name, and
+        # not trained, or DistributedDataParallel would wait for its gradients
+        self.bn_xyz_raising = nn.BatchNorm2d(16 if raised is None else raised).requires_grad_(first)
         self.bn_mapping = nn.BatchNorm2d(middle)
         self.mapping_func1 = nn.Conv2d(10, middle, 1)
         self.mapping_func2 = nn.Conv2d(middle, width, 1)
@@ -47,49 +48,21 @@ class RSConv(nn.Module):
 
     def forward(self, xyz: Tensor, features: Tensor | None, centres: Tensor, idx: Tensor) -> Tensor:
         """xyz [B, N, 3], features [B, N, C] or None, centres [B, M, 3], idx [B, M, S] -> [B, M, C']."""
-        relation = self.relation(blocks.rows(xyz, idx) - centres[:, :, None])
-        weight: Tensor = blocks.weight_of(self.mapping_func2)
-        bias: Tensor = self.mapping_func2.get_parameter("bias")
-        # coordinates beside features make 3 channels more than whole vectors: zeros fill the last one up
-        spare = -len(weight) % 8
-        if spare:
-            weight, bias = F.pad(weight, (0, 0, 0, spare)), F.pad(bias, (0, spare))
-        relation = F.linear(relation, weight, bias)
-        if self.xyz_raising is not None:
-            x = self.raised(xyz, features, centres, idx)
-            x = blocks.norm_act_max(relation * (F.pad(x, (0, spare)) if spare else x), self.bn_rsconv)
-        else:  # [x_j - x_i, f_j], times the relation: gathered on the way
-            assert features is not None
-            features, relation = blocks.at_least_float(features), blocks.at_least_float(relation)
-            of_points = F.pad(torch.cat([xyz.to(features.dtype), features], -1), (0, spare))
-            of_centres = F.pad(-centres.to(features.dtype), (0, features.shape[-1] + spare))
-            x = blocks.scaled_norm_act_max(of_points, of_centres, idx, relation, self.bn_rsconv)
-        return blocks.linear_norm_act(x, self.cr_mapping, self.bn_channel_raising)
-
-    def relation(self, delta: Tensor) -> Tensor:
-        """First layer of the mapping, on h_ij: x_j - x_i [..., 3] -> [..., middle].
-
-        With x_i = 0 and x_j = x_j - x_i (see the head of this file) six of h_ij's ten channels are the same
-        three twice, and three are zero: their weights are added up instead.
-        """
-        weight = blocks.weight_of(self.mapping_func1)
+        delta = blocks.rows(xyz, idx) - centres[:, :, None]
         distance = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
-        return blocks.linear_norm_act(
-            torch.cat([distance, delta], -1),
-            self.mapping_func1,
-            self.bn_mapping,
-            weight=torch.cat([weight[:, :1], weight[:, 4:7] + weight[:, 7:]], -1),
-        )
-
-    def raised(self, xyz: Tensor, features: Tensor | None, centres: Tensor, idx: Tensor) -> Tensor:
-        """[x_j - x_i, f_j] lifted by a linear layer, which is applied per point, then gathered."""
-        assert self.xyz_raising is not None
-        weight = blocks.weight_of(self.xyz_raising)
-        of_points = blocks.project(xyz, weight[:, :3])
+        # h_ij with its second and third group of channels as the head of this file says
+        relation = blocks.image(torch.cat([distance, torch.zeros_like(delta), delta, delta], -1))
+        relation = self.mapping_func2(blocks.norm_relu(self.mapping_func1(relation), self.bn_mapping))
+        parts: list[blocks.Part] = [(xyz, -centres)]
         if features is not None:
-            of_points = of_points + blocks.project(features, weight[:, 3:])
-        of_centres = self.xyz_raising.get_parameter("bias") - blocks.project(centres, weight[:, :3])
-        return blocks.gather_norm_act(of_points, of_centres, idx, self.bn_xyz_raising)
+            parts.append((features, None))
+        edges = blocks.Edges(parts, idx)
+        if self.xyz_raising is None:
+            x = edges.gathered()
+        else:
+            x = blocks.norm_relu(blocks.convolve(edges, self.xyz_raising), self.bn_xyz_raising)
+        x = blocks.norm_act_highest(relation * x, self.bn_rsconv).transpose(1, 2)
+        return torch.relu(self.bn_channel_raising(self.cr_mapping(x))).transpose(1, 2)
 
 
 def _wrap(name: str, module: nn.Module) -> nn.Sequential:
@@ -102,23 +75,23 @@ def _wrap(name: str, module: nn.Module) -> nn.Sequential:
 class RelationLevel(nn.Module):
     """Sample centres, group around them, relation-shape convolution."""
 
-    def __init__(self, npoint: int, radius: float, nsample: int, conv: RSConv) -> None:
+    def __init__(
+        self, npoint: int, radius: float, nsample: int, conv: RSConv, random_start: bool = False
+    ) -> None:
         super().__init__()
-        self.npoint, self.radius, self.nsample = npoint, radius, nsample
+        self.npoint, self.radius, self.nsample, self.random_start = npoint, radius, nsample, random_start
         self.mlps = nn.ModuleList([_wrap("RSConvLayer0", _wrap("RS_Conv", conv))])
 
-    def forward(
-        self, xyz: Tensor, features: Tensor | None, random_start: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, xyz: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
         """[B, N, 3] and [B, N, C] (or None) -> centres [B, M, 3] and features [B, M, C']."""
-        chosen = blocks.sample(xyz, self.npoint, random_start)
+        chosen = blocks.sample(xyz, self.npoint, self.random_start and self.training)
         centres = blocks.rows(xyz, chosen)
         idx = centred_ball_query(self.radius, self.nsample, xyz, centres, chosen)
         return centres, self.mlps.get_submodule("0.RSConvLayer0.RS_Conv")(xyz, features, centres, idx)
 
 
 class GlobalConv(nn.Module):
-    """Shared layer over the whole cloud and the maximum: [B, N, C] -> [B, C']."""
+    """Shared layer over the whole cloud and the maximum: [B, N, C] -> [B, 1, C']."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -126,8 +99,8 @@ class GlobalConv(nn.Module):
         self.bn_avg = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, in_channels] -> [B, out_channels]."""
-        return blocks.linear_norm_act_max(x, self.conv_avg, self.bn_avg)
+        """[B, N, in_channels] -> [B, 1, out_channels]."""
+        return blocks.norm_act_highest(self.conv_avg(blocks.image(x[:, None])), self.bn_avg)
 
 
 class GlobalLevel(nn.Module):
@@ -137,9 +110,9 @@ class GlobalLevel(nn.Module):
         super().__init__()
         self.mlps = nn.ModuleList([GlobalConv(in_channels + 3, out_channels)])
 
-    def forward(self, xyz: Tensor, features: Tensor) -> Tensor:
-        """[B, N, 3] and [B, N, C] -> [B, C']."""
-        return self.mlps[0](torch.cat([xyz, features], -1))
+    def forward(self, xyz: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, N, 3] and [B, N, C] -> the origin [B, 1, 3] and the feature [B, 1, C']."""
+        return xyz.new_zeros(len(xyz), 1, 3), self.mlps[0](torch.cat([xyz, features], -1))
 
 
 def centred_ball_query(radius: float, nsample: int, xyz: Tensor, centres: Tensor, chosen: Tensor) -> Tensor:
@@ -166,8 +139,8 @@ def centred_ball_query(radius: float, nsample: int, xyz: Tensor, centres: Tensor
     return torch.cat([idx[..., :-1], last[..., None]], -1)
 
 
-class RSCNN(nn.Module):
-    """RS-CNN classifier; see :func:`rscnn`. The shape feature is the output of ``FC_layer[0]``."""
+class RSCNN(blocks.Student):
+    """RS-CNN; see :func:`rscnn`. The shape feature of its classifier is the output of ``FC_layer[0]``."""
 
     def __init__(
         self,
@@ -182,17 +155,17 @@ class RSCNN(nn.Module):
         random_start: bool = False,
     ) -> None:
         super().__init__()
-        blocks.check_options("rscnn", num_classes, feature_dim, width, dropout)
-        if in_channels < 3:
-            raise ValueError(f"rscnn: in_channels counts x, y, z and must be at least 3, got {in_channels}")
-        self.in_channels, self.random_start = in_channels, random_start
+        blocks.check_options("rscnn", num_classes, feature_dim, width, dropout, in_channels)
+        self.in_channels = in_channels
         raised, first, second, last, hidden = (
             blocks.scaled(channels, width) for channels in (16, 128, 512, 1024, 256)
         )
         self.SA_modules = nn.ModuleList(
             [
-                RelationLevel(npoints[0], radii[0], nsamples[0], RSConv(in_channels - 3, first, raised)),
-                RelationLevel(npoints[1], radii[1], nsamples[1], RSConv(first, second)),
+                RelationLevel(
+                    npoints[0], radii[0], nsamples[0], RSConv(in_channels - 3, first, raised), random_start
+                ),
+                RelationLevel(npoints[1], radii[1], nsamples[1], RSConv(first, second), random_start),
                 GlobalLevel(second, last),
             ]
         )
@@ -210,16 +183,16 @@ class RSCNN(nn.Module):
                 nn.init.constant_(module._parameters["bias"], 0)  # type: ignore[arg-type]
         nn.init.constant_(self.FC_layer.get_parameter("4.fc.bias"), 0)
 
-    def forward(self, points: Tensor) -> Tensor:
-        """points [B, N, in_channels] -> logits [B, num_classes]."""
+    def encode(self, points: Tensor) -> PointFeatures:
+        """points [B, N, in_channels] -> what the last level pools, the centres and features of the second."""
         blocks.check_points("rscnn", points, self.in_channels, at_least=1)
-        random_start = self.random_start and self.training
-        xyz = points[..., :3].contiguous()
-        features = points[..., 3:] if self.in_channels > 3 else None
         first, second, whole = self.SA_modules
-        xyz, features = first(xyz, features, random_start)
-        xyz, features = second(xyz, features, random_start)
-        return self.FC_layer(whole(xyz, features))
+        centres, local = second(*first(*blocks.split(points)))
+        return PointFeatures(whole(centres, local)[1].flatten(1), local, centres)
+
+    def head(self, feature: Tensor) -> Tensor:
+        """[B, 1024] -> logits [B, num_classes]."""
+        return self.FC_layer(feature)
 
 
 def _fully_connected(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -17,6 +17,7 @@ VARIANTS: dict[str, Callable[..., nn.Module]] = {
     "rscnn": students.rscnn,
     "pointmlp": lambda k, **options: students.pointmlp(k, "full", **options),
     "pointmlp-elite": lambda k, **options: students.pointmlp(k, "elite", **options),
+    "pointnext": students.pointnext,
 }
 
 
