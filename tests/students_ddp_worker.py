@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pointcmt import ImageTeacher, PointCMT, students
 from pointcmt.generator import PointGenerator
 from pointcmt.methods import CrossPoint, MMPoint, PicAtPoint
+from pointcmt.methods.unused import freeze_unused
 from pointcmt.objectives import ClassifierEnhancement, FeatureEnhancement, SoftLabels, SoftmaxRegression
 from pointcmt.views import ViewSpec
 
@@ -56,10 +57,11 @@ def apart(modules: list[nn.Module]) -> float:
 def three_steps(name: str, method: str) -> dict[str, float]:
     torch.manual_seed(0)
     network = getattr(students, name)(CLASSES, width=0.125, feature_dim=FEATURE, **SMALL[name])
-    # a head that a method does not reach has no gradient, in pre-training as in any such use of DDP
-    wrapped = DistributedDataParallel(network, find_unused_parameters=method != "pointcmt")
     rank = distributed.get_rank()
     sample = torch.randn(2, POINTS, 3, generator=torch.Generator().manual_seed(3)).clamp(-1, 1)
+    if method != "pointcmt":
+        freeze_unused(network, sample)  # the classifier, which pre-training does not reach
+    wrapped = DistributedDataParallel(network)
     if method == "pointcmt":
         context = PointCMT(
             encoder(CLASSES),
