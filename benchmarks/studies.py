@@ -115,8 +115,7 @@ def summary(study: Kept) -> str:
         f"{title}. {text.strip()} `pointcmt ablate --config benchmarks/configs/{study.name}.yaml`; "
         f"{count} seeds. First line: OA in % of the plain student; below: what a method adds to it, in "
         "points, paired by seed, with the 95 % interval; bold where that excludes zero. All of it: "
-        "[docs/results.md](docs/results.md).\n\n"
-        + "\n\n".join([markdown(headings, lines).rstrip(), *trained_again(study)])
+        "[docs/results.md](docs/results.md).\n\n" + markdown(headings, lines).rstrip()
     )
 
 
@@ -448,9 +447,23 @@ def page() -> str:
     parts = [HEAD.rstrip(), *(section(study) for study in kept)]
     if not kept:
         parts.append("There are no records of a study here yet.")
+    parts += runs_of_commands()
     text = RESULTS / "notes.md"
     parts += [fill(text.read_text()).strip()] if text.exists() else []
     return "\n\n".join(parts) + "\n"
+
+
+def runs_of_commands() -> list[str]:
+    """What single commands gave, record by record."""
+    parts = []
+    for path in sorted(RESULTS.glob("runs-*.json")):
+        record = json.loads(path.read_text())
+        machine = record["machine"]
+        where = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
+        rows = [{k: v for k, v in row.items() if k != "OA by seed"} for row in record["rows"]]
+        text = f"{record['question']} `{record['notes']['command']}`, on {where}, {record['date'][:10]}:"
+        parts.append(f"{text}\n\n{as_markdown(rows)}")
+    return ["## Single commands", *parts] if parts else []
 
 
 def keep(run: Path, name: str | None = None) -> Path:

@@ -1,8 +1,8 @@
-"""Writes docs/performance.md and the README's results from benchmarks/results/, so that no figure is typed.
+"""Writes docs/performance.md and the README's table from benchmarks/results/, so that no figure is typed.
 
 A record is what :func:`benchmarks._harness.record` writes. Times stay in the records; the page shows what
 was measured side by side: ratios, gaps, agreement, and how far the timings spread. ``runs-*.json``, by
-:mod:`benchmarks.runs`, hold accuracies and go to the README.
+:mod:`benchmarks.runs`, hold accuracies and go to docs/results.md (:mod:`benchmarks.studies`).
 """
 
 from __future__ import annotations
@@ -44,18 +44,10 @@ def section(record: Mapping[str, Any], heading: bool = True) -> str:
 
 
 def results() -> str:
-    """The README's tables: the study on the CPU where there is one, then each record of runs."""
-    parts = []
-    if (RESULTS / "cpu" / "study.json").exists():
-        parts.append(studies.summary(studies.Kept(RESULTS / "cpu")))
-    for path in sorted(RESULTS.glob("runs-*.json")):
-        record = json.loads(path.read_text())
-        machine = record["machine"]
-        where = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
-        rows = [{k: v for k, v in row.items() if k != "OA by seed"} for row in record["rows"]]
-        text = f"{record['question']} `{record['notes']['command']}`, on {where}, {record['date'][:10]}:"
-        parts.append(f"{text}\n\n{as_markdown(rows)}")
-    return "\n\n".join(parts)
+    """The README's table: the study on the CPU, where there is one."""
+    if not (RESULTS / "cpu" / "study.json").exists():
+        return "There are no records of a study here yet."
+    return studies.summary(studies.Kept(RESULTS / "cpu"))
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import _harness, runs, tables
+from benchmarks import _harness, runs, studies, tables
 
 
 @pytest.fixture
@@ -38,14 +38,20 @@ def test_the_page_shows_ratios_and_spread_and_no_times(written):
 
 
 def test_results_go_between_the_marks_and_twice_is_once(written):
-    row = {"": "teacher", "OA %": "91.0", "OA by seed": [91.0]}
-    _harness.record(written / "results" / "runs-a.json", "Runs.", [row], notes={"command": "make demo"})
     tables.main()
     first = (written / "README.md").read_text()
     assert first.startswith("before\n") and first.endswith("after\n") and "old" not in first
-    assert "| teacher | 91.0 |" in first and "`make demo`" in first
+    assert "no records of a study" in first
     tables.main()
     assert (written / "README.md").read_text() == first
+
+
+def test_runs_of_single_commands_go_to_the_page_of_results(written, monkeypatch):
+    monkeypatch.setattr(studies, "RESULTS", written / "results")
+    row = {"": "teacher", "OA %": "91.0", "OA by seed": [91.0]}
+    _harness.record(written / "results" / "runs-a.json", "Runs.", [row], notes={"command": "make demo"})
+    page = studies.page()
+    assert "| teacher | 91.0 |" in page and "`make demo`" in page and "by seed" not in page
 
 
 def test_a_readme_without_marks_is_left_alone(written):
