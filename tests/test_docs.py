@@ -1,4 +1,4 @@
-"""What the pages promise of themselves: names that exist, links that lead somewhere, an index that is current."""
+"""What the pages promise of themselves: names that exist, links that lead somewhere, a current index."""
 
 from __future__ import annotations
 
