@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "robustness": ("robustness", "Robustness", "robustness"),
     "report": ("write_report", "Report", "report"),
     "render-views": ("render_views", "RenderViews", "render_views"),
+    "check-data": ("check_data", "CheckData", "check_data"),
     "adapters": ("adapters", "Adapters", "adapters"),
     "doctor": ("doctor", "Doctor", "doctor"),
 }
@@ -37,6 +38,7 @@ SUMMARY = {
     "robustness": "accuracy of students under dropout, jitter, rotation and scale: one JSON, one plot",
     "report": "pictures and one HTML page of the runs in a folder",
     "render-views": "images of meshes (OFF, OBJ, PLY), named as train-teacher --images wants them",
+    "check-data": "read a whole data set, say what is in it and what would go wrong, draw each class",
     "adapters": "list the adapters, or prove the one for a network (--check module:Class)",
     "doctor": "versions, device, compiled kernels, adapters, and what is wrong",
 }

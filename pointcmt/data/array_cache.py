@@ -19,7 +19,7 @@ def cached_array(
 
     The file's name holds a hash of ``settings`` and of the path, size and time of every source, so a
     changed source or setting makes a new file. A file that cannot be read is made anew. The write is
-    atomic: a killed run or a second process leaves no half file.
+    atomic: a killed run leaves no half file, and of two processes that make it at once both end well.
 
     Args:
         cache_dir: folder, created where needed; None only calls ``make``.
@@ -41,7 +41,7 @@ def cached_array(
     except FileNotFoundError:
         pass
     except (ValueError, EOFError, OSError):
-        path.unlink()  # damaged: only a copy, so make it again
+        path.unlink(missing_ok=True)  # damaged: only a copy, so make it again
     array = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:

@@ -90,13 +90,14 @@ def train_teacher(options: TrainTeacher) -> dict[str, Any]:
         raise ValueError(f"--view-dropout is {options.view_dropout}; expected a part in [0, 1)")
     if options.augment_scale < 1:
         raise ValueError(f"--augment-scale is {options.augment_scale}; expected 1 or more")
-    spec = options.views.spec()
     splits: Splits[Any]
     if options.images is not None:
         channels: int = options.image_channels
         splits = image_splits(options.images, options.data, options.views.size, channels)
+        spec = options.views.spec("z")  # not used
     else:
         splits = options.data.load()
+        spec = options.views.spec(splits.train.up)
         channels = spec.num_channels
     run = RunFolder.start(
         accelerator,

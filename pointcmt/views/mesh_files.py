@@ -88,9 +88,7 @@ def _read_off(content: bytes) -> tuple[np.ndarray, np.ndarray]:
         )
     rows = [line[:3] for line in body[1 : 1 + vertex_count]]
     vertices = np.array(rows, dtype=np.float64).reshape(-1, 3)
-    return vertices, _fans(
-        _corners(line) for line in body[1 + vertex_count : 1 + vertex_count + face_count]
-    )
+    return vertices, _fans(_corners(line) for line in body[1 + vertex_count : 1 + vertex_count + face_count])
 
 
 def _corners(line: list[bytes]) -> list[int]:
@@ -109,7 +107,8 @@ def _read_binary_off(content: bytes, kind: str) -> tuple[np.ndarray, np.ndarray]
     vertices = np.frombuffer(content, ">f4", vertex_count * width, 12).reshape(-1, width)[:, :3]
     tail = content[12 + 4 * width * vertex_count :]
     numbers = np.frombuffer(tail, ">i4", len(tail) // 4)
-    at, faces = 0, []
+    at = 0
+    faces: list[list[int]] = []
     for _ in range(face_count):
         if at >= len(numbers) or not 0 <= numbers[at] < len(numbers) - at - 1:
             raise ValueError(f"promises {face_count} faces, has {len(faces)}: truncated?")

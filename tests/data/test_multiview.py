@@ -32,14 +32,17 @@ def fill(root: Path, layout: str, views: int = 3) -> Path:
 @pytest.mark.parametrize("layout", ["{name}/{split}", "{split}/{name}", "{split}"])
 def test_layouts(tmp_path: Path, layout: str) -> None:
     data = MultiViewImages(fill(tmp_path, layout), "train")
-    assert data.shape_ids == ["bed_0002", "bed_0010", "night_stand_0001"]
+    shapes = ["bed/bed_0002", "bed/bed_0010", "night_stand/night_stand_0001"]
+    assert data.shape_ids == [f"train/{shape}" for shape in shapes]
     assert data.class_names == ["bed", "night_stand"] and data.num_classes == 2
     assert data.labels.tolist() == [0, 0, 1]
     views, label, index = data[1]
     assert views.shape == (3, 3, 12, 12) and (label, index) == (0, 1)
     assert views.dtype == torch.float32
     torch.testing.assert_close(views[:, 2, 0, 0] * 255, torch.tensor([41.0, 42.0, 43.0]))
-    assert MultiViewImages(tmp_path, "test").shape_ids == ["bed_0003"]
+    test = MultiViewImages(tmp_path, "test")
+    assert test.shape_ids == ["test/bed/bed_0003"]
+    assert test.class_names == ["bed", "night_stand"], "a class without test shapes keeps its number"
 
 
 def test_aligned_with_clouds(tmp_path: Path) -> None:
@@ -47,7 +50,10 @@ def test_aligned_with_clouds(tmp_path: Path) -> None:
     names = ["airplane", "bed", "night_stand"]
     ids = ["bed_0010", "night_stand_0001", "bed_0002"]
     data = MultiViewImages(root, "train", shape_ids=ids, class_names=names)
-    assert data.shape_ids == ids and data.labels.tolist() == [1, 2, 1]
+    assert [shape.rpartition("/")[2] for shape in data.shape_ids] == ids
+    assert data.labels.tolist() == [1, 2, 1]
+    again = MultiViewImages(root, "train", shape_ids=data.shape_ids, class_names=names)
+    assert again.shape_ids == data.shape_ids
     torch.testing.assert_close(data[0][0][0, 1, 0, 0] * 255, torch.tensor(41.0))
     with pytest.raises(FileNotFoundError, match=r"1 of 2 shapes: bed_0099.*bed_0099_001\.png"):
         MultiViewImages(root, "train", shape_ids=["bed_0002", "bed_0099"])
@@ -94,7 +100,7 @@ def test_other_names_of_the_convention(tmp_path: Path) -> None:
         image.save(tmp_path / "train" / f"bed_0002_shaded_v{view:03d}.jpg")
         image.save(tmp_path / "train" / f"bed_0004.off_shaded_v{view:03d}.jpg")
     data = MultiViewImages(tmp_path, "train")
-    assert data.shape_ids == ["bed_0002", "bed_0004"] and data.num_views == 2
+    assert data.shape_ids == ["train/bed/bed_0002", "train/bed/bed_0004"] and data.num_views == 2
 
 
 def test_bad_images(tmp_path: Path) -> None:
