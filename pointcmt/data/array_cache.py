@@ -42,8 +42,10 @@ def cached_array(
         pass
     except (ValueError, EOFError, OSError):
         path.unlink(missing_ok=True)  # damaged: only a copy, so make it again
-    array = make()
+    array = np.ascontiguousarray(make())
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
+        # as np.save, whose own way of writing does not say that a disk is full
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
     return array

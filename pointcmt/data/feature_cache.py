@@ -69,7 +69,7 @@ class FeatureCache:
 
         A build grows in the folder ``<path>.partial``, a file for each piece that ``fill`` yields, so that
         one that was killed goes on. Only one process builds: others that want the same wait for it, and take
-        over if it dies. ``path`` appears, or is replaced, when all is there; the cache is then in memory once.
+        over if it dies. ``path`` appears, or is replaced, when all is there; the cache is then in memory.
 
         Args:
             path: the file to make.

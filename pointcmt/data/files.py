@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from pointcmt.views.mesh_files import is_junk
 
-__all__ = ["is_junk", "read_json", "read_lines", "read_names", "read_text", "within"]
+__all__ = ["is_junk", "name_of", "read_json", "read_lines", "read_names", "read_text", "within"]
+
+
+def name_of(part: str) -> str:
+    """The name of a file or folder as UTF-8, also where the locale made Python read it otherwise."""
+    return os.fsencode(part).decode("utf-8", "surrogateescape")
 
 
 def read_text(path: Path) -> str:

@@ -14,7 +14,7 @@ from pointcmt.data.array_cache import cached_array
 from pointcmt.data.checks import Up
 from pointcmt.data.clouds import SUFFIXES, read_cloud
 from pointcmt.data.dataset import PointDataset, Split, check_split, class_rows, in_unit_sphere
-from pointcmt.data.files import is_junk, read_text, within
+from pointcmt.data.files import is_junk, name_of, read_text, within
 from pointcmt.data.modelnet_off import draws, sample_surface
 from pointcmt.data.registry import register_dataset
 
@@ -34,7 +34,7 @@ def _lists(root: Path) -> list[Path]:
 def _files(root: Path) -> list[tuple[str, str, Path]]:
     """(split, class, file) of ``<split>/<class>/*``, sorted by path."""
     return [
-        (path.parts[-3], path.parts[-2], path)
+        (path.parts[-3], name_of(path.parts[-2]), path)
         for split in _SPLITS
         for path in sorted((root / split).glob("*/*"))
         if path.suffix.lower() in SUFFIXES and not is_junk(path.relative_to(root))
@@ -156,7 +156,7 @@ class PointFolder(PointDataset):
         # the suffix tells apart files of one name; images are matched by names without
         stems = Counter((label, path.stem) for label, path in zip(labels.tolist(), kept, strict=True))
         ids = [
-            f"{split}/{names[label]}/{path.stem if stems[label, path.stem] == 1 else path.name}"
+            f"{split}/{names[label]}/{name_of(path.stem if stems[label, path.stem] == 1 else path.name)}"
             for label, path in zip(labels.tolist(), kept, strict=True)
         ]
         short = lengths < num_points

@@ -234,7 +234,7 @@ def _page(options: CheckData, findings: Findings, parts: dict[str, PointDataset]
         rows.append(
             f"<tr><td>{html.escape(name)}</td>"
             + "".join(f"<td>{counts.get(split, 0)}</td>" for split in ("train", "test"))
-            + ("<td></td>" if picture is None else f"<td><img src='data:image/png;base64,{picture}'></td></tr>")
+            + (f"<td><img src='data:image/png;base64,{picture}'></td></tr>" if picture else "<td></td></tr>")
         )
     facts = [f"{name}: {text}" for name, text in findings.facts.items()]
     return (
