@@ -167,8 +167,9 @@ def _find(root: Path) -> dict[_Key, dict[int, Path]]:
         if other != path:
             raise ValueError(f"{other} and {path} are both view {matched['view']} of {'/'.join(key)}")
     names = {name for _, name, _ in found if name}
-    said_by_names = {_class(("", "", shape)) for _, _, shape in found}
-    if len(names) == 1 and len(said_by_names) > 1 and all(name for _, name, _ in found):
+    numbered = [re.fullmatch(r"(.+)_\d+", shape) for _, _, shape in found]
+    said_by_names = {matched[1] for matched in numbered if matched is not None}
+    if len(names) == 1 and len(said_by_names) > 1 and all(numbered):
         raise ValueError(
             f"all images of {root} lie in one folder, {names.pop()!r}, which would be the only class, and "
             f"their names say {', '.join(sorted(said_by_names)[:4])}: put them into a folder for each class, "

@@ -19,7 +19,7 @@ _OFF_COLUMNS = {"ST": 2, "C": 4, "N": 3}  # floats of each kind beside x y z, in
 def is_junk(path: Path) -> bool:
     """Whether a path (below the data's root) is what an operating system leaves behind, or is hidden."""
     return path.name in ("Thumbs.db", "desktop.ini") or any(
-        part.startswith(".") or part == "__MACOSX" for part in path.parts
+        (part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in path.parts
     )
 
 
