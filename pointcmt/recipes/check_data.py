@@ -22,6 +22,7 @@ from pointcmt.checkpoint import atomic_write
 from pointcmt.data import DataOptions, MultiViewImages, PointDataset
 from pointcmt.data.checks import frame_of, guess_up
 from pointcmt.data.clouds import read_cloud
+from pointcmt.data.dataset import Split
 from pointcmt.recipes.progress import console, say, warn
 from pointcmt.views import ViewSpec
 
@@ -88,11 +89,12 @@ def _read(data: DataOptions, findings: Findings) -> dict[str, PointDataset]:
         findings.wrong.append(str(error))
         return {}
     parts: dict[str, PointDataset] = {}
-    for split, per_class in (("train", data.per_class), ("test", data.test_per_class)):
+    splits: tuple[tuple[Split, int | None], ...] = (("train", data.per_class), ("test", data.test_per_class))
+    for split, per_class in splits:
         try:
             with warnings.catch_warnings(), console.status(f"reading {split} shapes"):
                 warnings.simplefilter("ignore")  # what is left out is said below
-                parts[split] = data.build(split, per_class)  # type: ignore[arg-type]
+                parts[split] = data.build(split, per_class)
         except (ValueError, OSError) as error:
             findings.wrong.append(f"{split}: {error}")
             continue
@@ -182,7 +184,7 @@ def _images(root: Path, findings: Findings) -> None:
     """Reads every image."""
     for split in ("train", "test"):
         try:
-            views = MultiViewImages(root, split)  # type: ignore[arg-type]
+            views = MultiViewImages(root, split)
         except (ValueError, OSError) as error:
             findings.wrong.append(str(error))
             continue
