@@ -52,13 +52,14 @@ def read_cloud(path: Path) -> Cloud:
     if suffix not in SUFFIXES:
         raise ValueError(f"{path} is of no known format; expected one of {', '.join(SUFFIXES)}")
     try:
-        if suffix in MESH_SUFFIXES:
-            points, faces = read_mesh(path)
-            cloud = Cloud(points, None if len(faces) or suffix != ".ply" else _ply_normals(path), faces)
-        elif suffix == ".pcd":
-            cloud = _read_pcd(path.read_bytes())
-        else:
-            cloud = _columns(_rows(path, suffix))
+        with np.errstate(invalid="ignore", over="ignore"):  # broken numbers are said below
+            if suffix in MESH_SUFFIXES:
+                points, faces = read_mesh(path)
+                cloud = Cloud(points, None if len(faces) or suffix != ".ply" else _ply_normals(path), faces)
+            elif suffix == ".pcd":
+                cloud = _read_pcd(path.read_bytes())
+            else:
+                cloud = _columns(_rows(path, suffix))
     except Exception as error:  # parsers raise what they trip over
         if str(path) in str(error):
             raise

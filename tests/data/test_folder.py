@@ -120,6 +120,33 @@ def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
         read_cloud(tmp_path / name)
 
 
+def test_damaged_files_are_read_or_named(tmp_path: Path) -> None:
+    """Damaged copies of every format: finite points, or an error that names the file."""
+    names = sorted(write_clouds(tmp_path))
+    trimesh.creation.icosphere(1).export(tmp_path / "mesh.ply")
+    rng = np.random.default_rng(5)
+    refused = 0
+    for case in range(40 * (len(names) + 1)):
+        name = [*names, "mesh.ply"][case % (len(names) + 1)]
+        content = bytearray((tmp_path / name).read_bytes())
+        if case % 3 == 0:
+            del content[int(rng.integers(1, len(content))) :]
+        for place in rng.integers(0, len(content), 3):
+            content[place] = rng.integers(256)
+        for place, letter in enumerate(content[:300]):  # counts that promise more than there is
+            if case % 3 == 1 and 48 <= letter <= 57 and rng.random() < 0.3:
+                content[place] = 57
+        path = tmp_path / f"broken-{name}"
+        path.write_bytes(content)
+        try:
+            cloud = read_cloud(path)
+            assert np.isfinite(cloud.points).all() and cloud.points.shape[1] == 3
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 200
+
+
 def test_what_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     bomb(tmp_path / "a.npz")
     with pytest.raises(ValueError, match=r"a\.npz.*unpacks to 210 MB: refused"):
