@@ -7,9 +7,12 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
-import tempfile
+import shutil
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +72,11 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
 
     A reader, or a run that was killed, sees the old file or the new one, never half of one. The
     temporary file lies in the same folder because a rename is atomic only within one file system.
-    Missing parent folders are made. On an error the temporary file is removed and ``path`` is as it was.
+    Missing parent folders are made. On an error the temporary file is removed and ``path`` is as it was;
+    what killed runs left in the folder is removed by the next write there (see :func:`remove_stale`).
+
+    Raises:
+        OSError: among others, where the disk is full: the message names file and disk.
 
     Example::
 
@@ -79,21 +86,65 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
     path = Path(path)
     with naming_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent not in _tidied:
+            _tidied.add(path.parent)
+            remove_stale(path.parent)
         # the suffix is kept: numpy, matplotlib and others choose a format, or a name, by it
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-        os.close(descriptor)
-        temporary = Path(name)
+        unique = f"{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        temporary = path.with_name(f".{path.stem[:100]}.{unique}.tmp{path.suffix}")
         try:
+            # made by open, so that it has the user's own mode: the umask is read by no other call that is
+            # safe among threads
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
             yield temporary
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # mkstemp makes it private; a checkpoint has the user's default
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())  # else a crash of the machine can leave the new name on an empty file
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+_HOST = re.sub(r"[^A-Za-z0-9]", "_", platform.node()) or "host"
+_TEMPORARY = re.compile(r"\..*\.(?P<host>[A-Za-z0-9_]+)-(?P<process>\d+)-[0-9a-f]{8}\.tmp(\..*)?", re.DOTALL)
+_tidied: set[Path] = set()
+
+
+def remove_stale(folder: PathLike) -> int:
+    """Remove the temporary files that killed runs left in ``folder``; returns how many.
+
+    Removed are those of processes of this machine that are no more, and of other machines after a day.
+    """
+    count = 0
+    for path in Path(folder).glob(".*"):
+        matched = _TEMPORARY.fullmatch(path.name)
+        if matched is None:
+            continue
+        try:
+            if matched["host"] == _HOST:
+                os.kill(int(matched["process"]), 0)  # raises where there is no such process
+                continue
+            stale = time.time() - path.stat().st_mtime > 86_400
+        except (ProcessLookupError, OverflowError):
+            stale = True
+        except OSError:  # somebody else's process, or a file that is gone
+            stale = False
+        if stale:
+            path.unlink(missing_ok=True)
+            count += 1
+    return count
+
+
+def disk_full(path: PathLike, needed: int | None = None) -> OSError:
+    """The error of a disk without room for ``path``."""
+    folder = Path(path).absolute().parent
+    free = shutil.disk_usage(folder).free
+    wanted = "" if needed is None else f"; {needed / 1e6:.1f} MB are needed"
+    return OSError(
+        errno.ENOSPC,
+        f"no space for {path}: the disk of {folder} has {free / 1e6:.1f} MB free{wanted}. Free some, or "
+        "give a folder on another disk",
+    )
 
 
 def save_module(

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "robustness": ("studies.robustness", "Robustness", "robustness"),
     "report": ("studies.report", "Report", "report"),
     "render-views": ("recipes.render_views", "RenderViews", "render_views"),
+    "check-data": ("recipes.check_data", "CheckData", "check_data"),
     "adapters": ("recipes.adapters", "Adapters", "adapters"),
     "doctor": ("recipes.doctor", "Doctor", "doctor"),
 }
@@ -43,6 +44,7 @@ SUMMARY = {
     "robustness": "accuracy of students under dropout, jitter, rotation and scale: one JSON, one plot",
     "report": "pictures and one HTML page of the runs in a folder",
     "render-views": "images of meshes (OFF, OBJ, PLY), named as train-teacher --images wants them",
+    "check-data": "read a whole data set, say what is in it and what would go wrong, draw each class",
     "adapters": "list the adapters, or prove the one for a network (--check module:Class)",
     "doctor": "versions, device, compiled kernels, adapters, and what is wrong",
 }

@@ -84,7 +84,7 @@ def test_unknown_options_exit_with_2(capsys):
         (["train", "--out", "{}/r"], "--method pointcmt needs --teacher"),
         (["train", "--out", "{}/r", "--method", "none", "--student", "pointnet3"], "student 'pointnet3'"),
         (["train", "--out", "{}/r", "--method", "none", "--data", "{}/nowhere"], "there is no such folder"),
-        (["train", "--out", "{}/r", "--method", "none", "--data", "{}"], "ModelNet40 was looked for in"),
+        (["train", "--out", "{}/r", "--method", "none", "--data", "{}"], "and no known data set"),
         (["train", "--out", "{}/r", "--method", "none", "--device", "cuda"], "--device cpu"),
         (["train-generator", "--out", "{}/g", "--teacher", "{}/t"], "Make one with: pointcmt train-teacher"),
         (["evaluate", "{}/r"], "is no run folder"),

@@ -19,7 +19,7 @@ def cached_array(
 
     The file's name holds a hash of ``settings`` and of the path, size and time of every source, so a
     changed source or setting makes a new file. A file that cannot be read is made anew. The write is
-    atomic: a killed run or a second process leaves no half file.
+    atomic: a killed run leaves no half file, and of two processes that make it at once both end well.
 
     Args:
         cache_dir: folder, created where needed; None only calls ``make``.
@@ -41,9 +41,11 @@ def cached_array(
     except FileNotFoundError:
         pass
     except (ValueError, EOFError, OSError):
-        path.unlink()  # damaged: only a copy, so make it again
-    array = make()
+        path.unlink(missing_ok=True)  # damaged: only a copy, so make it again
+    array = np.ascontiguousarray(make())
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
+        # as np.save, whose own way of writing does not say that a disk is full
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
     return array

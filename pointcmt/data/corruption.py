@@ -7,7 +7,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pointcmt.data.augmentation import check_points
+from pointcmt.data.augmentation import (
+    Clouds,
+    coordinates,
+    own_points,
+    stretch,
+    take,
+    with_coordinates,
+)
+from pointcmt.types import Batch
 
 Corruption = Literal["dropout", "jitter", "rotation_up", "rotation", "scale"]
 
@@ -22,15 +30,15 @@ SEVERITIES: dict[str, tuple[float, ...]] = {
 
 
 def corrupt(
-    points: Tensor,
+    clouds: Clouds,
     kind: Corruption,
     severity: float,
     generator: torch.Generator | None = None,
     *,
     keep_count: bool = True,
     up: Literal["x", "y", "z"] = "z",
-) -> Tensor:
-    """Clouds [B, N, C] after one corruption, drawn for each cloud by itself, on their device.
+) -> Clouds:
+    """Clouds after one corruption, drawn for each cloud by itself, on their device.
 
     =========== =========================================================================== ============
     kind        what happens                                                                severity
@@ -47,24 +55,26 @@ def corrupt(
     ``SEVERITIES`` gives a range of each. Normals, where there are any, turn with the cloud.
 
     Args:
-        points: clouds in the unit sphere.
+        clouds: points [B, N, C] or a ``Batch``, in the unit sphere.
         kind: which corruption.
         severity: see the table; at 0 (scale: 1) the clouds come back as they were.
         generator: draws the numbers, on any device; None uses torch's own.
         keep_count: False lets ``dropout`` return fewer points, [B, N', C] with N' ≥ 1.
-        up: the axis of ``rotation_up``.
+        up: the axis of ``rotation_up``: ``dataset.up``.
 
     Raises:
         ValueError: another kind, a severity out of range, or points of another shape.
     """
-    check_points(points)
+    points, normals = coordinates(clouds)
     if kind not in get_args(Corruption):
         raise ValueError(f"kind is {kind!r}; expected one of {', '.join(get_args(Corruption))}")
+    if up not in ("x", "y", "z"):
+        raise ValueError(f"up is {up!r}; expected x, y or z: the axis of the clouds that points up")
     low, high = (1.0, float("inf")) if kind == "scale" else (0.0, 1.0 if kind == "dropout" else float("inf"))
     if not low <= severity <= high or severity == float("inf") or (kind == "dropout" and severity == 1):
         raise ValueError(f"severity of {kind} is {severity}; expected at least {low:g} and below {high:g}")
     if severity == low:
-        return points.clone()
+        return with_coordinates(clouds, points.clone(), normals)
     device = points.device if generator is None else generator.device
     batch, count, _ = points.shape
 
@@ -73,14 +83,18 @@ def corrupt(
         return drawn.to(points.device)
 
     if kind == "dropout":
-        left = max(1, round(count * (1 - severity)))
-        rows = uniform(count).argsort(1)[:, :left]
-        if keep_count:
-            rows = rows[:, torch.arange(count, device=rows.device) % left]
-        return points.gather(1, rows.unsqueeze(-1).expand(-1, -1, points.shape[2]))
+        own = own_points(clouds).to(points.device)
+        place = torch.arange(count, device=points.device)
+        order = uniform(count).masked_fill(place >= own.unsqueeze(1), 2.0).argsort(1)
+        left = (own.double() * (1 - severity)).round().long().clamp(min=1)
+        width = count if keep_count else int(left.max())
+        taken = take(clouds, order.gather(1, place[:width] % left.unsqueeze(1)))
+        if isinstance(taken, Batch) and taken.lengths is not None:
+            taken = taken.replace(lengths=left.to(taken.lengths))
+        return taken
     if kind == "jitter":
         noise = torch.randn(batch, count, 3, generator=generator, device=device).to(points)
-        return torch.cat([points[..., :3] + severity * noise, points[..., 3:]], dim=-1)
+        return with_coordinates(clouds, points + severity * noise, normals)
     if kind in ("rotation", "rotation_up"):
         axis = torch.randn(batch, 3, generator=generator, device=device, dtype=torch.float64).to(
             points.device
@@ -89,13 +103,10 @@ def corrupt(
             axis = torch.eye(3, dtype=axis.dtype, device=axis.device)["xyz".index(up)].expand(batch, 3)
         angle = torch.deg2rad(severity * (2 * uniform(1) - 1))
         matrix = _rotation(torch.nn.functional.normalize(axis, dim=-1), angle).to(points.dtype)
-        turned = points.reshape(batch, count, -1, 3) @ matrix.transpose(1, 2).unsqueeze(1)
-        return turned.reshape(points.shape)
+        turn = matrix.transpose(1, 2)
+        return with_coordinates(clouds, points @ turn, None if normals is None else normals @ turn)
     factor = torch.exp((2 * uniform(1, 3) - 1) * torch.tensor(severity).log()).to(points.dtype)
-    normals = points[..., 3:]
-    if points.shape[2] == 6:
-        normals = torch.nn.functional.normalize(normals / factor, dim=-1)
-    return torch.cat([points[..., :3] * factor, normals], dim=-1)
+    return stretch(clouds, factor)
 
 
 def _rotation(axis: Tensor, angle: Tensor) -> Tensor:

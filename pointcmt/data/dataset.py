@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from pointcmt.data.checks import Up, check_coordinates
+from pointcmt.types import Batch
+from pointcmt.views import unit_sphere
 
 Split = Literal["train", "test"]
 
@@ -20,33 +24,64 @@ def check_split(split: str) -> None:
         raise ValueError(f"split is {split!r}; expected 'train' or 'test'")
 
 
-def unit_sphere(points: np.ndarray) -> np.ndarray:
-    """Centre clouds [..., N, 3] on the mean of their points and scale the farthest point to distance 1.
-
-    The normalisation of PointNet's public code (``pc_normalize``). A cloud whose points all coincide
-    becomes all zeros.
-    """
-    centred = points - points.mean(axis=-2, keepdims=True)
-    radius = np.sqrt((centred**2).sum(-1)).max(-1)[..., None, None]
-    return (centred / np.where(radius > 0, radius, 1)).astype(np.float32)
+def in_unit_sphere(points: np.ndarray, dense: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Clouds [n, N, 3 or 6] by :func:`pointcmt.views.unit_sphere`, and a denser sampling of the same shapes
+    in the same frame: the student's cloud and the views show the same thing."""
+    coordinates = points[..., :3]
+    clouds = [unit_sphere(torch.from_numpy(np.ascontiguousarray(coordinates, dtype=np.float32))).numpy()]
+    if dense is not None:
+        centre = coordinates.mean(1, keepdims=True)
+        radius = np.linalg.norm(coordinates - centre, axis=-1).max(1)[:, None, None]
+        dense = ((dense - centre) / np.where(radius > 0, radius, 1)).astype(np.float32)
+    if points.shape[2] == 6:
+        clouds.append(points[..., 3:])
+    return np.concatenate(clouds, axis=-1), dense
 
 
 class PointDataset(Dataset[tuple[Tensor, int, int]]):
     """n labelled clouds of N points in memory; an item is ``(points [N, C] float32, label int, index int)``.
 
     C is 3 (coordinates), or 6 where the set was asked for normals. ``index`` is the row in *this* set,
-    so a :class:`FeatureCache` made for it is indexed by it.
+    so a :class:`FeatureCache` made for it is indexed by it. :meth:`batch` gives shapes with all that is
+    known of them.
 
     Attributes:
-        points: float32 [n, N, C], one array, for fast batched access (:func:`pointcmt.data.batches`).
+        points: float32 [n, N, C], one array, for fast batched access.
         view_points: float32 [n, M, 3], what views are projected from: a denser sampling of the same
             shapes in the same frame where there is one, else the coordinates in ``points``. Images of a
             shape are usually finer than its cloud; this is where that is said.
         labels: int64 [n].
         class_names: K names; ``class_names[label]`` names a label.
-        shape_ids: n names such as ``"airplane_0627"``, unique, which match image folders to clouds.
+        shape_ids: n unique names such as ``"train/airplane/airplane_0627"``, which match image folders to
+            clouds: split, class and the shape's own name, because file names alone are not unique.
         source_index: int64 [n], the rows this set was cut from (see :func:`subset`), else ``0 … n-1``.
+        up: the axis of the clouds that points up, ``"x"``, ``"y"`` or ``"z"``; None where it is not known.
+        normals, colors, features: float32 [n, N, 3], [n, N, 3] and [n, N, F], or None.
+        point_labels: int64 [n, N], class of each point, negative where it has none; or None.
+        part_names: names of the point labels; empty where there are none.
+        category: int64 [n], or None.
+        lengths: int64 [n], how many of the N points are the cloud's own, the rest being repeated; or None.
+
+    Raises:
+        ValueError: arrays that do not fit together, labels that are not whole numbers with a name, or
+            coordinates that are not finite or absurd; the shape is named.
     """
+
+    # what rows of a set may have beside points and labels: dtype and number of axes
+    FIELDS: ClassVar[dict[str, tuple[type, int]]] = {
+        "normals": (np.float32, 3),
+        "colors": (np.float32, 3),
+        "features": (np.float32, 3),
+        "point_labels": (np.int64, 2),
+        "category": (np.int64, 1),
+        "lengths": (np.int64, 1),
+    }
+    normals: np.ndarray | None = None
+    colors: np.ndarray | None = None
+    features: np.ndarray | None = None
+    point_labels: np.ndarray | None = None
+    category: np.ndarray | None = None
+    lengths: np.ndarray | None = None
 
     def __init__(
         self,
@@ -56,6 +91,10 @@ class PointDataset(Dataset[tuple[Tensor, int, int]]):
         shape_ids: Sequence[str],
         view_points: np.ndarray | None = None,
         source_index: np.ndarray | None = None,
+        *,
+        up: Up | None = None,
+        part_names: Sequence[str] = (),
+        **fields: np.ndarray | None,
     ) -> None:
         if points.ndim != 3 or points.shape[2] not in (3, 6):
             raise ValueError(f"points have shape {list(points.shape)}; expected [n, N, 3] or [n, N, 6]")
@@ -68,22 +107,51 @@ class PointDataset(Dataset[tuple[Tensor, int, int]]):
             raise ValueError(
                 f"view_points have shape {list(view_points.shape)}; expected [{len(points)}, M, 3]"
             )
+        if up not in (None, "x", "y", "z"):
+            raise ValueError(f"up is {up!r}; expected 'x', 'y' or 'z', or None where it is not known")
         self.points = np.ascontiguousarray(points, dtype=np.float32)
-        self.labels = np.ascontiguousarray(labels, dtype=np.int64).reshape(-1)
         self.class_names = list(class_names)
         self.shape_ids = list(shape_ids)
+        self.labels = check_labels(labels, len(self.class_names), self.shape_ids)
         self.source_index = (
             np.arange(len(points)) if source_index is None else np.asarray(source_index, dtype=np.int64)
         )
+        self.up: Up | None = up
+        self.part_names = list(part_names)
         self._view_points = (
             None if view_points is None else np.ascontiguousarray(view_points, dtype=np.float32)
         )
+        for name, value in fields.items():
+            if name not in self.FIELDS:
+                raise TypeError(f"a set has no field {name!r}; expected one of {', '.join(self.FIELDS)}")
+            if value is None:
+                continue
+            dtype, axes = self.FIELDS[name]
+            expected = points.shape[: min(axes, 2)]
+            if value.ndim != axes or value.shape[:2] != expected:
+                raise ValueError(
+                    f"{name} have shape {list(value.shape)}; expected "
+                    f"[{', '.join(map(str, expected))}{', …' if axes == 3 else ''}]"
+                )
+            setattr(self, name, np.ascontiguousarray(value, dtype=dtype))
         self._fingerprint: str | None = None
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
-            raise ValueError(
-                f"labels run from {self.labels.min()} to {self.labels.max()}, "
-                f"but there are {len(self.class_names)} class names"
-            )
+        check_coordinates(self.points, self.shape_ids)
+        if self._view_points is not None:
+            check_coordinates(self._view_points, self.shape_ids, "view point")
+
+    def fields(self) -> dict[str, np.ndarray]:
+        """What the rows have beside points and labels, by name."""
+        return {name: value for name in self.FIELDS if (value := getattr(self, name)) is not None}
+
+    def batch(self, rows: Sequence[int] | np.ndarray | Tensor) -> Batch:
+        """The shapes ``rows`` int [B] as tensors on the CPU, with everything that is known of them."""
+        index = np.asarray(rows, dtype=np.int64).reshape(-1)
+        tensors = {name: torch.from_numpy(value[index]) for name, value in self.fields().items()}
+        points = torch.from_numpy(self.points[index])
+        if points.shape[2] == 6:
+            points, tensors["normals"] = points[..., :3].contiguous(), points[..., 3:].contiguous()
+        labels = torch.from_numpy(self.labels[index])
+        return Batch(points=points, labels=labels, index=torch.from_numpy(index), **tensors)
 
     @property
     def num_classes(self) -> int:
@@ -105,18 +173,20 @@ class PointDataset(Dataset[tuple[Tensor, int, int]]):
         return torch.from_numpy(self.points[index].copy()), int(self.labels[index]), index
 
     def fingerprint(self) -> str:
-        """SHA-256 of the contents: points, view points, labels, class names and shape ids.
+        """SHA-256 of the contents: points, view points, labels, further fields, names, and the up axis.
 
         Two sets with one fingerprint hold the same shapes in the same order, whatever file they came
         from; so features computed from one serve the other.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256()
-            for array in (self.points, self.labels, self._view_points):
+            arrays = {"points": self.points, "labels": self.labels, "view_points": self._view_points}
+            for name, array in {**arrays, **self.fields()}.items():
                 if array is not None:
-                    digest.update(repr(array.shape).encode())
+                    digest.update(f"{name}{array.shape}".encode())
                     digest.update(array.data)
-            digest.update("\0".join((*self.class_names, "", *self.shape_ids)).encode())
+            names = (*self.class_names, "", *self.shape_ids, "", *self.part_names, "", f"up {self.up}")
+            digest.update("\0".join(names).encode("utf-8", "surrogateescape"))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -146,7 +216,29 @@ def subset(dataset: PointDataset, indices: Sequence[int] | np.ndarray | Tensor) 
         [dataset.shape_ids[row] for row in rows],
         None if dense is None else dense[rows],
         dataset.source_index[rows],
+        up=dataset.up,
+        part_names=dataset.part_names,
+        **{name: value[rows] for name, value in dataset.fields().items()},
     )
+
+
+def check_labels(labels: np.ndarray, classes: int, shape_ids: Sequence[str]) -> np.ndarray:
+    """Labels as int64 [n], each with a class name.
+
+    Raises:
+        ValueError: a label that is not a whole number, or without a name; the shape is named.
+    """
+    values = np.asarray(labels).reshape(-1)
+    with np.errstate(invalid="ignore"):
+        whole = values.astype(np.int64) if values.dtype.kind in "iufb" else None
+    if whole is None or not np.array_equal(whole, values):
+        raise ValueError(f"labels are {values.dtype} such as {values[:3].tolist()}; expected whole numbers")
+    if len(wrong := np.flatnonzero((whole < 0) | (whole >= classes))):
+        raise ValueError(
+            f"shape {shape_ids[wrong[0]]!r} (row {wrong[0]}) has label {whole[wrong[0]]}: labels run from "
+            f"{whole.min()} to {whole.max()}, but there are {classes} class names"
+        )
+    return whole
 
 
 def class_rows(labels: np.ndarray, per_class: int, seed: int) -> np.ndarray:

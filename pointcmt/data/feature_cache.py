@@ -2,75 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from pointcmt.checkpoint import atomic_write, disk_full
 from pointcmt.types import TeacherOutput
 
-_KIND = "pointcmt feature cache"
-_REBUILD = "rebuild it with `pointcmt cache-features`"
+_KIND = "pointcmt feature cache 2"
+_TENSORS = ("feature", "logits", "per_view", "maps")
+_CHECKED = 64 << 20  # bytes whose checksums are compared on opening
+
+Fill = Callable[[Tensor], Iterable[tuple[Tensor, TeacherOutput]]]
 
 
 class FeatureCache:
-    """Features float32 [n, D] and logits float32 [n, K] of a teacher for the n shapes of a set.
+    """What a teacher says of the n shapes of a set: features [n, D], and logits [n, K], features of each view
+    [n, V, D] and feature maps [n, V, C, h, w] where it gives them.
 
-    The file is a safetensors file, read memory-mapped: opening costs nothing and processes share it. It is
+    The file is a safetensors file, read memory-mapped: opening costs little and processes share it. It is
     bound to the teacher and to the data by their fingerprints, so features of another teacher or of other
-    shapes are never used by mistake.
+    shapes are never used by mistake, and every row has a checksum.
 
-    Building::
+    Opening, or building first where the file is absent, bad or of something else::
 
-        cache = FeatureCache.create(path, teacher.fingerprint(), data.fingerprint(), views={...},
-                                    n=len(data), feature_dim=512, num_classes=40)
-        for rows in cache.missing().split(64):       # all of them, or the rest of a build that was killed
-            output = teacher(views_of(rows))
-            cache.write(rows, output.feature, output.logits)
-        cache = cache.finish()
+        def fill(rows):                              # int64 [m], ascending: all of them, or the rest
+            for part in rows.split(64):
+                yield part, teacher(views_of(part))
 
-    Using::
-
-        cache = FeatureCache.open(path, teacher_fingerprint=..., data_fingerprint=...)
+        cache = FeatureCache.build(path, teacher.fingerprint(), data.fingerprint(), views={...},
+                                   n=len(data), fill=fill)
         cmt.loss(image_features=cache[index])
     """
 
-    def __init__(self, path: Path, header: dict[str, str], writable: bool = False) -> None:
-        """Use :meth:`open` or :meth:`create`."""
+    def __init__(self, path: Path, header: dict[str, str], tensors: dict[str, Tensor]) -> None:
+        """Use :meth:`open` or :meth:`build`."""
         self.path = path
         self.teacher_fingerprint = header["teacher"]
         self.data_fingerprint = header["data"]
         self.views: dict[str, Any] = json.loads(header["views"])
-        self._header = header
-        self._writable = writable
-        mode: Literal["r", "r+"] = "r+" if writable else "r"
-        tensors, start = _layout(header)
-        source = _partial(path) if writable else path
-        self._arrays = {
-            name: np.memmap(source, np.dtype(dtype), mode, start + offset, shape)
-            if np.prod(shape)
-            else np.empty(shape, dtype)
-            for name, (dtype, shape, offset) in tensors.items()
-        }
+        self._tensors = tensors
 
     @classmethod
-    def create(
+    def build(
         cls,
         path: str | Path,
         teacher_fingerprint: str,
         data_fingerprint: str,
         views: dict[str, Any],
         n: int,
-        feature_dim: int,
-        num_classes: int,
+        fill: Fill,
     ) -> FeatureCache:
-        """Begin a cache, or go on with one of the same teacher, data, views and sizes that was interrupted.
+        """Open the cache at ``path`` if it is this one; else compute it.
 
-        It grows in ``<path>.partial``; ``path`` appears, or is replaced, when :meth:`finish` is called.
+        A build grows in the folder ``<path>.partial``, a file for each piece that ``fill`` yields, so that
+        one that was killed goes on. Only one process builds: others that want the same wait for it, and take
+        over if it dies. ``path`` appears, or is replaced, when all is there; the cache is then in memory.
 
         Args:
             path: the file to make.
@@ -78,39 +77,44 @@ class FeatureCache:
             data_fingerprint: ``dataset.fingerprint()``.
             views: how the views were made (rig, size, …), kept with the features; JSON values.
             n: number of shapes.
-            feature_dim: D.
-            num_classes: K.
+            fill: rows int64 [m] → pieces ``(rows [b], TeacherOutput of those)`` that cover them.
+
+        Raises:
+            ValueError: outputs that are not finite, or whose shapes change from piece to piece.
+            OSError: the disk is full; the message names file and disk.
+            RuntimeError: ``fill`` left rows out.
         """
         path = Path(path)
-        if n < 0 or feature_dim < 1 or num_classes < 1:
-            raise ValueError(
-                f"n {n}, feature_dim {feature_dim}, num_classes {num_classes}: expected at least 0, 1 and 1"
-            )
         header = {
             "kind": _KIND,
             "teacher": teacher_fingerprint,
             "data": data_fingerprint,
             "views": json.dumps(views, sort_keys=True),
             "n": str(n),
-            "feature_dim": str(feature_dim),
-            "num_classes": str(num_classes),
         }
-        partial = _partial(path)
-        try:
-            resumable = _read_header(partial) == header
-        except (OSError, ValueError):
-            resumable = False
-        if not resumable:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            head = _encode(header)
-            tensors, start = _layout(header)
-            size = start + sum(
-                np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape, _ in tensors.values()
-            )
-            with open(partial, "wb") as file:
-                file.write(head)
-                file.truncate(size)
-        return cls(path, header, writable=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+        def there() -> FeatureCache | None:
+            try:
+                return cls.open(
+                    path,
+                    teacher_fingerprint=teacher_fingerprint,
+                    data_fingerprint=data_fingerprint,
+                    views=views,
+                )
+            except (FileNotFoundError, ValueError) as error:
+                if path.exists():
+                    warnings.warn(f"{error}: this is done now", stacklevel=3)
+                return None
+
+        if (found := there()) is not None:  # before the lock, which a read-only folder does not give
+            return found
+        with _exclusive(path.with_name(f".{path.name}.lock")):
+            # another process may have made it meanwhile
+            if path.exists() and (found := there()) is not None:
+                return found
+            _Builder(path, header, n).run(fill)
+        return cls.open(path)
 
     @classmethod
     def open(
@@ -121,7 +125,9 @@ class FeatureCache:
         data_fingerprint: str | None = None,
         views: dict[str, Any] | None = None,
     ) -> FeatureCache:
-        """Open a finished cache and check that it is the one that is meant.
+        """Open a finished cache and check that it is the one that is meant, and whole.
+
+        The checksums of all rows are compared, or, in a large file, of rows spread over 64 MB.
 
         Args:
             path: the file.
@@ -131,17 +137,17 @@ class FeatureCache:
 
         Raises:
             FileNotFoundError: no such file, or one whose building was not finished.
-            ValueError: another teacher, other data or other views; or the file is truncated or no cache.
+            ValueError: another teacher, other data or other views; or the file is damaged or no cache.
         """
         path = Path(path)
         if not path.is_file():
             hint = (
                 " (its building was interrupted: run it again and it goes on)"
-                if _partial(path).is_file()
+                if _partial(path).exists()
                 else ""
             )
             raise FileNotFoundError(f"{path} does not exist{hint}; make it with `pointcmt cache-features`")
-        header = _read_header(path)
+        header, tensors = _read(path)
         for what, expected, found in (
             ("teacher", teacher_fingerprint, header["teacher"]),
             ("data", data_fingerprint, header["data"]),
@@ -150,147 +156,198 @@ class FeatureCache:
             if expected is not None and expected != found:
                 raise ValueError(
                     f"the feature cache {path} is stale: it was made with {what} {found}, "
-                    f"but this run has {what} {expected}; {_REBUILD}"
+                    f"but this run has {what} {expected}; `pointcmt cache-features` makes it anew"
                 )
-        return cls(path, header)
+        sums = tensors.pop("checksum")
+        row = sum(tensor[:1].nbytes for tensor in tensors.values())
+        few = max(1, min(len(sums), _CHECKED // max(row, 1)))
+        rows = (
+            np.unique(np.linspace(0, len(sums) - 1, few).astype(np.int64)) if len(sums) else np.zeros(0, int)
+        )
+        for start in range(0, len(rows), 256):
+            part = torch.from_numpy(rows[start : start + 256])
+            if not torch.equal(_checksums({k: v[part] for k, v in tensors.items()}), sums[part]):
+                raise ValueError(
+                    f"{path} is damaged: rows between {part[0]} and {part[-1]} are not those that were "
+                    "written; `pointcmt cache-features` makes it anew"
+                )
+        return cls(path, header, tensors)
 
     @property
     def feature_dim(self) -> int:
-        return self._arrays["feature"].shape[1]
+        return self._tensors["feature"].shape[1]
 
     @property
-    def num_classes(self) -> int:
-        return self._arrays["logits"].shape[1]
+    def num_classes(self) -> int | None:
+        """K; None where the teacher has no classifier."""
+        logits = self._tensors.get("logits")
+        return None if logits is None else logits.shape[1]
 
     def __len__(self) -> int:
-        return len(self._arrays["feature"])
+        return len(self._tensors["feature"])
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """Features float32 [B, D] of rows int64 [B], on the device of ``index``."""
         return self._rows("feature", index)
 
     def output(self, index: Tensor) -> TeacherOutput:
-        """Features and logits of rows int64 [B], on the device of ``index``."""
-        return TeacherOutput(self._rows("feature", index), self._rows("logits", index))
-
-    def missing(self) -> Tensor:
-        """Rows not yet written: int64 [m], ascending."""
-        return torch.from_numpy(np.flatnonzero(self._arrays["written"] == 0))
-
-    def write(self, index: Tensor, feature: Tensor, logits: Tensor) -> None:
-        """Keep features [B, D] and logits [B, K] of rows [B].
-
-        Raises:
-            RuntimeError: the cache was opened for reading.
-            ValueError: shapes that do not fit, or values that are not finite.
-        """
-        if not self._writable:
-            raise RuntimeError(
-                f"{self.path} is open for reading; FeatureCache.create(…) begins one to write to"
-            )
-        rows = self._check(index)
-        for name, value in (("feature", feature), ("logits", logits)):
-            expected = (len(rows), self._arrays[name].shape[1])
-            if tuple(value.shape) != expected:
-                raise ValueError(f"{name} has shape {list(value.shape)}; expected {list(expected)}")
-            value = value.detach().to("cpu", torch.float32)
-            if not value.isfinite().all():
-                raise ValueError(
-                    f"{name} holds NaN or infinite values; the teacher is broken, train it again"
-                )
-            self._arrays[name][rows] = value.numpy()
-        self._arrays["written"][rows] = 1  # last, so that a row marked written is written
-
-    def finish(self) -> FeatureCache:
-        """Put the finished file in its place, at once or not at all, and open it for reading.
-
-        Raises:
-            RuntimeError: rows are missing, or the cache is already finished.
-        """
-        if not self._writable:
-            raise RuntimeError(f"{self.path} is finished already")
-        if len(missing := self.missing()):
-            raise RuntimeError(
-                f"{len(missing)} of {len(self)} rows of {self.path} are not written (first {int(missing[0])})"
-            )
-        for array in self._arrays.values():
-            if isinstance(array, np.memmap):
-                array.flush()
-        self._arrays = {}
-        self._writable = False
-        os.replace(_partial(self.path), self.path)
-        finished = FeatureCache(self.path, self._header)
-        self._arrays = finished._arrays
-        return finished
+        """All that is kept of rows int64 [B], on the device of ``index``."""
+        kept = {name: self._rows(name, index) for name in self._tensors}
+        return TeacherOutput(kept["feature"], kept.get("logits"), kept.get("per_view"), kept.get("maps"))
 
     def _rows(self, name: str, index: Tensor) -> Tensor:
-        rows = self._check(index)
-        return torch.from_numpy(np.asarray(self._arrays[name][rows])).to(index.device)
-
-    def _check(self, index: Tensor) -> np.ndarray:
         if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
             raise ValueError(f"index is {index.dtype} {list(index.shape)}; expected integers [B]")
-        rows = index.detach().cpu().numpy()
+        rows = index.detach().cpu().long()
         if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
             raise IndexError(
                 f"rows {rows.min()} to {rows.max()} of a feature cache of {len(self)} shapes ({self.path}); "
                 "the index must count the shapes of the set that the cache was made for"
             )
-        return rows
+        return self._tensors[name][rows].to(index.device)
 
 
-# The safetensors format: 8 bytes with the length of a JSON header, the header, the bytes of the tensors.
-# Written here by hand, because a file that grows row by row cannot be written by its library in one go.
+class _Builder:
+    """The pieces of a cache that is not finished, in the folder ``<path>.partial``."""
 
-_Layout = dict[str, tuple[str, tuple[int, ...], int]]
-_CODES = {"float32": "F32", "uint8": "U8"}
+    def __init__(self, path: Path, header: dict[str, str], n: int) -> None:
+        self.path, self.header, self.n = path, header, n
+        self.folder = _partial(path)
+        self.pieces: list[tuple[Tensor, Path]] = []
+        self.shapes: dict[str, tuple[int, ...]] | None = None
+        self.written = torch.zeros(n, dtype=torch.bool)
+        if self.folder.is_file():  # of an earlier version
+            self.folder.unlink()
+        for piece in sorted(self.folder.glob("*.safetensors")):
+            try:
+                found, tensors = _read(piece)
+                rows = tensors.pop("rows")
+                if found != header or not torch.equal(_checksums(tensors), tensors.pop("checksum")):
+                    raise ValueError(f"{piece} is of another build, or damaged")
+                self._keep(rows, tensors, piece)
+            except (ValueError, KeyError):
+                piece.unlink()
+
+    def run(self, fill: Fill) -> None:
+        todo = (~self.written).nonzero().squeeze(1)
+        for rows, output in fill(todo) if len(todo) else ():
+            if len(rows):
+                rows = rows.detach().cpu().long()
+                self._write(rows, self._check(rows, output))
+        if missing := int((~self.written).sum()):
+            first = int((~self.written).nonzero()[0])
+            raise RuntimeError(
+                f"{missing} of {self.n} rows of {self.path} are not written (first {first}): fill(rows) left "
+                "them out"
+            )
+        shapes = self.shapes or {"feature": (0,)}
+        merged = {name: torch.empty(self.n, *shape) for name, shape in shapes.items()}
+        for rows, piece in self.pieces:
+            tensors = _read(piece)[1]
+            for name, tensor in merged.items():
+                tensor[rows] = tensors[name]
+        self._reserve(sum(tensor.nbytes for tensor in merged.values()))
+        merged["checksum"] = _checksums(merged)
+        with atomic_write(self.path) as temporary:
+            save_file(merged, temporary, metadata=self.header)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _check(self, rows: Tensor, output: TeacherOutput) -> dict[str, Tensor]:
+        tensors = {}
+        for name in _TENSORS:
+            value = getattr(output, name)
+            if value is None:
+                continue
+            if len(value) != len(rows):
+                raise ValueError(f"{name} has shape {list(value.shape)}; expected {len(rows)} rows")
+            value = value.detach().to("cpu", torch.float32).contiguous()
+            if not value.isfinite().all():
+                raise ValueError(
+                    f"{name} holds NaN or infinite values; the teacher is broken, train it again"
+                )
+            tensors[name] = value
+        return tensors
+
+    def _write(self, rows: Tensor, tensors: dict[str, Tensor]) -> None:
+        if self.shapes is None:  # what the pieces to come, and then the whole, will take
+            each = sum(tensor.nbytes for tensor in tensors.values()) / len(rows)
+            self._reserve(int(2 * each * self.n))
+        self._fits(rows, tensors)
+        piece = self.folder / f"{int(rows[0]):09d}-{len(rows):06d}.safetensors"
+        with atomic_write(piece) as temporary:
+            whole = {**tensors, "rows": rows, "checksum": _checksums(tensors)}
+            save_file({name: value.clone() for name, value in whole.items()}, temporary, metadata=self.header)
+        self._keep(rows, tensors, piece)
+
+    def _fits(self, rows: Tensor, tensors: dict[str, Tensor]) -> None:
+        if not 0 <= int(rows.min()) <= int(rows.max()) < self.n:
+            raise ValueError(f"rows {int(rows.min())} to {int(rows.max())} of a cache of {self.n}")
+        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
+        if self.shapes is not None and shapes != self.shapes:
+            raise ValueError(f"outputs of shapes {shapes} after {self.shapes}; expected the same of all rows")
+        self.shapes = shapes
+
+    def _keep(self, rows: Tensor, tensors: dict[str, Tensor], piece: Path) -> None:
+        self._fits(rows, tensors)
+        self.pieces.append((rows, piece))
+        self.written[rows] = True
+
+    def _reserve(self, needed: int) -> None:
+        if shutil.disk_usage(self.path.parent).free < needed:
+            raise disk_full(self.path, needed)
 
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def _layout(header: dict[str, str]) -> tuple[_Layout, int]:
-    """dtype, shape and offset of every tensor, and where the first one starts in the file."""
-    n, width, classes = (int(header[key]) for key in ("n", "feature_dim", "num_classes"))
-    tensors: _Layout = {
-        "feature": ("float32", (n, width), 0),
-        "logits": ("float32", (n, classes), 4 * n * width),
-        "written": ("uint8", (n,), 4 * n * (width + classes)),
-    }
-    return tensors, len(_encode(header, tensors))
-
-
-def _encode(header: dict[str, str], tensors: _Layout | None = None) -> bytes:
-    if tensors is None:
-        tensors, _ = _layout(header)
-    entries: dict[str, Any] = {"__metadata__": header}
-    for name, (dtype, shape, offset) in tensors.items():
-        size = np.dtype(dtype).itemsize * int(np.prod(shape))
-        entries[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # tensors start on a multiple of 8 bytes
-    return len(text).to_bytes(8, "little") + text
-
-
-def _read_header(path: Path) -> dict[str, str]:
-    """The metadata of a cache file, after checking that the file is whole."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if length < size else b""
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and memory-mapped tensors of a cache, or of a piece of one."""
     try:
-        header = json.loads(text)["__metadata__"]
-        if header["kind"] != _KIND:
-            raise KeyError(header["kind"])
-        tensors, start = _layout(header)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a feature cache, or its start is damaged; {_REBUILD}") from error
-    expected = start + sum(
-        np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape, _ in tensors.values()
-    )
-    if size != expected:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("kind") != _KIND or not {"teacher", "data", "views", "n"} <= header.keys():
+                raise ValueError(f"{path} is not a feature cache; `pointcmt cache-features` makes one")
+            json.loads(header["views"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path} has {size} bytes instead of {expected}: it is truncated or damaged; {_REBUILD}"
+            f"{path} is not a feature cache, or is damaged or truncated ({error}); `pointcmt cache-features` "
+            "makes it anew"
+        ) from error
+    known = {"checksum", "rows", *_TENSORS}
+    lengths = {len(tensor) for tensor in tensors.values() if tensor.ndim}
+    if not {"checksum", "feature"} <= tensors.keys() <= known or len(lengths) != 1:
+        raise ValueError(
+            f"{path} is damaged: it holds {sorted(tensors)}; `pointcmt cache-features` makes it anew"
         )
-    return header
+    return header, tensors
+
+
+def _checksums(tensors: dict[str, Tensor]) -> Tensor:
+    """CRC-32 of every row over all tensors, in the order of their names: int64 [n]."""
+    arrays = [tensors[name].contiguous().numpy() for name in _TENSORS if name in tensors]
+    sums = []
+    for row in range(len(arrays[0]) if arrays else 0):
+        value = 0
+        for array in arrays:
+            value = zlib.crc32(array[row].tobytes(), value)
+        sums.append(value)
+    return torch.tensor(sums, dtype=torch.int64)
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """One process at a time; the system frees the lock of one that is killed."""
+    try:
+        import fcntl
+    except ImportError:  # not POSIX: every piece is written atomically, so two builders only work twice
+        yield
+        return
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: as above
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

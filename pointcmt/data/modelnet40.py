@@ -9,7 +9,9 @@ from typing import Literal
 import numpy as np
 
 from pointcmt.data import modelnet_hdf5, modelnet_off, modelnet_resampled
-from pointcmt.data.dataset import PointDataset, Split, check_split, class_rows, unit_sphere
+from pointcmt.data.checks import Up
+from pointcmt.data.dataset import PointDataset, Split, check_split, class_rows, in_unit_sphere
+from pointcmt.data.registry import register_dataset
 
 # ModelNet10 is these classes of ModelNet40, in the same split (3991 train, 908 test)
 MODELNET10 = (
@@ -18,6 +20,20 @@ MODELNET10 = (
 _FORMATS = (modelnet_hdf5, modelnet_resampled, modelnet_off)
 
 
+def _found(root: Path) -> tuple[ModuleType, Path] | None:
+    """The module of the form found in ``root`` or in a folder of a public name below it."""
+    for source in _FORMATS:
+        for folder in (root, *(root / name for name in source.FOLDERS)):
+            if source.matches(folder):
+                return source, folder
+    return None
+
+
+@register_dataset(
+    "modelnet40",
+    matches=lambda root: _found(root) is not None,
+    layout="; ".join(source.LAYOUT for source in _FORMATS),
+)
 class ModelNet40(PointDataset):
     """ModelNet40: 9843 training and 2468 test shapes of 40 classes.
 
@@ -29,8 +45,8 @@ class ModelNet40(PointDataset):
       and normals, ``modelnet40_train.txt`` and so on.
     - the meshes as first published: ``<class>/{train,test}/*.off``, sampled uniformly on the surface.
 
-    The axis that points up is left as it is in the files (z in the meshes; copies of the HDF5 files
-    differ).
+    The axis that points up is left as it is in the files, and recorded (``up``): z in the meshes, the text
+    and the HDF5 files of 1024 points, y in the HDF5 files of 2048; not known for others.
 
     Args:
         root: folder of the data.
@@ -47,6 +63,7 @@ class ModelNet40(PointDataset):
             the clouds a student sees; None projects views from the clouds.
         cache_dir: where parsed text files and sampled meshes are kept as one binary file, so that only
             the first use is slow; None keeps nothing.
+        up: the axis that points up, where the files are otherwise than said above; it changes no point.
 
     Raises:
         FileNotFoundError: ``root`` holds none of the forms (the message lists them), or a listed file is
@@ -68,6 +85,7 @@ class ModelNet40(PointDataset):
         normalize: bool | None = None,
         dense_points: int | None = None,
         cache_dir: str | Path | None = None,
+        up: Up | None = None,
     ) -> None:
         check_split(split)
         if classes not in ("modelnet40", "modelnet10"):
@@ -97,24 +115,20 @@ class ModelNet40(PointDataset):
         dense = clouds[..., :3] if dense_points else None
         clouds = clouds[:, :num_points]
         if source.NORMALIZE if normalize is None else normalize:
-            if dense is not None:
-                # one frame for both: the student's cloud and the views show the same thing
-                centre = clouds[..., :3].mean(1, keepdims=True)
-                radius = np.linalg.norm(clouds[..., :3] - centre, axis=-1).max(1)[:, None, None]
-                dense = (dense - centre) / np.where(radius > 0, radius, 1)
-            clouds = np.concatenate([unit_sphere(clouds[..., :3]), clouds[..., 3:]], axis=-1)
-        super().__init__(clouds, labels, names, [listing.shape_ids[row] for row in rows], dense, rows)
+            clouds, dense = in_unit_sphere(clouds, dense)
+        ids = [
+            f"{split}/{names[label]}/{listing.names[row]}"
+            for row, label in zip(rows.tolist(), labels.tolist(), strict=True)
+        ]
+        super().__init__(clouds, labels, names, ids, dense, rows, up=up or listing.up)
         self.root, self.split = folder, split
 
 
 def _recognise(root: Path) -> tuple[ModuleType, Path]:
-    """The module of the form found in ``root`` or in a folder of a public name below it."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; ModelNet40 needs one in {_layouts()}")
-    for source in _FORMATS:
-        for folder in (root, *(root / name for name in source.FOLDERS)):
-            if source.matches(folder):
-                return source, folder
+    if (found := _found(root)) is not None:
+        return found
     content = sorted(path.name for path in root.iterdir())
     shown = ", ".join(content[:8]) + (", …" if len(content) > 8 else "") or "nothing"
     raise FileNotFoundError(f"{root} holds {shown}; ModelNet40 was looked for in {_layouts()}")

@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from pointcmt.data.array_cache import cached_array
+from pointcmt.data.checks import Up, guess_up
 from pointcmt.data.dataset import PointDataset, Split
 from pointcmt.data.modelnet40 import ModelNet40
+from pointcmt.data.registry import register_dataset
 
 _TRIES = 50  # own choice; few shapes need more than some draws of the box
 _VERSION = 1  # to be raised when the shapes come out otherwise, so that kept files are made anew
 
 
+@register_dataset("modelnet40hard", layout="as modelnet40; made on the fly with --dataset modelnet40hard")
 class ModelNet40Hard(PointDataset):
     """ModelNet40 with every shape turned, in clutter, and cut out by a box that misses it by half.
 
@@ -50,6 +53,7 @@ class ModelNet40Hard(PointDataset):
         seed: draws everything.
         min_visible: least part of a shape's points in its box.
         cache_dir: keeps what was made, so that only the first use is slow; None keeps nothing.
+        up: as in :class:`ModelNet40`; shapes are turned, and stand, about it.
 
     Attributes:
         foreground: bool [n, N], which points belong to the object (as ScanObjectNN's ``mask`` tells).
@@ -69,29 +73,41 @@ class ModelNet40Hard(PointDataset):
         seed: int = 0,
         min_visible: float = 0.2,
         cache_dir: str | Path | None = None,
+        up: Up | None = None,
     ) -> None:
         if not 0 < min_visible <= 0.5:
             raise ValueError(f"min_visible is {min_visible}; expected above 0, at most 0.5")
-        clean = ModelNet40(root, split, None, per_class=per_class, seed=seed, cache_dir=cache_dir)
+        clean = ModelNet40(root, split, None, per_class=per_class, seed=seed, cache_dir=cache_dir, up=up)
         if num_points < 1:
             raise ValueError(f"num_points is {num_points}; expected at least 1")
+        # where the copy's axis is not known, the shapes' symmetries tell it
+        up = clean.up or guess_up(clean.points, clean.labels).axis
+        axes = [("xyz".index(up) + step) % 3 for step in (1, 2, 3)]  # two across, and up last
 
         def make() -> np.ndarray:
             """Coordinates, and 1 for the object's own points: [n, N, 4]."""
             made = np.empty((len(clean), num_points, 4), dtype=np.float32)
             for row, shape_id in enumerate(clean.shape_ids):
-                name = int.from_bytes(hashlib.sha256(f"{split} {shape_id}".encode()).digest()[:8], "little")
+                # of the shape's own name, which is unique in ModelNet
+                own_name = shape_id.rpartition("/")[2]
+                name = int.from_bytes(hashlib.sha256(f"{split} {own_name}".encode()).digest()[:8], "little")
                 generator = np.random.default_rng([seed, name])
                 neighbour = clean.points[generator.integers(len(clean))]
-                scene, own = _room(clean.points[row], neighbour, generator)
-                made[row, :, :3], made[row, :, 3] = _cut(scene, own, num_points, min_visible, generator)
+                scene, own = _room(clean.points[row][:, axes], neighbour[:, axes], generator)
+                cut, made[row, :, 3] = _cut(scene, own, num_points, min_visible, generator)
+                made[row, :, axes] = cut.T
             return made
 
         key = f"hard{_VERSION}-{num_points}-{min_visible:g}-{seed}-{split}-{clean.fingerprint()[:16]}"
         made = cached_array(cache_dir, key, [], make)
         self.foreground = made[..., 3] > 0
         super().__init__(
-            made[..., :3], clean.labels, clean.class_names, clean.shape_ids, source_index=clean.source_index
+            made[..., :3],
+            clean.labels,
+            clean.class_names,
+            clean.shape_ids,
+            source_index=clean.source_index,
+            up=up,
         )
         self.root, self.split = clean.root, split
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from pointcmt.data.checks import Up
 from pointcmt.data.dataset import Split
+from pointcmt.data.files import read_json, read_lines, read_names
 from pointcmt.data.h5 import check_num_points, read_clouds
 
 LAYOUT = "HDF5: train_files.txt, test_files.txt, ply_data_train*.h5, ply_data_test*.h5"
@@ -35,7 +36,9 @@ class Listing:
         self.available = self._points.shape[1]
         self.labels = np.concatenate([label for _, label in loaded])
         self.class_names = _class_names(folder, int(self.labels.max(initial=0)) + 1)
-        self.shape_ids = [
+        # the public copies of 2048 points are y-up; those of 1024 that are about were made from z-up meshes
+        self.up: Up | None = {2048: "y", 1024: "z"}.get(self.available)  # type: ignore[assignment]
+        self.names = [
             name
             for path, (cloud, _) in zip(self.files, loaded, strict=True)
             for name in _ids(path, len(cloud))
@@ -58,7 +61,7 @@ def _files(folder: Path, split: Split) -> list[Path]:
     listed = folder / f"{split}_files.txt"
     if listed.is_file():
         # copies differ in what precedes the file name ("data/modelnet40_ply_hdf5_2048/…"): only it counts
-        names = [PurePosixPath(line.strip()).name for line in listed.read_text().splitlines() if line.strip()]
+        names = [PurePosixPath(line).name for _, line in read_lines(listed)]
         if not names:
             raise ValueError(f"{listed} is empty; expected the names of the h5 files, one per line")
     else:
@@ -75,7 +78,7 @@ def _class_names(folder: Path, at_least: int) -> list[str]:
     path = folder / "shape_names.txt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it names the classes, one per line, in label order")
-    names = path.read_text().split()
+    names = read_names(path)
     if len(names) < at_least:
         raise ValueError(f"{path} names {len(names)} classes, but the h5 files hold label {at_least - 1}")
     return names
@@ -88,7 +91,12 @@ def _ids(path: Path, count: int) -> list[str]:
     if listed is None or not listed.is_file():
         return [f"{path.stem}_{row:04d}" for row in range(count)]
     # entries are "airplane_0627" or "airplane/airplane_0627.ply"
-    names = [PurePosixPath(entry).stem for entry in json.loads(listed.read_text())]
+    entries = read_json(listed)
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ValueError(
+            f"{listed} is no list of names; expected one such as airplane/airplane_0627.ply a shape"
+        )
+    names = [PurePosixPath(entry).name.removesuffix(".ply") for entry in entries]
     if len(names) != count:
         raise ValueError(f"{listed} names {len(names)} shapes, but {path.name} holds {count}")
     return names

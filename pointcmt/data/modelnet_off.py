@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from pointcmt.data.array_cache import cached_array
+from pointcmt.data.checks import Up
 from pointcmt.data.dataset import Split
+from pointcmt.data.files import is_junk
+from pointcmt.views.mesh_files import read_mesh
 
 LAYOUT = "meshes: <class>/train/*.off, <class>/test/*.off"
 FOLDERS = ("ModelNet40", "ModelNet10")
@@ -16,23 +19,33 @@ NORMALIZE = True
 
 
 def matches(folder: Path) -> bool:
-    return any(next(folder.glob(f"*/{split}/*.off"), None) for split in ("train", "test"))
+    return any(_meshes(folder, split) for split in ("train", "test"))
+
+
+def _meshes(folder: Path, split: str) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.glob(f"*/{split}/*")
+        if path.suffix.lower() == ".off" and not is_junk(path.relative_to(folder))
+    )
 
 
 class Listing:
     """Names and labels of one split, sorted by name; :meth:`read` samples the surfaces."""
 
     available = 1 << 31  # a surface never runs out of points
+    up: Up = "z"
 
     def __init__(self, folder: Path, split: Split) -> None:
         self.folder = folder
-        self.class_names = sorted(path.name for path in folder.iterdir() if (path / split).is_dir())
-        found = [sorted((folder / name / split).glob("*.off")) for name in self.class_names]
-        self.paths = [path for paths in found for path in paths]
+        # classes of both splits together: one that is absent from a split keeps its number
+        found = {name: _meshes(folder, name) for name in ("train", "test")}
+        self.paths = found[split]
         if not self.paths:
             raise FileNotFoundError(f"{folder} has no <class>/{split}/*.off")
-        self.labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found])
-        self.shape_ids = [path.stem for path in self.paths]
+        self.class_names = sorted({path.parts[-3] for paths in found.values() for path in paths})
+        self.labels = np.array([self.class_names.index(path.parts[-3]) for path in self.paths])
+        self.names = [path.stem for path in self.paths]
 
     def read(
         self, rows: np.ndarray, num_points: int, *, normals: bool, seed: int, cache_dir: str | Path | None
@@ -43,35 +56,46 @@ class Listing:
         def sample() -> np.ndarray:
             clouds = np.empty((len(paths), num_points, 6 if normals else 3), dtype=np.float32)
             for cloud, path in zip(clouds, paths, strict=True):
-                cloud[:] = sample_mesh(path, num_points, seed)[:, : cloud.shape[1]]
+                name = path.relative_to(self.folder).as_posix()
+                cloud[:] = sample_mesh(path, num_points, draws(seed, name))[:, : cloud.shape[1]]
             return clouds
 
-        return cached_array(cache_dir, f"meshes-{num_points}-{6 if normals else 3}-{seed}", paths, sample)
+        return cached_array(cache_dir, f"meshes2-{num_points}-{6 if normals else 3}-{seed}", paths, sample)
 
 
-def sample_mesh(path: Path, num_points: int, seed: int) -> np.ndarray:
+def draws(seed: int, name: str) -> np.random.Generator:
+    """Random numbers that depend on a seed and a shape's name alone, not on which others are read."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
+
+
+def sample_mesh(path: Path, num_points: int, generator: np.random.Generator) -> np.ndarray:
     """Points drawn uniformly on the surface of a mesh file, with face normals: float32 [num_points, 6].
-
-    The draw depends on the seed and the file's name alone, not on which other files are read.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is not a mesh, or its surface has no area.
     """
+    return sample_surface(*read_mesh(path), num_points, generator, path)
+
+
+def sample_surface(
+    vertices: np.ndarray,
+    faces: np.ndarray,
+    num_points: int,
+    generator: np.random.Generator,
+    where: Path | str,
+) -> np.ndarray:
+    """Points drawn uniformly on a surface, with face normals: float32 [num_points, 6].
+
+    Raises:
+        ValueError: the surface has no area; ``where`` names it.
+    """
     import trimesh  # slow to import, and only meshes need it
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        mesh = trimesh.load_mesh(path, process=False)
-        area = float(mesh.area)
-    except Exception as error:  # trimesh raises what its parsers happen to raise
-        raise ValueError(
-            f"{path} cannot be read as a mesh ({type(error).__name__}: {error}); download it again"
-        ) from error
+    mesh = trimesh.Trimesh(vertices, faces, process=False)
+    area = float(mesh.area)
     if not (np.isfinite(area) and area > 0):
-        raise ValueError(f"{path} has a surface of area {area}; nothing can be sampled on it")
-    name = int.from_bytes(hashlib.sha256(path.stem.encode()).digest()[:8], "little")
-    generator = np.random.default_rng([seed, name])
-    points, faces = trimesh.sample.sample_surface(mesh, num_points, seed=generator)
-    return np.concatenate([points, mesh.face_normals[faces]], axis=1).astype(np.float32)
+        raise ValueError(f"{where} has a surface of area {area}; nothing can be sampled on it")
+    points, index = trimesh.sample.sample_surface(mesh, num_points, seed=generator)
+    return np.concatenate([points, mesh.face_normals[index]], axis=1).astype(np.float32)

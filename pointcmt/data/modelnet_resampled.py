@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from pointcmt.data.array_cache import cached_array
+from pointcmt.data.checks import Up
 from pointcmt.data.dataset import Split
+from pointcmt.data.files import is_junk, read_lines, read_names, within
 from pointcmt.data.h5 import check_num_points
 
 LAYOUT = "resampled text: modelnet40_train.txt, modelnet40_test.txt, <class>/<class>_0001.txt"
@@ -23,21 +25,36 @@ class Listing:
     """Names and labels of one split, in the order of its list; :meth:`read` gives the points."""
 
     available = 10_000
+    up: Up = "z"
 
     def __init__(self, folder: Path, split: Split) -> None:
         self.folder = folder
         listed = folder / f"modelnet40_{split}.txt"
         if not listed.is_file():
             raise FileNotFoundError(f"{listed} does not exist; it lists the shapes of the {split} split")
-        self.shape_ids = listed.read_text().split()
+        lines = [(number, name) for number, name in read_lines(listed) if not is_junk(Path(name))]
+        self.names = [name for _, name in lines]
         named = folder / "modelnet40_shape_names.txt"
-        classes = [name.rpartition("_")[0] for name in self.shape_ids]
-        self.class_names = named.read_text().split() if named.is_file() else sorted(set(classes))
-        if unknown := set(classes) - set(self.class_names):
-            raise ValueError(f"{listed} lists shapes of {sorted(unknown)}, which {named} does not name")
+        classes = [name.rpartition("_")[0] for name in self.names]
+        # without a list of names, classes of either split count: a class absent from one keeps its number
+        other = [
+            name
+            for path in folder.glob("modelnet40_t*.txt")
+            if path.stem != named.stem
+            for _, name in read_lines(path)
+        ]
+        self.class_names = (
+            read_names(named) if named.is_file() else sorted({name.rpartition("_")[0] for name in other})
+        )
+        for (number, name), label in zip(lines, classes, strict=True):
+            if label not in self.class_names:
+                raise ValueError(
+                    f"{listed}, line {number}: {name!r} is of class {label!r}, which {named} does not name"
+                )
         self.labels = np.array([self.class_names.index(name) for name in classes], dtype=np.int64)
         self.paths = [
-            folder / name / f"{shape}.txt" for name, shape in zip(classes, self.shape_ids, strict=True)
+            within(folder, f"{label}/{name}.txt", f"{listed}, line {number}")
+            for label, (number, name) in zip(classes, lines, strict=True)
         ]
 
     def read(
@@ -61,7 +78,9 @@ def _parse(path: Path, num_points: int) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, though the split lists it")
     try:
-        rows = np.loadtxt(path, delimiter=",", dtype=np.float32, ndmin=2, max_rows=num_points)
+        rows = np.loadtxt(
+            path, delimiter=",", dtype=np.float32, ndmin=2, max_rows=num_points, encoding="utf-8"
+        )
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); expected rows of x,y,z,nx,ny,nz") from error
     if rows.shape[1] != 6:

@@ -13,10 +13,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pointcmt.data.dataset import Split, check_split
+from pointcmt.data.files import is_junk
 
-# <shape>_<view>; also airplane_0627_shaded_v001 and airplane_0627.off_shaded_v001
-_NAME = re.compile(r"(?P<shape>.+_\d+)(?:\.off)?(?:_shaded)?_v?(?P<view>\d+)")
-_SUFFIXES = (".png", ".jpg", ".jpeg")
+# <shape>_<view>, whatever the shape's name; also airplane_0627_shaded_v001, airplane_0627.off_shaded_v001 and
+# airplane_0627.obj_whiteshaded_v0001
+_NAME = re.compile(r"(?P<shape>.+?)(?:(?:\.(?:off|obj|ply))?_(?:white)?shaded_v|_v?)(?P<view>\d+)", re.DOTALL)
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+_SPLITS = ("train", "test")
+
+# split and class ("" where no folder says it), and name of a shape
+_Key = tuple[str, str, str]
 
 
 class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
@@ -24,10 +30,15 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
 
     Views are float32 from 0 to 1.
 
-    Images are found wherever they lie below ``root``, by their names: shape id, then the number of the
-    view, from 001. The split is the folder ``train`` or ``test`` on the way to them, the class the shape
-    id without its number. So ``<class>/<split>/airplane_0627_001.png``, ``<split>/<class>/…`` and
-    ``<split>/…`` are all read; images without such a folder are read where ``shape_ids`` says what to take.
+    Images are found wherever they lie below ``root``: the name is the shape's, then the number of the view,
+    from 000 or 001. The split is the folder ``train`` or ``test`` on the way to them, the class the other
+    folder next to them; without one, the shape's name without its number. So
+    ``<class>/<split>/airplane_0627_001.png``, ``<split>/<class>/model_0001_001.png`` and
+    ``<split>/airplane_0627_001.png`` are all read; images without a folder of a split are read where
+    ``shape_ids`` says what to take. Hidden files and what operating systems leave behind are skipped.
+
+    Values: 8 bits over 255, 16 bits over 65535; transparent pixels are seen on white. Images of 32 bits or
+    of floats are refused.
 
     Args:
         root: folder of the images.
@@ -37,15 +48,18 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
         in_chans: 1 for greyscale, 3 for RGB.
         shape_ids: which shapes, in which order: ``dataset.shape_ids`` of a set of clouds, whose items and
             images then have the same index. None takes all, sorted by name.
-        class_names: names in label order, of the set of clouds; None sorts those found.
+        class_names: names in label order, of the set of clouds; None sorts those found in *both* splits, so
+            that a class absent from one keeps its number.
 
     Attributes:
-        labels, class_names, num_classes, shape_ids: as in :class:`PointDataset`.
+        labels, class_names, num_classes, shape_ids: as in :class:`PointDataset`; ids are
+            ``split/class/name``.
 
     Raises:
         FileNotFoundError: no such folder, no images in it, or shapes or views that are missing (they are
             named).
-        ValueError: a value out of range, or a shape of a class that ``class_names`` lacks.
+        ValueError: a value out of range, a shape of a class that ``class_names`` lacks, a name that says
+            another class than its folder, or a name in ``shape_ids`` that several shapes have.
     """
 
     def __init__(
@@ -65,22 +79,17 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
         if (num_views is not None and num_views < 1) or (size is not None and size < 1):
             raise ValueError(f"num_views {num_views} and size {size}: expected at least 1, or None")
         self.root, self.split, self.size, self.in_chans = Path(root), split, size, in_chans
-        found = _find(self.root, split, need_split=shape_ids is None)
-        self.shape_ids = sorted(found) if shape_ids is None else list(shape_ids)
-        if missing := [shape for shape in self.shape_ids if shape not in found]:
-            raise FileNotFoundError(
-                f"{self.root} has no images of {len(missing)} of {len(self.shape_ids)} shapes: "
-                f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. "
-                f"Expected names such as {missing[0]}_001.png"
-            )
-        wanted = num_views or max(len(found[shape]) for shape in self.shape_ids)
-        self._paths = [_views(self.root, shape, found[shape], wanted) for shape in self.shape_ids]
-        classes = [shape.rpartition("_")[0] for shape in self.shape_ids]
-        self.class_names = sorted(set(classes)) if class_names is None else list(class_names)
-        if unknown := sorted(set(classes) - set(self.class_names)):
-            raise ValueError(f"images of {unknown} in {self.root}; class_names has only {self.class_names}")
-        number = {name: label for label, name in enumerate(self.class_names)}
-        self.labels = np.array([number[name] for name in classes], dtype=np.int64)
+        everything = _find(self.root)
+        keys = _wanted(self.root, everything, split, shape_ids)
+        self.shape_ids = [f"{split}/{_class(key)}/{key[2]}" for key in keys]
+        wanted = num_views or max(len(everything[key]) for key in keys)
+        self._paths = [_views(self.root, key, everything[key], wanted) for key in keys]
+        names = sorted({_class(key) for key in everything}) if class_names is None else list(class_names)
+        self.class_names = names
+        if unknown := sorted({_class(key) for key in keys} - set(names)):
+            raise ValueError(f"images of {unknown} in {self.root}; class_names has only {names}")
+        number = {name: label for label, name in enumerate(names)}
+        self.labels = np.array([number[_class(key)] for key in keys], dtype=np.int64)
         self.num_views = wanted
 
     @property
@@ -104,46 +113,130 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
         """One image: float32 [C, H, W] in 0 … 1."""
         try:
             with Image.open(path) as file:
-                image = file.convert("L" if self.in_chans == 1 else "RGB")
-        except (OSError, SyntaxError) as error:  # what Pillow raises of damaged files
+                if file.width * file.height > (Image.MAX_IMAGE_PIXELS or 1 << 27):
+                    raise ValueError(f"{file.width} × {file.height} pixels are too many")
+                # PNG has no more than 16 bits, whatever Pillow keeps them in
+                depth = file.mode if file.format != "PNG" or file.mode != "I" else "I;16"
+                file.load()
+                image = file.copy()
+        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, … of damaged files
             raise OSError(
-                f"{path} cannot be read as an image ({error}); render or download it again"
+                f"{path} cannot be read as an image ({type(error).__name__}: {error}); render or download it "
+                "again"
             ) from error
+        if depth.startswith("I;16"):
+            pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)[None]
+            if self.size is not None:
+                pixels = torch.nn.functional.interpolate(
+                    pixels[None], (self.size, self.size), mode="bilinear", antialias=True
+                )[0]
+            return pixels.expand(self.in_chans, -1, -1).clone()
+        if depth in ("I", "F"):
+            raise ValueError(
+                f"{path} has pixels of {'32-bit integers' if depth == 'I' else 'floats'}, whose range is not "
+                "known; save it with 8 or 16 bits"
+            )
+        if image.has_transparency_data:
+            seen = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+        image = image.convert("L" if self.in_chans == 1 else "RGB")
         if self.size is not None:
             image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, self.in_chans)
-        return pixels.permute(2, 0, 1).float() / 255
+        array = torch.from_numpy(np.array(image)).view(image.height, image.width, self.in_chans)
+        return array.permute(2, 0, 1).float() / 255
 
 
-def _find(root: Path, split: str, need_split: bool) -> dict[str, dict[int, Path]]:
-    """Shape id → number of the view → file."""
+def _find(root: Path) -> dict[_Key, dict[int, Path]]:
+    """Shape → number of the view → file, of all splits."""
     if not root.is_dir():
         raise FileNotFoundError(
-            f"{root} is not a folder; expected <class>/{split}/airplane_0627_001.png below it"
+            f"{root} is not a folder; expected <class>/<split>/airplane_0627_001.png below it"
         )
-    found: dict[str, dict[int, Path]] = {}
-    for path in root.rglob("*"):
+    found: dict[_Key, dict[int, Path]] = {}
+    for path in sorted(root.rglob("*")):
+        below = path.relative_to(root)
         matched = _NAME.fullmatch(path.stem) if path.suffix.lower() in _SUFFIXES else None
-        folders = path.relative_to(root).parts[:-1]
-        other = "test" if split == "train" else "train"
-        if matched and (split in folders or not (need_split or other in folders)):
-            found.setdefault(matched["shape"], {})[int(matched["view"])] = path
-    if not found:
-        raise FileNotFoundError(
-            f"{root} has no images of the {split} split; tried <class>/{split}/airplane_0627_001.png, "
-            f"{split}/<class>/airplane_0627_001.png and {split}/airplane_0627_001.png (png, jpg, jpeg). "
-            "Images without a train or test folder need shape_ids="
+        if matched is None or is_junk(below):
+            continue
+        folders = below.parts[:-1]
+        split = next((name for name in folders if name in _SPLITS), "")
+        classes = [name for name in folders if name not in _SPLITS]
+        key = (split, classes[-1] if classes else "", matched["shape"])
+        views = found.setdefault(key, {})
+        other = views.setdefault(int(matched["view"]), path)
+        if other != path:
+            raise ValueError(f"{other} and {path} are both view {matched['view']} of {'/'.join(key)}")
+    names = {name for _, name, _ in found if name}
+    numbered = [re.fullmatch(r"(.+)_\d+", shape) for _, _, shape in found]
+    said_by_names = {matched[1] for matched in numbered if matched is not None}
+    if len(names) == 1 and len(said_by_names) > 1 and all(numbered):
+        raise ValueError(
+            f"all images of {root} lie in one folder, {names.pop()!r}, which would be the only class, and "
+            f"their names say {', '.join(sorted(said_by_names)[:4])}: put them into a folder for each class, "
+            "or give the folder inside as the root"
         )
+    for (_, name, shape), views in found.items():
+        said = _class(("", "", shape))
+        if name and said != name and said in names:
+            path = next(iter(views.values()))
+            raise ValueError(
+                f"{path} lies in the folder of class {name!r}, and its name says {said!r}, which is a class "
+                "too; rename or move it"
+            )
     return found
 
 
-def _views(root: Path, shape: str, found: dict[int, Path], wanted: int) -> list[Path]:
+def _class(key: _Key) -> str:
+    """The class of a shape: of its folder, or what its name says before the number."""
+    return key[1] or key[2].rpartition("_")[0] or key[2]
+
+
+def _wanted(
+    root: Path, found: dict[_Key, dict[int, Path]], split: str, shape_ids: Sequence[str] | None
+) -> list[_Key]:
+    """The shapes of a split, or those that ``shape_ids`` names, in its order."""
+    here = sorted(key for key in found if key[0] == split)
+    if shape_ids is None:
+        if not here:
+            raise FileNotFoundError(
+                f"{root} has no images of the {split} split; tried <class>/{split}/airplane_0627_001.png, "
+                f"{split}/<class>/airplane_0627_001.png and {split}/airplane_0627_001.png "
+                f"({', '.join(suffix[1:] for suffix in _SUFFIXES)}). Images without a train or test folder "
+                "need shape_ids="
+            )
+        return here
+    by_name: dict[str, list[_Key]] = {}
+    for key in here + [key for key in found if key[0] == ""]:
+        by_name.setdefault(key[2], []).append(key)
+    keys, missing = [], []
+    for wanted in shape_ids:
+        label, name = ["", *wanted.split("/")][-2:]
+        same = [key for key in by_name.get(name, []) if not label or key[1] in ("", label)]
+        exact = [key for key in same if key[1] == label] or same
+        if len(exact) > 1:
+            raise ValueError(
+                f"{root} has several shapes named {name!r}: {', '.join('/'.join(key) for key in exact)}; "
+                "give ids such as split/class/name"
+            )
+        keys += exact
+        if not exact:
+            missing.append(name)
+    if missing:
+        raise FileNotFoundError(
+            f"{root} has no images of {len(missing)} of {len(shape_ids)} shapes: "
+            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}. "
+            f"Expected names such as {missing[0]}_001.png"
+        )
+    return keys
+
+
+def _views(root: Path, key: _Key, found: dict[int, Path], wanted: int) -> list[Path]:
     """The first ``wanted`` views of a shape in order, from view 001 (or 000 where there is one)."""
     first = 0 if 0 in found else 1
     missing = [number for number in range(first, first + wanted) if number not in found]
     if missing:
         raise FileNotFoundError(
-            f"{shape} in {root} lacks view{'s' if len(missing) > 1 else ''} "
+            f"{key[2]} in {root} lacks view{'s' if len(missing) > 1 else ''} "
             f"{', '.join(f'{number:03d}' for number in missing)} of {wanted}; "
             f"it has {', '.join(f'{number:03d}' for number in sorted(found))}"
         )

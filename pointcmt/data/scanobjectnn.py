@@ -7,8 +7,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from pointcmt.data.dataset import PointDataset, Split, check_split, class_rows, unit_sphere
+from pointcmt.data.dataset import PointDataset, Split, check_split, class_rows, in_unit_sphere
 from pointcmt.data.h5 import read_clouds
+from pointcmt.data.registry import register_dataset
 
 Variant = Literal["obj_bg", "obj_only", "pb_t50_rs"]
 
@@ -24,8 +25,18 @@ _FILES: dict[str, tuple[str, str]] = {
 }
 
 
+def _matches(root: Path) -> bool:
+    scans = ("main_split", "main_split_nobg", "h5_files")
+    return any((root / name).is_dir() for name in scans) or any(root.glob("*_objectdataset*.h5"))
+
+
+@register_dataset(
+    "scanobjectnn",
+    matches=_matches,
+    layout="the official h5_files: main_split/ and main_split_nobg/ with {training,test}_objectdataset*.h5",
+)
 class ScanObjectNN(PointDataset):
-    """ScanObjectNN, 15 classes, 2048 points per scan; the y axis points up (views: ``up="y"``).
+    """ScanObjectNN, 15 classes, 2048 points per scan; the y axis points up (``up`` says so).
 
     ``root`` holds ``main_split`` and ``main_split_nobg`` (or ``h5_files``, which holds them), or is the
     folder with the wanted files itself.
@@ -74,7 +85,7 @@ class ScanObjectNN(PointDataset):
         rows = np.arange(len(labels)) if per_class is None else class_rows(labels, per_class, seed)
         clouds = clouds[rows]
         if normalize:
-            clouds = unit_sphere(clouds)
+            clouds, _ = in_unit_sphere(clouds, None)
         super().__init__(
             clouds[:, :num_points],
             labels[rows],
@@ -82,6 +93,7 @@ class ScanObjectNN(PointDataset):
             [f"{variant}_{split}_{row:05d}" for row in rows],
             clouds[:, :dense_points] if dense_points else None,
             rows,
+            up="y",
         )
         self.root, self.variant, self.split = Path(root), variant, split
 

@@ -9,10 +9,12 @@ import numpy as np
 
 from pointcmt.data.dataset import PointDataset, Split, check_split
 from pointcmt.data.primitives import Mesh, box, cylinder, ellipsoid, join, lathe, sample, slab, tube
+from pointcmt.data.registry import register_dataset
 
 Generator = np.random.Generator
 
 
+@register_dataset("synthetic")
 class SyntheticShapes(PointDataset):
     """Shapes assembled from parts by chance: furniture, vessels, vehicles, z up, in the unit sphere.
 
@@ -88,6 +90,7 @@ class SyntheticShapes(PointDataset):
             names,
             [f"{name}_{split}_{number:04d}" for name, number in shapes],
             dense,
+            up="z",
         )
         self._yaw = yaw
         self._shapes = shapes

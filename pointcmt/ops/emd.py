@@ -150,7 +150,8 @@ def emd_statistics(
 ) -> tuple[Tensor, Tensor, EmdStatistics]:
     """As :func:`emd`, with the work that it took and the certificate, for analysis."""
     distance, bound, assignment, statistics = _emd(x, y, tolerance, max_rounds)
-    return distance, assignment, EmdStatistics(*statistics.unbind(1), bound)
+    rounds, rows, completed, bound_met, sweeps = statistics.unbind(1)
+    return distance, assignment, EmdStatistics(rounds, rows, completed, bound_met, sweeps, bound)
 
 
 def _emd(x: Tensor, y: Tensor, tolerance: float, max_rounds: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -224,7 +225,9 @@ def reference_emd(
     return (distance, assignment, bound) if return_certificate else (distance, assignment)
 
 
-def _reference(x: Tensor, y: Tensor, tolerance: float, max_rounds: int) -> tuple[Tensor, ...]:
+def _reference(
+    x: Tensor, y: Tensor, tolerance: float, max_rounds: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # to torch.compile the twin is one operator: its loops depend on values, and are no part of any graph
     run = _opaque_auction if torch.compiler.is_compiling() else _auction
     bound, assignment, statistics = run(x.detach(), y.detach(), tolerance, max_rounds)

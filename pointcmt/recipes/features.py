@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pointcmt.data import Augmentation, FeatureCache, MultiViewImages, PointDataset
+from pointcmt.data import Augmentation, FeatureCache, MultiViewImages, PointDataset, shuffle
 from pointcmt.recipes.engine import Batches, MachineOptions, make_accelerator
 from pointcmt.recipes.options import DataOptions, Splits, load_teacher, matching_images, views_of_teacher
 from pointcmt.recipes.progress import console, say
 from pointcmt.recipes.run import run_config_beside
 from pointcmt.teacher import ImageTeacher
+from pointcmt.types import TeacherOutput
 
 
 @dataclass
@@ -78,7 +81,8 @@ def features_of(
 ) -> dict[str, tuple[Path, FeatureCache]]:
     """The teacher's features of every part of ``splits``: opened, or built first where they are absent.
 
-    Each cache lies in a file that is named after the data, so that several data sets share the folder.
+    Each cache lies in a file that is named after the data and the teacher, so that several of each share
+    the folder. A damaged one is made anew.
 
     Args:
         splits: the shapes.
@@ -93,17 +97,15 @@ def features_of(
         ValueError: features that are there were made from other images.
     """
     folder = folder or file.parent / "features"
+    teacher_fingerprint = teacher.fingerprint()
     result = {}
-    name_of_teacher = teacher.fingerprint()
     for name, part in splits.parts().items():
-        path = folder / f"{name}-{part.fingerprint()[:16]}.safetensors"
-        if not path.exists():
-            if accelerator.is_main_process:
-                _build(path, name, part, teacher, file, accelerator.device, images, batch_size, workers)
-            accelerator.wait_for_everyone()
-        cache = FeatureCache.open(
-            path, teacher_fingerprint=name_of_teacher, data_fingerprint=part.fingerprint()
+        path = folder / f"{name}-{part.fingerprint()[:16]}-{teacher_fingerprint[:16]}.safetensors"
+        device = accelerator.device
+        build = functools.partial(
+            _build, path, name, part, teacher, file, device, images, batch_size, workers
         )
+        cache = _once(accelerator, path, teacher_fingerprint, part.fingerprint(), build)
         if images is not None and cache.views.get("images") != str(images.resolve()):
             raise ValueError(
                 f"the features in {path} were made from {cache.views.get('images', 'projected points')}, and "
@@ -134,11 +136,9 @@ class Draws:
         """
         copy = torch.randint(len(self.factors), index.shape, device=index.device)
         points = self.change.apply(points, self.factors[copy, index], self.shifts[copy, index])
-        order = torch.rand(points.shape[:2], device=points.device).argsort(1)
-        return points.gather(1, order.unsqueeze(-1).expand_as(points)), self.features[copy, index]
+        return shuffle(points), self.features[copy, index]
 
 
-@torch.no_grad()
 def draws_of(
     count: int,
     change: Augmentation,
@@ -163,36 +163,40 @@ def draws_of(
     factors, shifts = (torch.stack(side) for side in zip(*drawn, strict=True))
     described = {**spec.describe(), "copies": count, "change": repr(change), "seed": seed}
     name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]
-    path = (folder or file.parent / "features") / f"train-{part.fingerprint()[:16]}-draws-{name}.safetensors"
-    n = len(part)
-    if not path.exists():
-        if accelerator.is_main_process:
-            teacher = teacher.to(device).eval()
-            cache = FeatureCache.create(
-                path,
-                teacher_fingerprint=teacher.fingerprint(),
-                data_fingerprint=part.fingerprint(),
-                views=described,
-                n=count * n,
-                feature_dim=teacher.feature_dim,
-                num_classes=teacher.num_classes,  # type: ignore[arg-type]
-            )
-            with console.status(f"teacher features of {count} augmented copies of {n} train shapes"):
-                for rows in cache.missing().split(batch_size):
-                    copy, row = rows // n, rows % n
-                    changed = change.apply(points[row], factors[copy, row], shifts[copy, row])
-                    output = teacher(spec.project(changed.to(device)))
-                    cache.write(rows, output.feature, output.logits)
-                cache.finish()
-        accelerator.wait_for_everyone()
-    cache = FeatureCache.open(
-        path, teacher_fingerprint=teacher.fingerprint(), data_fingerprint=part.fingerprint()
+    path = (folder or file.parent / "features") / (
+        f"train-{part.fingerprint()[:16]}-{teacher.fingerprint()[:16]}-draws-{name}.safetensors"
     )
+    n = len(part)
+
+    @torch.no_grad()
+    def fill(rows: Tensor) -> Iterator[tuple[Tensor, TeacherOutput]]:
+        teacher.to(device).eval()
+        with console.status(f"teacher features of {count} augmented copies of {n} train shapes"):
+            for some in rows.split(batch_size):
+                copy, row = some // n, some % n
+                changed = change.apply(points[row], factors[copy, row], shifts[copy, row])
+                yield some, teacher(spec.project(changed.to(device)))
+
+    prints = (teacher.fingerprint(), part.fingerprint())
+    build = functools.partial(FeatureCache.build, path, *prints, described, count * n, fill)
+    cache = _once(accelerator, path, *prints, build)
     features = cache[torch.arange(count * n)].view(count, n, -1)
     return Draws(change, factors.to(device), shifts.to(device), features.to(device))
 
 
-@torch.no_grad()
+def _once(
+    accelerator: Accelerator, path: Path, teacher: str, data: str, build: Callable[[], object]
+) -> FeatureCache:
+    """The cache in a file, built by the first process where it is absent, bad or of something else."""
+    if accelerator.is_main_process:
+        try:
+            FeatureCache.open(path, teacher_fingerprint=teacher, data_fingerprint=data)
+        except (FileNotFoundError, ValueError):
+            build()
+    accelerator.wait_for_everyone()
+    return FeatureCache.open(path, teacher_fingerprint=teacher, data_fingerprint=data)
+
+
 def _build(
     path: Path,
     name: str,
@@ -209,26 +213,24 @@ def _build(
     if images is None:
         spec = views_of_teacher(file)
         described = spec.describe()
+        if part.up is not None and spec.up != part.up:
+            say(
+                f"the teacher's views take {spec.up} for the axis that points up, and in these {name} shapes "
+                f"it is {part.up}: its features are of turned shapes"
+            )
     else:
         config = run_config_beside(file)
         size = config["config"]["views"]["size"] if config is not None else None
         shapes = matching_images(images, part, "test" if name == "test" else "train", size, teacher.in_chans)
         described = {"images": str(images.resolve()), "size": size}
-    teacher = teacher.to(device).eval()
-    cache = FeatureCache.create(
-        path,
-        teacher_fingerprint=teacher.fingerprint(),
-        data_fingerprint=part.fingerprint(),
-        views=described,
-        n=len(part),
-        feature_dim=teacher.feature_dim,
-        num_classes=teacher.num_classes,  # type: ignore[arg-type]
-    )
     batches = Batches(shapes, batch_size, device, workers=workers, what="view_points")
-    with console.status(f"teacher features of {len(part)} {name} shapes"):
-        # what a killed build has written stays
-        for batch in batches.rows(cache.missing()):
-            output = teacher(batch.inputs if spec is None else spec.project(batch.inputs))
-            cache.write(batch.index.cpu(), output.feature, output.logits)
-        cache.finish()
+
+    @torch.no_grad()
+    def fill(rows: Tensor) -> Iterator[tuple[Tensor, TeacherOutput]]:
+        teacher.to(device).eval()
+        with console.status(f"teacher features of {len(part)} {name} shapes"):
+            for batch in batches.rows(rows):
+                yield batch.index, teacher(batch.inputs if spec is None else spec.project(batch.inputs))
+
+    FeatureCache.build(path, teacher.fingerprint(), part.fingerprint(), described, len(part), fill)
     say(f"teacher features of {len(part)} {name} shapes: {path}")

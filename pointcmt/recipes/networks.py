@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,10 @@ KINDS = ("network", "student")
 
 def clouds_of(data: DataOptions, split: Split) -> PointDataset:
     """All clouds of a split, none held out."""
-    return data.config(split, data.per_class if split == "train" else data.test_per_class).build(split)
+    made = data.build(split, data.per_class if split == "train" else data.test_per_class)
+    for problem in data.settle(made):
+        warnings.warn(problem, stacklevel=2)
+    return made
 
 
 def find_weights(path: Path) -> Path:

@@ -179,7 +179,7 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
         clouds, options.data.holdout, options.watch_shapes, options.data.data_seed
     )
     inputs = {"data": clouds.fingerprint()}
-    encoder, spec = make_encoder(options, main)
+    encoder, spec = make_encoder(options, clouds.up, main)
     encoder.to(device).train(options.contrast.trains_images())
     if options.images.encoder is not None or options.images.encoder_weights is not None:
         inputs["encoder"] = encoder.fingerprint()
@@ -288,13 +288,13 @@ def without_labels(
 # ---- the image encoder
 
 
-def make_encoder(options: Pretrain, show: bool) -> tuple[ImageTeacher, ViewSpec]:
-    """The image encoder, and how its pictures are made of points."""
-    images, spec = options.images, options.views.spec()
+def make_encoder(options: Pretrain, up: str | None, show: bool) -> tuple[ImageTeacher, ViewSpec]:
+    """The image encoder, and how its pictures are made of points whose recorded axis is ``up``."""
+    images, spec = options.images, options.views.spec(up)
     if images.encoder is not None:
         encoder = ImageTeacher.load(find_checkpoint(images.encoder, "teacher"))
         if encoder.view_spec is not None:
-            spec = replace(encoder.view_spec, rig=options.views.rig, up=options.views.up)
+            spec = replace(encoder.view_spec, rig=options.views.rig, up=spec.up)
         elif spec.num_channels != encoder.in_chans:
             raise ValueError(
                 f"the encoder at {images.encoder} takes images of {encoder.in_chans} channels, and views of "

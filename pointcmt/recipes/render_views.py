@@ -13,8 +13,8 @@ from pointcmt.recipes.progress import say
 
 @dataclass
 class RenderViews:
-    """Render a tree of meshes, CLASS/{train,test}/NAME.off as ModelNet's, to images for train-teacher
-    --images."""
+    """Render a tree of meshes, CLASS/SPLIT/NAME.off as ModelNet's or SPLIT/CLASS/NAME.off, to images for
+    train-teacher --images."""
 
     meshes: Annotated[Path, tyro.conf.Positional]
     """Folder of the meshes (OFF, OBJ, PLY)."""
@@ -25,7 +25,7 @@ class RenderViews:
     size: int = 224
     """Height and width of an image in pixels."""
     up: Literal["x", "y", "z"] = "z"
-    """Which axis of the meshes points up."""
+    """Which axis of the meshes points up (ModelNet: z); check-data guesses it."""
     splits: tuple[str, ...] = ("train", "test")
     """Names of the split folders."""
 

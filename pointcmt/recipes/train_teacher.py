@@ -93,7 +93,7 @@ def check(options: TrainTeacher) -> None:
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; expected a part in [0, 1)"
             )
     parse_assignments(options.backbone_options, "--backbone-options")
-    options.views.spec()
+    options.views.spec("z")  # any axis: the others of its arguments are checked
 
 
 def train_teacher(options: TrainTeacher) -> dict[str, Any]:
@@ -104,13 +104,14 @@ def train_teacher(options: TrainTeacher) -> dict[str, Any]:
     """
     check(options)
     accelerator = make_accelerator(options.machine)
-    spec = options.views.spec()
     splits: Splits[Any]
     if options.images is not None:
         channels: int = options.image_channels
         splits = image_splits(options.images, options.data, options.views.size, channels)
+        spec = options.views.spec("z")  # not used
     else:
         splits = options.data.load()
+        spec = options.views.spec(splits.train.up)
         channels = spec.num_channels
     inputs = {"data": splits.fingerprint()}
     run = RunFolder.start(

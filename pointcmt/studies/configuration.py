@@ -192,7 +192,7 @@ def check(study: Study) -> None:
             "tests.test: test is the name of the data's own test shapes, which are always measured; give it "
             "another"
         )
-    study.views.spec()
+    study.views.spec("z")  # any axis: the others of its arguments are checked
     for name, values in study.teachers.items():
         where = f"teachers.{name}"
         data = override(study.data, values.get("data"), f"{where}.data")

@@ -191,7 +191,8 @@ def corrupted(shapes: PointDataset, kind: str, place: int, severity: float, seed
     """All shapes [n, N, 3] at one severity, drawn on the CPU: the same on every device."""
     drawn = int(np.random.SeedSequence([seed, list(SEVERITIES).index(kind), place]).generate_state(1)[0])
     generator = torch.Generator().manual_seed(drawn)
-    return corrupt(torch.from_numpy(shapes.points), kind, severity, generator)  # type: ignore[arg-type]
+    points = torch.from_numpy(shapes.points)
+    return corrupt(points, kind, severity, generator, up=shapes.up or "z")  # type: ignore[arg-type]
 
 
 @torch.no_grad()

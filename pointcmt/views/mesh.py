@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +17,11 @@ from torch import Tensor
 from pointcmt.checkpoint import PathLike, atomic_write
 from pointcmt.views.cameras import Rig
 from pointcmt.views.cameras import rig as find_rig
-
-MESH_SUFFIXES = (".off", ".obj", ".ply")
+from pointcmt.views.mesh_files import MESH_SUFFIXES, is_junk, read_mesh
 
 # one light at the camera and some from all around: every visible face has a shade that tells its slant
 _COLOR = (0.8, 0.8, 0.8)
 _AMBIENT, _DIFFUSE, _SPECULAR = 0.25, 0.75, 0.1
-
-
-def read_mesh(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices [n, 3] float64 and triangles [m, 3] int64 of an OFF, OBJ or PLY file.
-
-    OFF files whose first line holds ``OFF`` and the counts together, as many of ModelNet's do
-    (``OFF490 518 0``), are read too.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another format, a file that cannot be read, or one without a face.
-    """
-    import trimesh
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no mesh at {path}; expected an {', '.join(MESH_SUFFIXES)} file")
-    if path.suffix.lower() not in MESH_SUFFIXES:
-        raise ValueError(
-            f"{path} is of no known format {path.suffix!r}; expected one of {', '.join(MESH_SUFFIXES)}"
-        )
-    try:
-        if path.suffix.lower() == ".off":
-            vertices, faces = _read_off(path)
-        else:
-            mesh: Any = trimesh.load(path, force="mesh", process=False)
-            vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
-    except Exception as error:  # trimesh raises whatever its parsers trip over
-        raise ValueError(f"{path} is not a readable mesh: {error!r}") from error
-    if len(faces) == 0 or faces.shape[-1] != 3:
-        raise ValueError(f"{path} has {len(vertices)} vertices and no face; a mesh with triangles is needed")
-    vertices = np.asarray(vertices, dtype=np.float64)
-    if not np.isfinite(vertices).all() or faces.min() < 0 or faces.max() >= len(vertices):
-        raise ValueError(f"{path} has coordinates that are not finite, or faces that name missing vertices")
-    return vertices, faces.astype(np.int64)
 
 
 def render_mesh(
@@ -78,12 +41,12 @@ def render_mesh(
     Raises:
         ModuleNotFoundError: pyvista is not installed.
         RuntimeError: VTK cannot render on this machine.
-        FileNotFoundError, ValueError: as ``read_mesh``.
+        FileNotFoundError, ValueError: as ``read_mesh``, or a mesh without a face.
     """
     cameras = find_rig(rig, up)
     if size < 1:
         raise ValueError(f"size={size}; expected at least 1 pixel")
-    vertices, faces = read_mesh(path)
+    vertices, faces = _read_surface(path)
     with _plotter(size) as plotter:
         return _render(plotter, vertices, faces, cameras, up)
 
@@ -98,11 +61,12 @@ def render_folder(
     splits: Sequence[str] = ("train", "test"),
     progress: bool = True,
 ) -> int:
-    """Render a tree of meshes, ``<class>/<split>/<name>.off`` as ModelNet's, to the multi-view convention.
+    """Render a tree of meshes to the multi-view convention.
 
-    Writes ``<out>/<split>/<class>/<name>_001.png`` and so on, view 1 first: what
-    ``pointcmt.data.MultiViewImages`` reads. Every image is written whole or not at all, and a shape whose
-    last image exists is done: run it again to resume.
+    Meshes lie in ``<class>/<split>/<name>.off``, as ModelNet's, or in ``<split>/<class>/<name>.off``. Writes
+    ``<out>/<split>/<class>/<name>_001.png`` and so on, view 1 first: what
+    ``pointcmt.data.MultiViewImages`` reads, whatever the names. Every image is written whole or not at all,
+    and a shape whose last image exists is done: run it again to resume. Hidden files are skipped.
 
     Args:
         meshes_root: the tree of meshes (OFF, OBJ or PLY).
@@ -115,32 +79,41 @@ def render_folder(
         How many shapes were rendered in this run.
 
     Raises:
-        FileNotFoundError: no mesh in that layout.
-        ModuleNotFoundError, RuntimeError, ValueError: as ``render_mesh``; the message names the mesh.
+        FileNotFoundError: no mesh in those layouts.
+        ModuleNotFoundError, RuntimeError, ValueError: as ``render_mesh``; the message names the mesh. Or two
+            meshes that would write the same images.
     """
     from rich.progress import track
 
     root, out = Path(meshes_root), Path(out)
     cameras = find_rig(rig, up)
-    found = sorted(
-        path for split in splits for path in root.glob(f"*/{split}/*") if path.suffix.lower() in MESH_SUFFIXES
-    )
-    if not found:
+    folders: dict[Path, Path] = {}  # of the mesh → below ``out``, of its images without their number
+    for path in sorted(root.glob("*/*/*")):
+        below = path.relative_to(root)
+        label, split = below.parts[:2] if below.parts[1] in splits else below.parts[1::-1]
+        if path.suffix.lower() in MESH_SUFFIXES and split in splits and not is_junk(below):
+            folders[path] = Path(split, label, path.stem)
+    if not folders:
+        layouts = ", ".join(f"<class>/{split}/*.off, {split}/<class>/*.off" for split in splits)
         raise FileNotFoundError(
-            f"no mesh under {root}; tried {', '.join(f'<class>/{split}/*.off' for split in splits)} "
-            f"(and {', '.join(MESH_SUFFIXES[1:])}), the layout of ModelNet40.zip"
+            f"no mesh under {root}; tried {layouts} (and {', '.join(MESH_SUFFIXES[1:])}), the layouts of "
+            "ModelNet40.zip and of pointcmt.data.PointFolder"
         )
+    owners: dict[Path, Path] = {}
+    for path, folder in folders.items():
+        if owners.setdefault(folder, path) != path:
+            raise ValueError(f"{owners[folder]} and {path} would write the same images; rename one")
 
     def image(path: Path, view: int) -> Path:
-        split, label = path.parent.name, path.parent.parent.name
-        return out / split / label / f"{path.stem}_{view:03d}.png"
+        return out / folders[path].with_name(f"{folders[path].name}_{view:03d}.png")
 
+    found = list(folders)
     todo = [path for path in found if not image(path, len(cameras)).exists()]
     if not todo:
         return 0
     with _plotter(size) as plotter:
         for path in track(todo, description="rendering meshes", disable=not progress):
-            vertices, faces = read_mesh(path)
+            vertices, faces = _read_surface(path)
             views = _render(plotter, vertices, faces, cameras, up)
             pixels = (views * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
             # the last view last: it says that the shape is done
@@ -150,26 +123,11 @@ def render_folder(
     return len(todo)
 
 
-def _read_off(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices and triangles (polygons as fans); an own reader, as ModelNet's files break the first line."""
-    lines = (line.split("#")[0].strip() for line in path.read_text(errors="replace").splitlines())
-    tokens = [line for line in lines if line]
-    if not tokens or not tokens[0].upper().startswith("OFF"):
-        raise ValueError("does not begin with OFF")
-    rest = tokens[0][3:].strip()
-    body = [rest, *tokens[1:]] if rest else tokens[1:]
-    vertex_count, face_count = (int(number) for number in body[0].split()[:2])
-    if len(body) < 1 + vertex_count + face_count:
-        raise ValueError(
-            f"promises {vertex_count} vertices and {face_count} faces, has {len(body) - 1} lines: truncated?"
-        )
-    vertices = np.array([line.split()[:3] for line in body[1 : 1 + vertex_count]], dtype=np.float64)
-    triangles: list[tuple[int, int, int]] = []
-    for line in body[1 + vertex_count : 1 + vertex_count + face_count]:
-        numbers = line.split()
-        corners = [int(number) for number in numbers[1 : 1 + int(numbers[0])]]
-        triangles += [(corners[0], b, c) for b, c in pairwise(corners[1:])]
-    return vertices.reshape(-1, 3), np.array(triangles, dtype=np.int64).reshape(-1, 3)
+def _read_surface(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
+    vertices, faces = read_mesh(path)
+    if len(faces) == 0:
+        raise ValueError(f"{path} has {len(vertices)} vertices and no face; a mesh with triangles is needed")
+    return vertices, faces
 
 
 def _normalize(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pointcmt.data import PointDataset, holdout, subset, unit_sphere
+from pointcmt.data import PointDataset, holdout, subset
+from pointcmt.data.dataset import in_unit_sphere
+from pointcmt.data.loading import epoch_order
 
 
 def random_set(seed: int, count: int = 40, classes: int = 4, dense: int | None = None) -> PointDataset:
@@ -102,9 +104,35 @@ def test_set_that_does_not_fit_together() -> None:
         PointDataset(np.zeros((2, 2, 3)), np.zeros(2), ["a"], list("wx"), np.zeros((3, 2, 3)))
 
 
-def test_unit_sphere() -> None:
-    points = 5 + np.random.default_rng(0).standard_normal((3, 50, 3))
-    normal = unit_sphere(points)
-    np.testing.assert_allclose(normal.mean(1), 0, atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(normal, axis=2).max(1), 1, atol=1e-6)
-    np.testing.assert_array_equal(unit_sphere(np.full((1, 4, 3), 0.25)), 0)
+def test_labels_are_whole_numbers_with_a_name() -> None:
+    points, ids = np.zeros((3, 2, 3)), list("xyz")
+    for labels, words in (
+        ([0, 0.5, 1], "expected whole numbers"),
+        ([0, np.nan, 1], "expected whole numbers"),
+        ([0, -1, 1], r"shape 'y' \(row 1\) has label -1"),
+        ([0, 1, 2], r"shape 'z' \(row 2\) has label 2.*2 class names"),
+        (["a", "b", "a"], "expected whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            PointDataset(points, np.array(labels), ["a", "b"], ids)
+    assert PointDataset(points, np.array([0.0, 1.0, 1.0]), ["a", "b"], ids).labels.dtype == np.int64
+    with pytest.raises(ValueError, match="up is 'up'"):
+        PointDataset(points, np.zeros(3), ["a"], ids, up="up")  # type: ignore[arg-type]
+
+
+def test_into_the_unit_sphere_with_the_views() -> None:
+    points = 5 + np.random.default_rng(0).standard_normal((3, 50, 6)).astype(np.float32)
+    normal, dense = in_unit_sphere(points[:, :40], points[..., :3])
+    np.testing.assert_allclose(normal[..., :3].mean(1), 0, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(normal[..., :3], axis=2).max(1), 1, atol=1e-6)
+    np.testing.assert_array_equal(normal[..., 3:], points[:, :40, 3:])
+    np.testing.assert_allclose(dense[:, :40], normal[..., :3], atol=1e-5)
+    np.testing.assert_array_equal(in_unit_sphere(np.full((1, 4, 3), 0.25), None)[0], 0)
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    orders = {(seed, epoch): epoch_order(53, seed, epoch) for seed in (0, 1) for epoch in (0, 1)}
+    assert len({tuple(order) for order in orders.values()}) == 4
+    np.random.seed(5)
+    np.testing.assert_array_equal(epoch_order(53, 1, 1), orders[1, 1])
+    assert sorted(orders[0, 0]) == list(range(53)) == epoch_order(53, 1, 1, shuffle=False).tolist()

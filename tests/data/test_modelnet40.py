@@ -39,7 +39,8 @@ def hdf5_root(tmp_path: Path) -> Path:
 def test_hdf5_keeps_order_labels_and_names(hdf5_root: Path) -> None:
     data = ModelNet40(hdf5_root, "train", 16)
     assert data.labels.tolist() == [2, 0, 1, 0, 1, 2]
-    assert data.shape_ids == ["c_0000", "a_0001", "b_0002", "a_0003", "b_0000", "c_0001"]
+    names = ["c/c_0000", "a/a_0001", "b/b_0002", "a/a_0003", "b/b_0000", "c/c_0001"]
+    assert data.shape_ids == [f"train/{name}" for name in names]
     assert data.class_names == ["a", "b", "c"]
     points, label, index = data[4]
     with h5py.File(hdf5_root / "ply_data_train1.h5") as file:
@@ -149,7 +150,8 @@ def resampled_root(tmp_path: Path) -> Path:
 
 def test_resampled_text(resampled_root: Path) -> None:
     data = ModelNet40(resampled_root, "train", 32, normals=True)
-    assert data.shape_ids == ["night_stand_0001", "bed_0001", "bed_0002"]
+    names = ["night_stand/night_stand_0001", "bed/bed_0001", "bed/bed_0002"]
+    assert data.shape_ids == [f"train/{name}" for name in names] and data.up == "z"
     assert data.labels.tolist() == [1, 0, 0]
     assert data[0][0].shape == (32, 6)
     raw = np.loadtxt(resampled_root / "bed" / "bed_0002.txt", delimiter=",")[:32]
@@ -176,7 +178,7 @@ def test_text_cache_is_used_renewed_and_repaired(resampled_root: Path, tmp_path:
     assert ModelNet40(resampled_root, "train", 16, cache_dir=cache).fingerprint() == first.fingerprint()
     assert kept.read_bytes() == kept_bytes
     source = resampled_root / "bed" / "bed_0001.txt"
-    source.write_text(source.read_text().replace("5.", "7."))
+    source.write_text(source.read_text().replace("5.", "7.", 9))
     assert ModelNet40(resampled_root, "train", 16, cache_dir=cache).fingerprint() != first.fingerprint()
 
 
@@ -215,7 +217,8 @@ def mesh_root(tmp_path: Path) -> Path:
 
 def test_meshes_are_sampled_uniformly(mesh_root: Path) -> None:
     data = ModelNet40(mesh_root, "train", 6000, normals=True, normalize=False)
-    assert data.shape_ids == ["bed_0001", "desk_0001", "desk_0002"]
+    assert data.shape_ids == ["train/bed/bed_0001", "train/desk/desk_0001", "train/desk/desk_0002"]
+    assert data.up == "z"
     assert data.labels.tolist() == [0, 1, 1]
     for cloud in data.points:
         points, normals = cloud[:, :3], cloud[:, 3:]
@@ -251,8 +254,9 @@ def test_real_modelnet40(modelnet40_root: Path) -> None:
     data = ModelNet40(modelnet40_root, "test", 1024)
     assert (len(data), data.num_classes) == (2468, 40)
     assert [data.class_names[label] for label in data.labels] == [
-        name.rpartition("_")[0] for name in data.shape_ids
+        name.rpartition("/")[2].rpartition("_")[0] for name in data.shape_ids
     ]
+    assert data.up == "z"
     radius = np.linalg.norm(data.points, axis=2).max(1)
     np.testing.assert_allclose(radius, 1, atol=2e-3)
     ten = ModelNet40(modelnet40_root, "test", 256, classes="modelnet10")

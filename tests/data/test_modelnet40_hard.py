@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -56,3 +57,20 @@ def test_refuses_what_makes_no_sense(modelnet40_root: Path) -> None:
         ModelNet40Hard(modelnet40_root, "test", min_visible=0)
     with pytest.raises(ValueError, match="num_points is 0"):
         ModelNet40Hard(modelnet40_root, "test", 0)
+
+
+def test_shapes_stand_on_the_axis_that_the_set_records(tmp_path: Path) -> None:
+    """A y-up copy gives the same scenes, y up: turned, on a floor, and cut as the z-up set's are."""
+    rng = np.random.default_rng(0)
+    points = rng.random((6, 200, 3)).astype(np.float32) * [1, 0.5, 0.8] - 0.4
+    made = {}
+    for up, axes in (("z", [0, 1, 2]), ("y", [1, 2, 0])):  # (z, x, y) of the y-up copy are (x, y, z)
+        folder = tmp_path / up
+        folder.mkdir()
+        with h5py.File(folder / "ply_data_train0.h5", "w") as file:
+            file["data"], file["label"] = points[..., axes].astype(np.float32), np.arange(6) % 2
+        (folder / "shape_names.txt").write_text("a\nb\n")
+        made[up] = ModelNet40Hard(folder, "train", 128, up=up)  # type: ignore[arg-type]
+        assert made[up].up == up
+    np.testing.assert_allclose(made["y"].points, made["z"].points[..., [1, 2, 0]], atol=1e-6)
+    np.testing.assert_array_equal(made["y"].foreground, made["z"].foreground)

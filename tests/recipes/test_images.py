@@ -85,7 +85,8 @@ def test_its_features_are_cached_in_the_order_of_the_clouds(meshes, images, own)
         shapes = sorted((mesh.parts[-3], mesh.stem) for mesh in meshes.glob(f"*/{split}/*.off"))
         views = MultiViewImages(images, split, size=32, in_chans=3)
         assert len(cache) == len(shapes) == len(views)
-        for row, (_, shape) in enumerate(shapes):
+        for row, (label, name) in enumerate(shapes):
+            shape = f"{split}/{label}/{name}"
             with torch.no_grad():
                 expected = network(views[views.shape_ids.index(shape)][0][None])
             got = cache.output(torch.tensor([row]))

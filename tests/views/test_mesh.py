@@ -71,15 +71,56 @@ def test_unreadable_meshes(tmp_path):
         ("truncated.off", "OFF\n" + TETRAHEDRON[:40], "promises 4 vertices and 4 faces"),
         ("other.off", "ply\n", "does not begin with OFF"),
         ("empty.off", "", "does not begin with OFF"),
-        ("points.off", "OFF\n3 0 0\n0 0 0\n1 0 0\n0 1 0\n", "no face"),
-        ("far.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n", "missing vertices"),
-        ("nan.off", "OFF\n3 1 0\n0 0 nan\n1 0 0\n0 1 0\n3 0 1 2\n", "not finite"),
-        ("broken.ply", "ply\nformat ascii 1.0\nelement vertex 3\n", "not a readable mesh"),
+        ("far.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n", "name vertices 0 to 7 of 3"),
+        ("nan.off", "OFF\n3 1 0\n0 0 nan\n1 0 0\n0 1 0\n3 0 1 2\n", r"vertex 0 is .*nan.*finite"),
+        ("corner.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n9 0 1 2\n", "a face of 9 corners"),
+        ("flat.off", "4OFF\n1 0 0\n0 0 0 0\n", "other than three dimensions"),
+        ("short.off", "OFF BINARY\n\0\0\0\x03", "cannot be read as a mesh"),
+        ("broken.ply", "ply\nformat ascii 1.0\nelement vertex 3\n", "cannot be read as a mesh"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=reason) as error:
             read_mesh(tmp_path / name)
         assert name in str(error.value)
+    cloud = tmp_path / "points.off"
+    cloud.write_text("OFF\n3 0 0\n0 0 0\n1 0 0\n0 1 0\n")
+    assert read_mesh(cloud)[1].shape == (0, 3)
+    with pytest.raises(ValueError, match=r"points\.off has 3 vertices and no face"):
+        module._read_surface(cloud)
+
+
+def binary_off(kind: str) -> bytes:
+    """A square and a triangle of two, with the columns of ``kind`` beside the coordinates."""
+    width = {"": 0, "C": 4, "N": 3, "ST": 2, "CN": 7}[kind]
+    rows = np.full((4, 3 + width), 7.5, ">f4")
+    rows[:, :3] = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]]
+    faces = [np.array([4, 0, 1, 2, 3, 0], ">i4"), np.array([3, 0, 1, 3, 3], ">i4"), np.ones(3, ">f4")]
+    counts = np.array([4, 2, 0], ">i4").tobytes()
+    return f"{kind}OFF BINARY\n".encode() + counts + rows.tobytes() + b"".join(f.tobytes() for f in faces)
+
+
+@pytest.mark.parametrize("kind", ["", "C", "N", "ST", "CN"])
+def test_kinds_of_off(tmp_path, kind):
+    """COFF, NOFF, STOFF and so on, in text of either case and binary: the same mesh."""
+    more = " 9" * {"": 0, "C": 4, "N": 3, "ST": 2, "CN": 7}[kind]
+    rows = "".join(f"{point}{more}\n" for point in ("0 0 0", "1 0 0", "1 1 0", "0 1 0"))
+    text = f"{kind}OFF\n4 2 0\n{rows}4 0 1 2 3\n3 0 1 3 255 0 0\n"
+    for name, content in (
+        ("a.off", text.encode()), ("b.OFF", text.lower().encode()), ("c.off", binary_off(kind)),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        vertices, faces = read_mesh(tmp_path / name)
+        assert vertices.tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]], name
+        assert faces.tolist() == [[0, 1, 2], [0, 2, 3], [0, 1, 3]], name
+
+
+def test_what_would_write_the_same_images_is_refused_and_hidden_files_are_skipped(tmp_path):
+    folder = tmp_path / "ball" / "train"
+    folder.mkdir(parents=True)
+    for name in ("a.off", "a.obj", "._a.off"):
+        (folder / name).write_text("OFF\n" + TETRAHEDRON)
+    with pytest.raises(ValueError, match=r"a\.obj and .*a\.off would write the same images"):
+        render_folder(tmp_path, tmp_path / "out")
 
 
 def test_without_pyvista_it_says_what_to_install(tmp_path, monkeypatch):

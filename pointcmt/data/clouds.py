@@ -1,0 +1,174 @@
+"""Reading one's own clouds: text, NumPy, PLY, PCD, OFF and OBJ files, one shape each."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pointcmt.data.files import read_text
+from pointcmt.views.mesh_files import MESH_SUFFIXES, read_mesh
+
+TEXT_SUFFIXES = (".xyz", ".txt")
+SUFFIXES = (*MESH_SUFFIXES, ".pcd", *TEXT_SUFFIXES, ".npy", ".npz")
+
+_POINT_KEYS = ("points", "xyz", "pos", "pc", "data")
+_PCD_TYPES = {"F": "f", "I": "i", "U": "u"}
+_EXPANSION, _ALLOWANCE = 64, 64 << 20  # as for HDF5: what an archive may unpack to
+
+
+class Cloud(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        points: float64 [m, 3]; the vertices, where there are faces.
+        normals: float64 [m, 3] unit vectors, or None.
+        faces: int64 [k, 3], or None: a cloud, and not a surface to draw points on.
+    """
+
+    points: np.ndarray
+    normals: np.ndarray | None = None
+    faces: np.ndarray | None = None
+
+
+def read_cloud(path: Path) -> Cloud:
+    """The cloud or mesh in a file, by its suffix (:data:`SUFFIXES`).
+
+    Text (``xyz``, ``txt``) has a point a line, x y z and then anything, by blanks or commas; where columns 4
+    to 6 are unit vectors they are normals. ``npy`` holds such rows; ``npz`` an array ``points`` (or xyz, pos,
+    pc, data, or the only one) and maybe ``normals``. Points of a ``pcd`` that are NaN are missing
+    measurements and left out, as its library does.
+
+    Raises:
+        ValueError: another format, or a file that is damaged or empty; the message names file and reason.
+        FileNotFoundError: no such file.
+    """
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path} is of no known format; expected one of {', '.join(SUFFIXES)}")
+    try:
+        with np.errstate(invalid="ignore", over="ignore"):  # broken numbers are said below
+            if suffix in MESH_SUFFIXES:
+                points, faces = read_mesh(path)
+                cloud = Cloud(points, None if len(faces) or suffix != ".ply" else _ply_normals(path), faces)
+            elif suffix == ".pcd":
+                cloud = _read_pcd(path.read_bytes())
+            else:
+                cloud = _columns(_rows(path, suffix))
+    except Exception as error:  # parsers raise what they trip over
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    points = cloud.points
+    if len(points) == 0:
+        raise ValueError(f"{path} holds no point")
+    with np.errstate(invalid="ignore"):
+        broken = np.flatnonzero(~(np.abs(points) < 1e30).all(1))
+    if len(broken):
+        raise ValueError(
+            f"{path}: point {broken[0]} is {points[broken[0]].tolist()}; expected finite numbers below 1e30"
+        )
+    return cloud._replace(faces=cloud.faces if cloud.faces is not None and len(cloud.faces) else None)
+
+
+def _rows(path: Path, suffix: str) -> np.ndarray | dict[str, np.ndarray]:
+    if suffix == ".npy":
+        # mapped, so that a header that promises too much is an error and no allocation
+        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    if suffix == ".npz":
+        with zipfile.ZipFile(path) as archive:
+            size = sum(item.file_size for item in archive.infolist())
+        if size > _EXPANSION * path.stat().st_size + _ALLOWANCE:
+            raise ValueError(f"unpacks to {size / 1e6:.0f} MB: refused")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    lines = [re.split(r"[,;\s]+", line.strip(" \t,;")) for line in read_text(path).splitlines()]
+    rows = [line for line in lines if line != [""] and not line[0].startswith(("#", "//"))]
+    if len(rows) > 1 and len(rows[0]) == 1:
+        del rows[0]  # the number of points
+    return np.array(rows, dtype=np.float64)
+
+
+def _columns(found: np.ndarray | dict[str, np.ndarray]) -> Cloud:
+    normals = None
+    if isinstance(found, dict):
+        keys = [key for key in _POINT_KEYS if key in found] or list(found)[: len(found) == 1]
+        if not keys:
+            raise ValueError(f"holds arrays {sorted(found)}; expected one named points")
+        normals = found.get("normals")
+        found = found[keys[0]]
+    if found.ndim != 2 or found.shape[1] < 3 or found.dtype.kind not in "fiu":
+        raise ValueError(f"holds {found.dtype} {list(found.shape)}; expected rows of x y z: [points, ≥ 3]")
+    found = found.astype(np.float64)
+    points = found[:, :3]
+    if normals is None and found.shape[1] >= 6:
+        normals = found[:, 3:6]
+        if not np.allclose(np.linalg.norm(normals, axis=1), 1, atol=0.02):
+            normals = None  # colours, or something else
+    if normals is not None and normals.shape != points.shape:
+        raise ValueError(f"holds points {list(points.shape)} and normals {list(normals.shape)}")
+    return Cloud(points, normals)
+
+
+def _ply_normals(path: Path) -> np.ndarray | None:
+    """Normals of a PLY cloud, which trimesh keeps with the raw elements only."""
+    import trimesh
+
+    loaded: Any = trimesh.load(path, process=False)
+    columns = loaded.metadata.get("_ply_raw", {}).get("vertex", {}).get("data", {})
+    try:
+        return np.column_stack([np.asarray(columns[axis]).reshape(-1) for axis in ("nx", "ny", "nz")])
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
+
+
+def _read_pcd(content: bytes) -> Cloud:
+    """The point cloud library's format, in text or binary (its documentation: The PCD file format)."""
+    head: dict[str, list[str]] = {}
+    at = 0
+    while "DATA" not in head:
+        end = content.find(b"\n", at)
+        if end < 0:
+            raise ValueError("has no DATA line: truncated?")
+        words = content[at:end].decode("ascii", "replace").split("#")[0].split()
+        at = end + 1
+        if words:
+            head[words[0].upper()] = words[1:]
+    names, sizes, types = head["FIELDS"], head["SIZE"], head["TYPE"]
+    counts = [int(count) for count in head.get("COUNT", ["1"] * len(names))]
+    if not {"x", "y", "z"} <= set(names) or not len(names) == len(sizes) == len(types) == len(counts):
+        raise ValueError(f"has fields {names}; expected x, y and z, with SIZE, TYPE and COUNT of each")
+    number = int(head["POINTS"][0]) if "POINTS" in head else int(head["WIDTH"][0]) * int(head["HEIGHT"][0])
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    how = head["DATA"][0].lower() if head["DATA"] else ""
+    if how == "ascii":
+        rows = [line.split() for line in content[at:].decode("ascii", "replace").splitlines() if line.strip()]
+        table = np.array(rows[:number], dtype=np.float64).reshape(len(rows[:number]), -1)
+        columns = {name: table[:, starts[names.index(name)]] for name in names}
+    elif how == "binary":
+        kinds = [
+            (f"{name}{k}", f"<{_PCD_TYPES[kind]}{size}", (count,))
+            for k, (name, kind, size, count) in enumerate(zip(names, types, sizes, counts, strict=True))
+        ]
+        if number * np.dtype(kinds).itemsize > len(content) - at:
+            raise ValueError(f"promises {number} points and ends before: truncated?")
+        packed = np.frombuffer(content, kinds, number, at)
+        columns = {name: packed[f"{name}{k}"][:, 0] for k, name in enumerate(names)}
+    else:
+        raise ValueError(
+            f"is stored as {how!r}; expected ascii or binary. Convert it: pcl_convert_pcd_ascii_binary IN "
+            "OUT 1, or open3d.io.write_point_cloud(OUT, open3d.io.read_point_cloud(IN))"
+        )
+    if len(columns["x"]) < number:
+        raise ValueError(f"promises {number} points, has {len(columns['x'])}: truncated?")
+    points = np.column_stack([columns[name] for name in "xyz"]).astype(np.float64)
+    measured = ~np.isnan(points).any(1)
+    normals = None
+    if {"normal_x", "normal_y", "normal_z"} <= set(names):
+        normals = np.column_stack([columns[f"normal_{name}"] for name in "xyz"]).astype(np.float64)[measured]
+    return Cloud(points[measured], normals)

@@ -1,0 +1,101 @@
+"""The Princeton shape benchmark (Shilane et al., SMI 2004): meshes by class paths, in one HDF5 pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pointcmt.data.array_cache import cached_array
+from pointcmt.data.checks import Up
+from pointcmt.data.dataset import PointDataset, Split, check_split, class_rows, in_unit_sphere
+from pointcmt.data.h5 import read_datasets
+from pointcmt.data.modelnet_off import draws, sample_surface
+from pointcmt.data.registry import register_dataset
+
+_FILE = "psb_meshes.h5"
+_DATASETS = {
+    "vertices_q": (2, "u"), "faces": (2, "u"), "vertex_offset": (1, "i"), "face_offset": (1, "i"),
+    "lo": (2, "f"), "step": (1, "f"), "cls": (1, "S"), "split": (1, "i"), "id": (1, "i"),
+}  # fmt: skip
+
+
+@register_dataset("princeton", matches=lambda root: (root / _FILE).is_file(), layout=_FILE)
+class PrincetonShapes(PointDataset):
+    """The Princeton shape benchmark, its official split into 907 training and 907 test meshes (less a few
+    that the pack lacks), sampled uniformly on the surface and scaled into the unit sphere.
+
+    Its classes are paths, such as ``vehicle/car/sedan``; of the finest only some are in both splits, so
+    ``level`` says how many parts of the path count. Which axis is up differs from model to model.
+
+    Args:
+        root: folder of ``psb_meshes.h5``.
+        split: ``"train"`` or ``"test"``, the official ones.
+        num_points: N.
+        level: parts of the class path, 1 (animal, building, …) to 4.
+        shared: leave out classes that are not in both splits.
+        per_class, seed, dense_points, cache_dir, up: as in :class:`~pointcmt.data.ModelNet40`.
+
+    Raises:
+        FileNotFoundError, OSError: no such file, or a damaged one.
+        ValueError: a value out of range, or a pack that contradicts itself.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: Split,
+        num_points: int = 1024,
+        *,
+        level: int = 2,
+        shared: bool = True,
+        per_class: int | None = None,
+        seed: int = 0,
+        dense_points: int | None = None,
+        cache_dir: str | Path | None = None,
+        up: Up | None = None,
+    ) -> None:
+        check_split(split)
+        if num_points < 1 or level < 1:
+            raise ValueError(f"num_points {num_points} and level {level}: expected at least 1")
+        path = Path(root) / _FILE
+        arrays, _ = read_datasets(path, _DATASETS)
+        pack = dict(zip(_DATASETS, arrays, strict=True))
+        classes = np.array(["/".join(name.decode().split("/")[:level]) for name in pack["cls"]])
+        in_test = pack["split"] == 1
+        names = sorted(set(classes[~in_test]) & set(classes[in_test]) if shared else set(classes))
+        rows = np.flatnonzero((in_test == (split == "test")) & np.isin(classes, names))
+        labels = np.searchsorted(names, classes[rows])
+        if per_class is not None:
+            chosen = class_rows(labels, per_class, seed)
+            rows, labels = rows[chosen], labels[chosen]
+        wanted = max(num_points, dense_points or 0)
+        ids = [f"m{number}" for number in pack["id"][rows]]
+
+        def sample() -> np.ndarray:
+            clouds = np.empty((len(rows), wanted, 3), dtype=np.float32)
+            for cloud, row, name in zip(clouds, rows, ids, strict=True):
+                vertices = slice(*pack["vertex_offset"][row : row + 2])
+                faces = pack["faces"][slice(*pack["face_offset"][row : row + 2])].astype(np.int64)
+                corners = pack["vertices_q"][vertices] * float(pack["step"][row]) + pack["lo"][row]
+                if len(faces) and faces.max() >= len(corners):
+                    raise ValueError(
+                        f"{path}, {name}: faces name vertices beyond the {len(corners)} there are"
+                    )
+                cloud[:] = sample_surface(corners, faces, wanted, draws(seed, name), f"{path}, {name}")[:, :3]
+            return clouds
+
+        settings = f"princeton1-{split}-{level}-{shared}-{per_class}-{wanted}-{seed}"
+        clouds = cached_array(cache_dir, settings, [path], sample)
+        points, dense = in_unit_sphere(clouds[:, :num_points], clouds if dense_points else None)
+        flat = [names[label].replace("/", "-") for label in labels]
+        super().__init__(
+            points,
+            labels,
+            names,
+            [f"{split}/{name}/{shape}" for name, shape in zip(flat, ids, strict=True)],
+            dense,
+            rows,
+            up=up,
+        )
+        self.root, self.split = Path(root), split

@@ -1,0 +1,60 @@
+"""The Princeton shape and segmentation benchmarks, on their real files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pointcmt.data import DataOptions, subset
+from pointcmt.data.parts import LabeledPSB
+from pointcmt.data.princeton import PrincetonShapes
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def folder(name: str, file: str) -> Path:
+    if not (DATA / name / file).is_file():
+        pytest.skip(f"{file} is not in {DATA / name}")
+    return DATA / name
+
+
+def test_parts_follow_their_points() -> None:
+    root = folder("labeled_psb_parts", "labeled_psb.h5")
+    train, test = LabeledPSB(root, "train", normals=True), LabeledPSB(root, "test", 512)
+    assert (len(train), len(test), train.num_classes, len(train.part_names)) == (285, 95, 19, 94)
+    for part in (train, test):
+        of_part = np.array([name.split("/")[0] for name in part.part_names])[part.point_labels]
+        assert (of_part == np.array(part.class_names)[part.labels][:, None]).all(), (
+            "parts are of the category"
+        )
+        np.testing.assert_array_equal(part.category, part.labels)
+    np.testing.assert_allclose(np.linalg.norm(train.normals, axis=2), 1, atol=2e-2)
+    np.testing.assert_allclose(np.linalg.norm(train.points, axis=2).max(1), 1, atol=2e-2)
+    batch = subset(train, [7]).batch([0])
+    assert batch.point_labels.shape == (1, 2048) and batch.normals.shape == (1, 2048, 3)
+    options = DataOptions(str(root), num_points=256, holdout=0.2)
+    assert options.named() == "labeled_psb"
+    with pytest.warns(UserWarning, match="does not record which axis"):
+        splits = options.load()
+    assert len(splits.train) == 228 and splits.train.point_labels.shape == (228, 256)
+
+
+def test_official_split_and_coarser_classes(tmp_path: Path) -> None:
+    root = folder("psb", "psb_meshes.h5")
+    train = PrincetonShapes(root, "train", 32, per_class=2, cache_dir=tmp_path)
+    test = PrincetonShapes(root, "test", 32, level=1, per_class=3, dense_points=48)
+    assert (
+        train.num_classes == 29
+        and len(train) == 58
+        and set(train.class_names) >= {"vehicle/car", "animal/biped"}
+    )
+    assert {"animal", "furniture", "vehicle"} < set(test.class_names) and test.view_points.shape[1:] == (
+        48,
+        3,
+    )
+    assert train.shape_ids[0].startswith("train/") and train.shape_ids[0].count("/") == 2
+    np.testing.assert_allclose(np.linalg.norm(train.points, axis=2).max(1), 1, atol=1e-5)
+    again = PrincetonShapes(root, "train", 32, per_class=2, cache_dir=tmp_path)
+    assert again.fingerprint() == train.fingerprint() and len(list(tmp_path.iterdir())) == 1
