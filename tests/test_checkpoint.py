@@ -2,7 +2,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 
 import pytest
@@ -268,7 +267,7 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     refused = pytest.raises(OSError, match=r"c\.json cannot be written .*may not be written to")
     with refused, atomic_write(tmp_path / "c.json"):
         pass
