@@ -1,0 +1,1 @@
+"""Tasks: the metrics of each, and which figure to watch."""
