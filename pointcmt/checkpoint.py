@@ -26,6 +26,7 @@ _MAKERS = {
     "teacher": "pointcmt train-teacher",
     "generator": "pointcmt train-generator",
     "student": "pointcmt train",
+    "registration": "pointcmt train-registration",
 }
 
 

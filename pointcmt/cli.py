@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "cache-features": ("features", "CacheFeatures", "cache_features"),
     "train": ("train", "Train", "train"),
     "train-registration": ("train_registration", "TrainRegistration", "train_registration"),
+    "register": ("register", "Register", "register"),
     "evaluate": ("evaluate", "Evaluate", "evaluate"),
     "ablate": ("ablate", "Ablate", "ablate"),
     "robustness": ("robustness", "Robustness", "robustness"),
@@ -34,6 +35,7 @@ SUMMARY = {
     "cache-features": "compute the teacher's features of all shapes once (train does it where needed)",
     "train": "stage III: a student, plain or with PointCMT",
     "train-registration": "CMIGNet: the motion between two clouds, on pairs made of any data set",
+    "register": "the motion between two clouds in files, and whether it can be trusted",
     "evaluate": "OA, mAcc and accuracy per class of a run, in one pass or by vote",
     "ablate": "students × methods × seeds from one configuration file, with a table and a chart",
     "robustness": "accuracy of students under dropout, jitter, rotation and scale: one JSON, one plot",
@@ -66,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        Exit code: 0 done, 1 something was wrong (said in one message on stderr), 2 wrong usage,
+        Exit code: 0 done, what the command returned (register: 3 where the result cannot be trusted), 1
+        something was wrong (said in one message on stderr), 2 wrong usage,
         130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)

@@ -24,6 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"views", "checkpoint"},
     "students": {"ops"},
     "backbones": set(),
+    "registration": {"ops", "views", "checkpoint", "backbones", "data"},
+    "tasks": set(),
     "teacher": {"backbones", "views", "checkpoint"},
     "generator": {"ops", "checkpoint"},
     "compat": {"ops"},
@@ -35,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"checkpoint", "data", "views"},
     "recipes": {
         "training", "teacher", "generator", "students", "views", "data", "report", "objectives", "adapters",
-        "ops", "checkpoint", "compat", "schedules",
+        "ops", "checkpoint", "compat", "schedules", "registration", "tasks",
     },
     "cli": {"recipes", "data"},
 }  # fmt: skip
@@ -100,7 +102,7 @@ def test_adapters_import_only_the_standard_library_torch_and_their_registry():
 
 def test_importing_pointcmt_is_quiet_and_loads_no_heavy_optional_library():
     code = (
-        "import sys, pointcmt; heavy = ('pyvista', 'matplotlib', 'lightning', 'sklearn', 'tensorboard'); "
+        "import sys, pointcmt; heavy = ('pyvista', 'matplotlib', 'lightning', 'sklearn', 'tensorboard', 'open3d'); "
         "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run(

@@ -113,8 +113,8 @@ def _check(source: Tensor, target: Tensor, weights: Tensor | None) -> tuple[Tens
         weights = torch.ones_like(source[..., 0])
     if weights.shape != source.shape[:2] or not weights.is_floating_point():
         raise ValueError(
-            f"{op}: weights must be a floating-point tensor {list(source.shape[:2])}, one per pair of points, "
-            f"got {weights.dtype} of shape {list(weights.shape)}"
+            f"{op}: weights must be a floating-point tensor {list(source.shape[:2])}, one per pair of "
+            f"points, got {weights.dtype} of shape {list(weights.shape)}"
         )
     for name, tensor in (("source", source), ("target", target), ("weights", weights)):
         if not torch.isfinite(tensor).all():

@@ -62,8 +62,8 @@ class NetworkOptions:
     iterations: int = 3
     """Matchings one after the other."""
     images: Literal["observed", "canonical", "none"] = "observed"
-    """Images of each cloud as it is observed; or of the complete shape in its own pose, which is a prior that no
-    real registration has; or none."""
+    """Images of each cloud as it is observed; or of the complete shape in its own pose, which is a prior that
+    no real registration has; or none."""
     fusion: bool = True
     """Attention within a cloud, to the other and to the images."""
     mask: bool = True

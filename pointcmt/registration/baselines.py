@@ -1,7 +1,7 @@
 """What people use to register clouds: ICP, FGR and RANSAC of open3d, KISS-Matcher, small_gicp; doing nothing.
 
-Each takes the source [N, 3] and the target [M, 3] (numpy, one unit) and a ``voxel``, the length that the clouds
-are thinned to, in that unit; each returns the motion [4, 4] that takes the source to the target.
+Each takes the source [N, 3] and the target [M, 3] (numpy, one unit) and a ``voxel``, the length that the
+clouds are thinned to, in that unit; each returns the motion [4, 4] that takes the source to the target.
 """
 
 from __future__ import annotations
@@ -58,6 +58,12 @@ def described(points: np.ndarray, voxel: float) -> tuple[Any, Any]:
     cloud.normals = o3d.utility.Vector3dVector(-np.asarray(cloud.normals))
     features = o3d.pipelines.registration.compute_fpfh_feature(cloud, search(FEATURE_RADIUS * voxel, 100))
     return cloud, features
+
+
+def mutual_matches(a: Any, b: Any) -> np.ndarray:
+    """Rows int64 [m, 2] of two clouds whose features are each other's nearest."""
+    registration = need("open3d").pipelines.registration
+    return np.asarray(registration.correspondences_from_features(a, b, True)).reshape(-1, 2).astype(np.int64)
 
 
 def nothing(source: np.ndarray, target: np.ndarray, voxel: float) -> np.ndarray:
@@ -127,12 +133,16 @@ def ransac_described(a: Any, b: Any, fa: Any, fb: Any, voxel: float, seed: int =
 
 
 def kiss(source: np.ndarray, target: np.ndarray, voxel: float) -> np.ndarray:
-    """KISS-Matcher (Lim et al., 2024)."""
+    """KISS-Matcher (Lim et al., 2024), in its own default resolution: it refuses small voxels."""
     library = need("kiss_matcher", "kiss-matcher")
-    matcher = library.KISSMatcher(library.KISSMatcherConfig(voxel))
-    found = matcher.estimate(*(np.asarray(points, dtype=np.float32) for points in (source, target)))
+    config = library.KISSMatcherConfig()
+    scale = config.voxel_size / voxel
+    found = library.KISSMatcher(config).estimate(
+        *(np.asarray(points * scale, dtype=np.float32) for points in (source, target))
+    )
     motion = np.eye(4)
-    motion[:3, :3], motion[:3, 3] = np.asarray(found.rotation), np.asarray(found.translation).reshape(3)
+    motion[:3, :3] = np.asarray(found.rotation)
+    motion[:3, 3] = np.asarray(found.translation).reshape(3) / scale
     return motion
 
 

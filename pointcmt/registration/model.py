@@ -154,10 +154,19 @@ class CMIGNet(nn.Module):
                 "head, and a width in (0, 4]"
             )
         self.config: dict[str, Any] = {
-            "views": views, "keypoints": keypoints, "iterations": iterations, "width": width, "images": images,
-            "fusion": fusion, "mask": mask, "credibility": credibility, "rig": rig, "size": size, "k": k,
+            "views": views,
+            "keypoints": keypoints,
+            "iterations": iterations,
+            "width": width,
+            "images": images,
+            "fusion": fusion,
+            "mask": mask,
+            "credibility": credibility,
+            "rig": rig,
+            "size": size,
+            "k": k,
             "heads": heads,
-        }  # fmt: skip
+        }
         self.keypoints, self.iterations, self.use_credibility = keypoints, iterations, credibility
         self.images = images
         self.feature_dim = max(8, round(512 * width / heads)) * heads
@@ -332,14 +341,24 @@ class CMIGNet(nn.Module):
         return function(*inputs)
 
     def _match(self, heads: Matching, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """``heads`` of a batch, in pieces of a bounded size."""
-        source, target = inputs[:2]
-        each = source.shape[1] * target.shape[1] * heads.features.hidden
-        size = max(1, KEPT_NUMBERS // each)
-        pieces = zip(*(tensor.split(size) for tensor in inputs), strict=True)
-        large = len(source) * each > KEPT_NUMBERS
-        found = [self._bounded(large, heads, *piece) for piece in pieces]
-        return torch.cat([piece[0] for piece in found]), torch.cat([piece[1] for piece in found])
+        """``heads`` of a batch: at once where that is small, else some rows of one pair after the other,
+        which do not depend on each other."""
+        source, target, source_points, target_points = inputs
+        row = target.shape[1] * heads.features.hidden
+        if source.shape[0] * source.shape[1] * row <= KEPT_NUMBERS:
+            return heads(*inputs)
+        size = max(1, KEPT_NUMBERS // 4 // row)
+        found = []
+        for one in range(len(source)):
+            pair = slice(one, one + 1)
+            pieces = [
+                self._bounded(True, heads, rows, target[pair], places, target_points[pair])
+                for rows, places in zip(
+                    source[pair].split(size, 1), source_points[pair].split(size, 1), strict=True
+                )
+            ]
+            found.append([torch.cat(parts, 1) for parts in zip(*pieces, strict=True)])
+        return torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])
 
     def _iterate(
         self, source: Tensor, target: Tensor, places: Tensor, others: Tensor

@@ -132,35 +132,34 @@ def without_symmetric(labels: Any, class_names: Sequence[str]) -> np.ndarray:
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, float]], title: str) -> Table:
-    """The figures of several methods as a table to print; ``title`` names the protocol."""
-    columns = {
-        "rotation_rmse": "RMSE(R) °",
-        "rotation_mae": "MAE(R) °",
-        "rotation_r2": "R²(R)",
-        "translation_rmse": "RMSE(t)",
-        "translation_mae": "MAE(t)",
-        "rotation_error": "Err(R) °",
-        "rotation_median": "median °",
-        "translation_error": "Err(t)",
-        "translation_median": "median",
-        "chamfer": "CD·10³",
+    """The figures of several methods, a column each, as a table to print; ``title`` names the protocol."""
+    names = {
+        "rotation_rmse": "RMSE of Euler angles, degrees",
+        "rotation_mae": "MAE of Euler angles, degrees",
+        "rotation_r2": "R² of Euler angles",
+        "rotation_error": "rotation error, degrees: mean",
+        "rotation_median": "rotation error, degrees: median",
+        "translation_rmse": "RMSE of translation",
+        "translation_mae": "MAE of translation",
+        "translation_r2": "R² of translation",
+        "translation_error": "translation error: mean",
+        "translation_median": "translation error: median",
+        "chamfer": "modified Chamfer distance",
     }
-    recalls = sorted({name for row in rows.values() for name in row if name.startswith("recall_")}, key=len)
-    for name in recalls:
-        _, degrees, distance = name.split("_")
-        columns[name] = f"recall {degrees}° {distance}"
-    used = [name for name in columns if any(name in row for row in rows.values())]
+    for figure in dict.fromkeys(name for row in rows.values() for name in row):
+        if figure.startswith("recall_"):
+            _, degrees, distance = figure.split("_")
+            names[figure] = f"recall at {degrees}° and {distance}"
     table = Table(title=title)
-    table.add_column("method")
-    for name in used:
-        table.add_column(columns[name], justify="right")
-    for method, row in rows.items():
-        cells = []
-        for name in used:
-            value = row.get(name)
-            scale, digits = (1e3, 2) if name == "chamfer" else (1, 2 if name.startswith("rotation") else 3)
-            cells.append("" if value is None else f"{scale * value:.{digits}f}")
-        table.add_row(method, *cells)
+    table.add_column("")
+    for method in rows:
+        table.add_column(method, justify="right")
+    for figure, words in names.items():
+        if any(figure in row for row in rows.values()):
+            digits = 2 if figure.startswith("rotation") else 5 if figure == "chamfer" else 3
+            table.add_row(
+                words, *(f"{row[figure]:.{digits}f}" if figure in row else "" for row in rows.values())
+            )
     return table
 
 
