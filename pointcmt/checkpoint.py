@@ -35,6 +35,7 @@ _MAKERS = {
     "generator": "pointcmt train-generator",
     "network": "pointcmt pretrain",
     "student": "pointcmt train",
+    "registration": "pointcmt train-registration",
 }
 
 

@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "pretrain": ("recipes.pretrain", "Pretrain", "pretrain"),
     "probe": ("recipes.probe", "Probe", "probe"),
     "few-shot": ("recipes.few_shot", "FewShot", "few_shot"),
+    "train-registration": ("recipes.train_registration", "TrainRegistration", "train_registration"),
+    "register": ("recipes.register", "Register", "register"),
     "evaluate": ("recipes.evaluate", "Evaluate", "evaluate"),
     "ablate": ("studies.ablate", "Ablate", "ablate"),
     "robustness": ("studies.robustness", "Robustness", "robustness"),
@@ -39,6 +41,8 @@ SUMMARY = {
     "pretrain": "no labels: pictures of the clouds teach a network (Pic@Point, MM-Point, CrossPoint)",
     "probe": "what a network's frozen features are worth: a linear SVM, beside random weights",
     "few-shot": "what they are worth with few labels: K-way N-shot, beside random weights",
+    "train-registration": "CMIGNet: the motion between two clouds, on pairs made of any data set",
+    "register": "the motion between two clouds in files, and whether it can be trusted",
     "evaluate": "OA, mAcc and accuracy per class of a run, in one pass or by vote",
     "ablate": "students × methods × seeds from one configuration file, with a table and a chart",
     "robustness": "accuracy of students under dropout, jitter, rotation and scale: one JSON, one plot",
@@ -74,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        Exit code: 0 done, 1 something was wrong (said in one message on stderr), 2 wrong usage,
+        Exit code: 0 done, what the command returned (register: 3 where the result cannot be trusted), 1
+        something was wrong (said in one message on stderr), 2 wrong usage,
         130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)

@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbones": set(),
     "pretrained": set(),
     "teacher": {"backbones", "pretrained", "views", "checkpoint"},
+    "registration": {"ops", "views", "checkpoint", "backbones", "data", "objectives", "types"},
     "generator": {"ops", "checkpoint"},
     "compat": {"ops"},
     "frozen": set(),
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": {"methods", "training", "objectives", "adapters"},
     "recipes": {
         "methods", "training", "teacher", "generator", "students", "views", "data", "pictures", "objectives",
-        "adapters", "ops", "checkpoint", "compat", "schedules", "tasks",
+        "adapters", "ops", "checkpoint", "compat", "schedules", "tasks", "registration",
     },
     "studies": {"recipes", "tasks", "data", "pictures", "checkpoint"},
     "cli": {"recipes", "studies", "data"},
@@ -106,7 +107,8 @@ def test_adapters_import_only_the_standard_library_torch_and_their_registry():
 
 def test_importing_pointcmt_is_quiet_and_loads_no_heavy_optional_library():
     code = (
-        "import sys, pointcmt; heavy = ('pyvista', 'matplotlib', 'lightning', 'sklearn', 'tensorboard'); "
+        "import sys, pointcmt; "
+        "heavy = ('pyvista', 'matplotlib', 'lightning', 'sklearn', 'tensorboard', 'open3d'); "
         "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run(

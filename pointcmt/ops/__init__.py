@@ -12,10 +12,12 @@ from pointcmt.ops.grouping import (
 )
 from pointcmt.ops.neighbors import ball_query, knn, three_nn
 from pointcmt.ops.normalize import unit_cube
+from pointcmt.ops.rigid import Rigid, weighted_procrustes
 from pointcmt.ops.sampling import furthest_point_sample
 
 __all__ = [
     "EmdStatistics",
+    "Rigid",
     "ball_query",
     "check_deferred",
     "emd",
@@ -31,4 +33,5 @@ __all__ = [
     "three_interpolate",
     "three_nn",
     "unit_cube",
+    "weighted_procrustes",
 ]

@@ -456,7 +456,7 @@ def find_checkpoint(path: Path, kind: str) -> Path:
 
     Args:
         path: a ``.safetensors`` file, or a run folder.
-        kind: ``teacher``, ``generator`` or ``student``.
+        kind: ``teacher``, ``generator``, ``student`` or ``registration``.
 
     Raises:
         FileNotFoundError: neither is there; names the command that makes one.
@@ -468,7 +468,12 @@ def find_checkpoint(path: Path, kind: str) -> Path:
     for file in tried:
         if file.is_file():
             return file
-    command = {"teacher": "train-teacher", "generator": "train-generator", "student": "train"}[kind]
+    command = {
+        "teacher": "train-teacher",
+        "generator": "train-generator",
+        "student": "train",
+        "registration": "train-registration",
+    }[kind]
     unfinished = (
         " The run in that folder is not finished: continue it with --resume."
         if (path / "config.json").exists() and not (path / "results.json").exists()

@@ -1,0 +1,431 @@
+"""CMIGNet: registration of two clouds, guided by images of them (Xie et al., RA-L 2024, arXiv 2311.01202)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pointcmt import checkpoint as files
+from pointcmt.ops import furthest_point_sample, knn, weighted_procrustes
+from pointcmt.ops.rigid import Rigid
+from pointcmt.registration.layers import (
+    Fusion,
+    Matching,
+    PointEncoder,
+    Significance,
+    ViewEncoder,
+    first_cameras,
+)
+
+Images = Literal["observed", "canonical", "none"]
+
+KEPT_NUMBERS = 2**24
+"""A layer whose largest tensor has more numbers than this (64 MB in float32) is cut into pieces where it can
+be, and computed again in the backward pass."""
+
+
+class Iteration(NamedTuple):
+    """What one iteration said, for the losses.
+
+    Attributes:
+        logits: [B, K, K] of all pairs of keypoints.
+        credibility: [B, K] logits.
+        chosen: int64 [B, K] column of each row's best match.
+    """
+
+    logits: Tensor
+    credibility: Tensor
+    chosen: Tensor
+
+
+class Trace(NamedTuple):
+    """What the losses need of a training step; see :func:`pointcmt.registration.registration_loss`.
+
+    Attributes:
+        source_features, target_features: [B, N, C] and [B, M, C], of the encoder, before any fusion.
+        view_features: [B, C] mean over the clouds of the maximum over their views; None without images.
+        source_scores, target_scores: [B, K] significance of the keypoints; None without the mask.
+        source_index, target_index: int64 [B, K] the keypoints: row k's true match is column k.
+        matched: bool [B, K], whether keypoint k of the source has a counterpart.
+        iterations: one after the other.
+    """
+
+    source_features: Tensor
+    target_features: Tensor
+    view_features: Tensor | None
+    source_scores: Tensor | None
+    target_scores: Tensor | None
+    source_index: Tensor
+    target_index: Tensor
+    matched: Tensor
+    iterations: list[Iteration]
+
+
+class Registration(NamedTuple):
+    """The motion that takes the source to the target, and what it rests on.
+
+    Attributes:
+        rotation: [B, 3, 3], determinant +1, and
+        translation: [B, 3]: ``moved = source @ rotation.mT + translation[:, None]``.
+        correspondences: int64 [B, K, 2], rows of the source and of the target, of the last iteration.
+        weights: [B, K] of them, summing to 1; 0 for the less credible half.
+        trace: what the losses need; in training only.
+    """
+
+    rotation: Tensor
+    translation: Tensor
+    correspondences: Tensor
+    weights: Tensor
+    trace: Trace | None = None
+
+
+class CMIGNet(nn.Module):
+    """Cross-Modal Information-Guided Network: two clouds → the motion between them.
+
+    Encoder (EdgeConv) on both clouds as one batch; a CNN on V depth views of each cloud; fusion by attention
+    within a cloud, to the other cloud and to the cloud's view tokens; significance scores, of which the K
+    highest are keypoints; matching from features and coordinates; weighted Procrustes; ``iterations`` times.
+
+    The method is the paper's. What differs from the public code (IvanXie416/CMIGNet), and why:
+
+    - Images are rendered from *each cloud as it is observed*. There they show the complete object in its
+      canonical pose, which no real registration has; ``images="canonical"`` takes such images, as a prior.
+    - A point attends to V view tokens. There the memory is one vector repeated N times: a softmax over equal
+      keys, which adds the same vector to every point.
+    - The two clouds exchange features in one block that serves both, not in three passes of encoder and
+      decoder: a quarter of the work.
+    - A cloud's scores come from its own features and the other's pooled one, with linear output. There they
+      come from the *other* cloud's points, whose order is unrelated, through a sigmoid that cannot reach the
+      negative entropy it is fitted to.
+    - The overlap contrast has margins that normalised features can reach (see ``losses``); there it is off,
+      and without gradient where it is on.
+    - Procrustes has weighted centroids; there they are unweighted. No gradient passes through the pose, as
+      there.
+    - Matching heads normalise channels (LayerNorm), not the batch: the result does not depend on the other
+      pairs of a batch, and large ones are computed pair by pair and again in the backward pass, in bounded
+      memory.
+    - Logits are not clamped to ±20, where they would tie and lose their gradient.
+
+    Args:
+        views: V, images of each cloud: the first cameras of ``rig``.
+        keypoints: K; fewer where a cloud has fewer points.
+        iterations: matchings one after the other, each with heads of its own.
+        width: factor of all layers' channels; 1 is the paper's network, 0.25 one for CPUs.
+        images: ``observed``: rendered from the clouds; ``canonical``: given by the caller, of the complete
+            object in its own pose, a prior; ``none``: no images at all.
+        fusion: attention of any kind; without it images take no part at inference.
+        mask: keypoints by their scores; without it by furthest point sampling.
+        credibility: weigh correspondences by their credibility; without it all alike.
+        rig: name of the cameras. size: pixels of a view's side.
+        k: neighbours in the encoder.
+        heads: of the attention.
+
+    Raises:
+        ValueError: options out of range.
+    """
+
+    def __init__(
+        self,
+        views: int = 6,
+        keypoints: int = 256,
+        iterations: int = 3,
+        width: float = 1.0,
+        images: Images = "observed",
+        fusion: bool = True,
+        mask: bool = True,
+        credibility: bool = True,
+        rig: str = "simpleview",
+        size: int = 64,
+        k: int = 20,
+        heads: int = 4,
+    ) -> None:
+        super().__init__()
+        if images not in ("observed", "canonical", "none"):
+            raise ValueError(f"images={images!r}; expected 'observed', 'canonical' or 'none'")
+        if keypoints < 3 or iterations < 1 or k < 1 or not 0 < width <= 4 or size < 8 or heads < 1:
+            raise ValueError(
+                f"keypoints={keypoints}, iterations={iterations}, k={k}, width={width}, size={size}, "
+                f"heads={heads}: expected at least 3 keypoints, 1 iteration, 1 neighbour, 8 pixels and 1 "
+                "head, and a width in (0, 4]"
+            )
+        self.config: dict[str, Any] = {
+            "views": views,
+            "keypoints": keypoints,
+            "iterations": iterations,
+            "width": width,
+            "images": images,
+            "fusion": fusion,
+            "mask": mask,
+            "credibility": credibility,
+            "rig": rig,
+            "size": size,
+            "k": k,
+            "heads": heads,
+        }
+        self.keypoints, self.iterations, self.use_credibility = keypoints, iterations, credibility
+        self.images = images
+        self.feature_dim = max(8, round(512 * width / heads)) * heads
+        self.encoder = PointEncoder(self.feature_dim, width, k)
+        self.views: ViewEncoder | None = None
+        if images != "none":
+            layers = (2, 2, 2, 2) if width >= 0.5 else (1, 1, 1, 1)
+            self.views = ViewEncoder(first_cameras(rig, views), size, self.feature_dim, width, layers)
+        self.fusion = Fusion(self.feature_dim, heads, self.views is not None) if fusion else None
+        self.significance = Significance(self.feature_dim, -math.log(keypoints)) if mask else None
+        self.matching = nn.ModuleList(Matching(self.feature_dim, width) for _ in range(iterations))
+
+    def forward(
+        self,
+        source: Tensor,
+        target: Tensor,
+        images: Tensor | tuple[Tensor, Tensor] | None = None,
+        truth: Rigid | tuple[Tensor, Tensor] | None = None,
+    ) -> Registration:
+        """The motion from source to target.
+
+        Args:
+            source: [B, N, 3] and
+            target: [B, M, 3], in the scale of the unit sphere, N and M at least 3.
+            images: with ``images="observed"`` the two clouds' images, [B, V, 1, S, S] each, in place of
+                rendered ones; with ``canonical`` the object's, [B, V, 1, S, S], for both clouds.
+            truth: rotation [B, 3, 3] and translation [B, 3], in training only: keypoints are then drawn half
+                from the source's points that have a counterpart, half from the others, and the target's are
+                the true nearest of each.
+
+        Raises:
+            ValueError: shapes other than these, NaN or infinite coordinates, truth given outside of training
+                or missing in it.
+        """
+        self._check(source, target, truth)
+        source_features, target_features = self._encode(source, target)
+        source_tokens, target_tokens = self._tokens(source, target, images)
+        source_fused, target_fused = self._fuse(
+            source_features, target_features, source_tokens, target_tokens
+        )
+        scores = self._scores(source_fused, target_fused)
+        matched = None
+        if truth is None:
+            count = min(self.keypoints, source.shape[1], target.shape[1])
+            chosen = [
+                self._select(points, score, count)
+                for points, score in zip((source, target), scores, strict=True)
+            ]
+        else:
+            chosen, matched = draw_keypoints(source, target, truth, self.keypoints)
+        keys = [_rows(x, index) for x, index in zip((source_fused, target_fused), chosen, strict=True)]
+        places = [_rows(x, index) for x, index in zip((source, target), chosen, strict=True)]
+        pose, correspondences, weights, steps = self._iterate(*keys, *places)
+        trace = None
+        if truth is not None:
+            assert matched is not None
+            seen = None
+            if source_tokens is not None and target_tokens is not None:
+                seen = (source_tokens.amax(1) + target_tokens.amax(1)) / 2
+            kept_scores = [
+                None if score is None else score.gather(1, index)
+                for score, index in zip(scores, chosen, strict=True)
+            ]
+            trace = Trace(
+                source_features,
+                target_features,
+                seen,
+                kept_scores[0],
+                kept_scores[1],
+                chosen[0],
+                chosen[1],
+                matched,
+                steps,
+            )
+        pairs = torch.stack([chosen[0], chosen[1].gather(1, correspondences)], -1)
+        return Registration(*pose, pairs, weights, trace)
+
+    def save(self, path: files.PathLike) -> None:
+        """Write the network, with its configuration, as one safetensors file."""
+        files.save_module(path, self, "registration", self.config)
+
+    @classmethod
+    def load(cls, path: files.PathLike) -> CMIGNet:
+        """The network in a file of :meth:`save`: eval mode, CPU.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or not such a file.
+        """
+        return files.load_module(path, "registration", cls)
+
+    def _check(self, source: Tensor, target: Tensor, truth: Any) -> None:
+        for name, points in (("source", source), ("target", target)):
+            if points.dim() != 3 or points.shape[-1] != 3 or not points.is_floating_point():
+                raise ValueError(
+                    f"CMIGNet: {name} must be a floating-point tensor [B, N, 3], "
+                    f"got {points.dtype} of shape {list(points.shape)}"
+                )
+            if points.shape[1] < 3:
+                raise ValueError(f"CMIGNet: {name} has {points.shape[1]} points; a pose needs at least 3")
+            if not torch.isfinite(points).all():
+                raise ValueError(f"CMIGNet: {name} holds a NaN or an infinity; remove such points first")
+        if len(source) != len(target):
+            raise ValueError(f"CMIGNet: {len(source)} sources and {len(target)} targets; expected as many")
+        if self.training != (truth is not None):
+            raise ValueError(
+                "CMIGNet: truth=(rotation, translation) is given in training mode and only there: "
+                + ("call .eval() to register clouds" if self.training else "call .train() to train")
+            )
+
+    def _encode(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if source.shape == target.shape:  # one batch: shared statistics of the batch normalisation
+            both = self.encoder(torch.cat([source, target]))
+            return both[: len(source)], both[len(source) :]
+        return self.encoder(source), self.encoder(target)
+
+    def _tokens(
+        self, source: Tensor, target: Tensor, images: Tensor | tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if self.views is None:
+            if images is not None:
+                raise ValueError("CMIGNet: images were given to a network made with images='none'")
+            return None, None
+        if self.images == "canonical":
+            if not isinstance(images, Tensor):
+                raise ValueError(
+                    "CMIGNet: a network made with images='canonical' needs images [B, V, 1, S, S] of the "
+                    "complete object"
+                )
+            tokens = self.views(self._fitting(images, len(source)))
+            return tokens, tokens
+        if images is None:
+            both = torch.cat([self.views.render(source), self.views.render(target)])
+        elif isinstance(images, Tensor):
+            raise ValueError(
+                "CMIGNet: images must be a pair, those of the source and those of the target; one set for "
+                "both is what images='canonical' means"
+            )
+        else:
+            both = torch.cat([self._fitting(part, len(source)) for part in images])
+        tokens = self.views(both)
+        return tokens[: len(source)], tokens[len(source) :]
+
+    def _fitting(self, images: Tensor, batch: int) -> Tensor:
+        assert self.views is not None
+        size = self.views.size
+        expected = [batch, len(self.views.cameras), 1, size, size]
+        if list(images.shape) != expected:
+            raise ValueError(f"CMIGNet: images have shape {list(images.shape)}; expected {expected}")
+        return images
+
+    def _fuse(
+        self, source: Tensor, target: Tensor, source_tokens: Tensor | None, target_tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.fusion is None:
+            return source, target
+        large = 16 * source.numel() > KEPT_NUMBERS
+        source, target = (self._bounded(large, self.fusion.attend, x) for x in (source, target))
+        return (
+            self._bounded(large, self.fusion, source, target, source_tokens),
+            self._bounded(large, self.fusion, target, source, target_tokens),
+        )
+
+    def _scores(self, source: Tensor, target: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.significance is None:
+            return None, None
+        return (
+            self.significance(source, target.amax(1)),
+            self.significance(target, source.amax(1)),
+        )
+
+    def _select(self, points: Tensor, score: Tensor | None, count: int) -> Tensor:
+        if score is None:
+            return furthest_point_sample(points, count).long()
+        return score.topk(count, dim=1).indices
+
+    def _bounded(self, large: bool, function: Any, *inputs: Any) -> Any:
+        """``function`` of the inputs; where large, computed again in the backward pass instead of kept."""
+        if large and self.training and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return function(*inputs)
+
+    def _match(self, heads: Matching, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """``heads`` of a batch: at once where that is small, else some rows of one pair after the other,
+        which do not depend on each other."""
+        source, target, source_points, target_points = inputs
+        row = target.shape[1] * heads.features.hidden
+        if source.shape[0] * source.shape[1] * row <= KEPT_NUMBERS:
+            return heads(*inputs)
+        size = max(1, KEPT_NUMBERS // 4 // row)
+        found = []
+        for one in range(len(source)):
+            pair = slice(one, one + 1)
+            pieces = [
+                self._bounded(True, heads, rows, target[pair], places, target_points[pair])
+                for rows, places in zip(
+                    source[pair].split(size, 1), source_points[pair].split(size, 1), strict=True
+                )
+            ]
+            found.append([torch.cat(parts, 1) for parts in zip(*pieces, strict=True)])
+        return torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])
+
+    def _iterate(
+        self, source: Tensor, target: Tensor, places: Tensor, others: Tensor
+    ) -> tuple[Rigid, Tensor, Tensor, list[Iteration]]:
+        rotation = torch.eye(3, dtype=places.dtype, device=places.device).expand(len(places), 3, 3)
+        pose = Rigid(rotation, places.new_zeros(len(places), 3))
+        steps: list[Iteration] = []
+        moved, chosen, weights = places, None, None
+        for heads in self.matching:
+            assert isinstance(heads, Matching)
+            logits, credibility = self._match(heads, source, target, moved, others)
+            chosen = logits.argmax(2)
+            steps.append(Iteration(logits, credibility, chosen))
+            with torch.no_grad():
+                weights = self._weights(credibility)
+                step = weighted_procrustes(moved, _rows(others, chosen), weights)
+                moved = step.move(moved)
+                pose = Rigid(
+                    step.rotation @ pose.rotation,
+                    (step.rotation @ pose.translation[..., None]).squeeze(-1) + step.translation,
+                )
+        assert chosen is not None and weights is not None
+        return pose, chosen, weights, steps
+
+    def _weights(self, credibility: Tensor) -> Tensor:
+        """Weights [B, K] that sum to 1, of the more credible half."""
+        if not self.use_credibility:
+            return torch.full_like(credibility, 1 / credibility.shape[1])
+        kept = credibility >= credibility.median(1, keepdim=True).values
+        # sigmoid up to a factor, in float64 in Procrustes: its largest is never 0
+        weights = F.logsigmoid(credibility.float()).masked_fill(~kept, -torch.inf)
+        return weights.softmax(1)
+
+
+def draw_keypoints(
+    source: Tensor,
+    target: Tensor,
+    truth: Rigid | tuple[Tensor, Tensor],
+    count: int,
+    distance: float = 0.05,
+) -> tuple[list[Tensor], Tensor]:
+    """Keypoints of a training step: half of them with a counterpart, half without, as far as there are.
+
+    Returns:
+        rows of the source and of the target, int64 [B, K] each: the target's are the true nearest of the
+        source's; and bool [B, K], whether that is within ``distance``.
+    """
+    truth = Rigid(*truth)
+    near, nearest = knn(truth.move(source), target, 1)
+    matched = near.squeeze(-1) < distance**2
+    count = min(count, source.shape[1])
+    key = matched + torch.rand(matched.shape, device=source.device)
+    positive = key.topk(count // 2, 1).indices
+    key = (~matched + torch.rand(matched.shape, device=source.device)).scatter(1, positive, -1.0)
+    negative = key.topk(count - count // 2, 1).indices
+    rows = torch.cat([positive, negative], 1)
+    return [rows, nearest.squeeze(-1).gather(1, rows)], matched.gather(1, rows)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows [B, K, C] of x [B, N, C]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
