@@ -8,9 +8,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "neighbors_tree.h"
 #include "simd.h"
 
 namespace pointcmt {
@@ -18,11 +21,31 @@ namespace {
 
 using namespace simd;
 
+// From here on a tree is faster: making it costs some 30 ns for each point, and a search some 0.4 µs.
+constexpr int64_t kTreePoints = 1024;
+constexpr int64_t kTreeQueries = 128;
+
+// Every cloud's tree and the order of its queries, where the cloud is large and in reach.
+template <typename T>
+std::vector<SearchedCloud<T>> make_trees(const T* points, const T* queries, const std::vector<int64_t>& sizes,
+                                         int64_t n, int64_t m, int64_t k) {
+  std::vector<SearchedCloud<T>> clouds(sizes.size());
+  if (m < kTreeQueries) return clouds;
+  at::parallel_for(0, static_cast<int64_t>(sizes.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      if (sizes[b] < std::max(kTreePoints, 8 * k)) continue;
+      clouds[b] = SearchedCloud<T>(points + b * n * 3, sizes[b], queries + b * m * 3, m, k);
+    }
+  });
+  return clouds;
+}
+
 // ---------------------------------------------------------------------------------- ball query
 
-// One query: the points come as three arrays, padded with infinity, which is inside no ball.
+// One query: the points come as three arrays, padded with infinity, which is inside no ball. Whether nsample hits
+// were found; where not, the rest is filled up.
 template <typename T>
-void query_ball(const T* x, const T* y, const T* z, int64_t padded, const T* centre, T radius2, int64_t nsample,
+bool query_ball(const T* x, const T* y, const T* z, int64_t padded, const T* centre, T radius2, int64_t nsample,
                 int64_t* out) {
   constexpr int64_t W = width<T>;
   const Vec<T> cx = splat(centre[0]), cy = splat(centre[1]), cz = splat(centre[2]), limit = splat(radius2);
@@ -34,12 +57,15 @@ void query_ball(const T* x, const T* y, const T* z, int64_t padded, const T* cen
     for (; hit && count < nsample; hit &= hit - 1) out[count++] = j + __builtin_ctz(hit);
   }
   std::fill(out + count, out + nsample, count ? out[0] : 0);
+  return count == nsample;
 }
 
-at::Tensor ball_query(double radius, int64_t nsample, const at::Tensor& xyz, const at::Tensor& new_xyz) {
-  check_ball_query(radius, nsample, xyz, new_xyz);
+at::Tensor ball_query(double radius, int64_t nsample, const at::Tensor& xyz, const at::Tensor& new_xyz,
+                      const std::optional<at::Tensor>& lengths) {
+  check_ball_query(radius, nsample, xyz, new_xyz, lengths);
   const at::Tensor points = xyz.contiguous(), centres = new_xyz.contiguous();
   const int64_t batch = points.size(0), n = points.size(1), m = centres.size(1);
+  const std::vector<int64_t> sizes = cloud_sizes("ball_query", lengths, batch, n);
   at::Tensor idx = at::empty({batch, m, nsample}, points.options().dtype(at::kLong));
   AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "ball_query", [&] {
     constexpr int64_t W = width<scalar_t>;
@@ -53,14 +79,28 @@ at::Tensor ball_query(double radius, int64_t nsample, const at::Tensor& xyz, con
       for (int64_t row = begin; row < end; ++row) {
         const scalar_t* source = in + row / 3 * n * 3 + row % 3;
         scalar_t* target = plane + row * padded;
-        for (int64_t j = 0; j < n; ++j) target[j] = source[3 * j];
-        std::fill(target + n, target + padded, std::numeric_limits<scalar_t>::infinity());
+        const int64_t size = sizes[row / 3];
+        for (int64_t j = 0; j < size; ++j) target[j] = source[3 * j];
+        std::fill(target + size, target + padded, std::numeric_limits<scalar_t>::infinity());
       }
     });
+    const auto walk = [&](int64_t b, int64_t q, int64_t limit) {
+      const scalar_t* x = plane + b * 3 * padded;
+      return query_ball(x, x + padded, x + 2 * padded, std::min(padded, round_up(limit, 2 * W)),
+                        centre + (b * m + q) * 3, radius2, nsample, out + (b * m + q) * nsample);
+    };
+    const std::vector<SearchedCloud<scalar_t>> clouds = make_trees(in, centre, sizes, n, m, 1);
     at::parallel_for(0, batch * m, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t q = begin; q < end; ++q) {
-        const scalar_t* x = plane + q / m * 3 * padded;
-        query_ball(x, x + padded, x + 2 * padded, padded, centre + q * 3, radius2, nsample, out + q * nsample);
+      TreeSearch<scalar_t> search;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / m, i = task % m;
+        const int64_t q = clouds[b].usable ? clouds[b].query[i] : i;
+        if (!clouds[b].usable || i >= clouds[b].reachable) {
+          walk(b, q, sizes[b]);
+        } else {
+          search.ball(clouds[b].tree, sizes[b], centre + (b * m + q) * 3, radius2, nsample,
+                      out + (b * m + q) * nsample, [&](int64_t limit) { return walk(b, q, std::min(limit, sizes[b])); });
+        }
       }
     });
   });
@@ -102,10 +142,12 @@ void three_nearest(const T* query, int64_t lanes, const T* known, int64_t m, T* 
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> three_nn(const at::Tensor& unknown, const at::Tensor& known) {
-  check_three_nn(unknown, known);
+std::tuple<at::Tensor, at::Tensor> three_nn(const at::Tensor& unknown, const at::Tensor& known,
+                                            const std::optional<at::Tensor>& lengths) {
+  check_three_nn(unknown, known, lengths);
   const at::Tensor queries = unknown.contiguous(), points = known.contiguous();
   const int64_t batch = queries.size(0), n = queries.size(1), m = points.size(1);
+  const std::vector<int64_t> sizes = cloud_sizes("three_nn", lengths, batch, m);
   at::Tensor distance = at::empty({batch, n, 3}, queries.options());
   at::Tensor idx = at::empty({batch, n, 3}, queries.options().dtype(at::kLong));
   AT_DISPATCH_FLOATING_TYPES(queries.scalar_type(), "three_nn", [&] {
@@ -114,10 +156,25 @@ std::tuple<at::Tensor, at::Tensor> three_nn(const at::Tensor& unknown, const at:
     const scalar_t *query = queries.const_data_ptr<scalar_t>(), *point = points.const_data_ptr<scalar_t>();
     scalar_t* d = distance.mutable_data_ptr<scalar_t>();
     int64_t* i = idx.mutable_data_ptr<int64_t>();
+    const std::vector<SearchedCloud<scalar_t>> clouds = make_trees(point, query, sizes, m, n, 3);
     at::parallel_for(0, batch * blocks, 8, [&](int64_t begin, int64_t end) {
+      TreeSearch<scalar_t> search;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / blocks, first = task % blocks * W, row = 3 * (b * n + first);
-        three_nearest(query + row, std::min(W, n - first), point + b * m * 3, m, d + row, i + row);
+        const scalar_t* cloud = point + b * m * 3;
+        if (!clouds[b].usable) {
+          three_nearest(query + row, std::min(W, n - first), cloud, sizes[b], d + row, i + row);
+          continue;
+        }
+        for (int64_t place = first; place < std::min(first + W, n); ++place) {
+          const int64_t at = 3 * (b * n + clouds[b].query[place]);
+          if (place >= clouds[b].reachable) {
+            three_nearest(query + at, 1, cloud, sizes[b], d + at, i + at);
+            continue;
+          }
+          search.nearest(clouds[b], place, query + at, 3, d + at, i + at);
+          for (int64_t j = 0; j < 3; ++j) d[at + j] = std::sqrt(d[at + j]);
+        }
       }
     });
   });
@@ -178,9 +235,9 @@ struct Tiles {
 };
 
 template <typename T>
-void make_tiles(const T* cloud, int64_t n, int64_t dims, bool direct, T* value, T* norm, T* centre, T* radius) {
+void make_tiles(const T* cloud, int64_t n, int64_t dims, bool direct, int64_t count, T* value, T* norm, T* centre,
+                T* radius) {
   constexpr int64_t P = Tiles<T>::points;
-  const int64_t count = (n + P - 1) / P;
   std::vector<double> mean(dims, 0.0);
   if (!direct) {
     for (int64_t j = 0; j < n; ++j)
@@ -255,35 +312,6 @@ inline void scores_product(const T* tile, const T* norm, const T* query, int64_t
       store(out + q * stride + v * W, load(norm + v * W) - T(2) * dot[q][v]);
 }
 
-// A value that at least k scores do not exceed: the k-th smallest minimum of groups of scores.
-template <typename T>
-T kth_bound(const T* score, int64_t padded, int64_t k, std::vector<T>& minima) {
-  constexpr int64_t W = width<T>;
-  const int64_t vectors = padded / W, groups = (3 * k / 2 + W - 1) / W;  // of 3k/2 minima or a few more
-  if (groups * 2 > vectors) return std::numeric_limits<T>::infinity();
-  minima.resize(groups * W);
-  for (int64_t g = 0; g < groups; ++g) {
-    Vec<T> low = splat(std::numeric_limits<T>::infinity());
-    for (int64_t v = g; v < vectors; v += groups) low = min(load(score + v * W), low);
-    store(minima.data() + g * W, low);
-  }
-  if (groups > 8) {
-    std::nth_element(minima.begin(), minima.begin() + (k - 1), minima.end());
-    return minima[k - 1];
-  }
-  // the smallest minimum that k or more do not exceed, counted without branches
-  Vec<T> bound = splat(std::numeric_limits<T>::infinity());
-  for (int64_t g = 0; g < groups; ++g) {
-    const Vec<T> mine = load(minima.data() + g * W);
-    Mask<T> rank{};
-    for (int64_t j = 0; j < groups * W; ++j) rank -= splat(minima[j]) <= mine;
-    bound = min(rank >= static_cast<typename Types<T>::Int>(k) ? mine : bound, bound);
-  }
-  T out = bound[0];
-  for (int64_t l = 1; l < W; ++l) out = bound[l] < out ? bound[l] : out;
-  return out;
-}
-
 // Writes the k smallest of the candidates (listed by ascending index), ties to the lower index.
 template <typename T>
 void write_sorted(std::vector<T>& distance, const std::vector<int32_t>& candidate, int64_t count, int64_t k,
@@ -324,7 +352,7 @@ template <typename T>
 class BlockSearch {
  public:
   BlockSearch(int64_t n, int64_t dims, int64_t k, int64_t rows)
-      : n_(n), dims_(dims), k_(k), padded_(round_up(n, Tiles<T>::points)), scores_(rows * padded_),
+      : dims_(dims), k_(k), padded_(round_up(n, Tiles<T>::points)), scores_(rows * padded_),
         centred_(rows * dims), distance_(padded_ + width<T>), candidate_(padded_) {}
 
   // queries: rows × dims, as given; cloud: n × dims, as given.
@@ -361,7 +389,8 @@ class BlockSearch {
               int64_t* idx) {
     constexpr int64_t W = width<T>;
     const bool direct = dims_ <= kDirectDims;
-    T limit = kth_bound(score, padded_, k_, minima_);
+    const int64_t k = std::min(k_, tiles.n);
+    T limit = kth_bound(score, padded_, k, minima_);
     if (!direct) {
       // A score's error is at most e = (1.125 D + 14) u (|q| + max |p|)², u half the epsilon: D terms
       // in |p|² and in q·p, the rounding of the centred coordinates, of the sum and of the exact
@@ -383,54 +412,84 @@ class BlockSearch {
       unsigned hit = bits(~(load(score + j) > bound));
       for (; hit; hit &= hit - 1) candidate_[count++] = static_cast<int32_t>(j + __builtin_ctz(hit));
     }
-    while (count && candidate_[count - 1] >= n_) --count;  // the padding stands last
+    while (count && candidate_[count - 1] >= tiles.n) --count;  // the padding stands last
     for (int64_t c = 0; c < count; ++c) {
       const T d = direct ? score[candidate_[c]] : exact_distance(query, cloud + candidate_[c] * dims_, dims_);
       distance_[c] = d == d ? d : std::numeric_limits<T>::infinity();
     }
-    write_sorted(distance_, candidate_, count, k_, pairs_, out, idx);
+    write_sorted(distance_, candidate_, count, k, pairs_, out, idx);
+    std::fill(out + k, out + k_, std::numeric_limits<T>::infinity());
+    std::fill(idx + k, idx + k_, 0);
   }
 
-  int64_t n_, dims_, k_, padded_;
+  int64_t dims_, k_, padded_;
   std::vector<T> scores_, centred_, distance_, minima_;
   std::vector<int32_t> candidate_;
   std::vector<std::pair<T, int32_t>> pairs_;
 };
 
-std::tuple<at::Tensor, at::Tensor> knn(const at::Tensor& queries, const at::Tensor& points, int64_t k) {
-  check_knn(queries, points, k);
+std::tuple<at::Tensor, at::Tensor> knn(const at::Tensor& queries, const at::Tensor& points, int64_t k,
+                                       const std::optional<at::Tensor>& lengths) {
+  check_knn(queries, points, k, lengths);
   const at::Tensor rows = queries.contiguous(), clouds = points.contiguous();
   const int64_t batch = clouds.size(0), n = clouds.size(1), dims = clouds.size(2), m = rows.size(1);
+  const std::vector<int64_t> sizes = cloud_sizes("knn", lengths, batch, n);
   at::Tensor distance = at::empty({batch, m, k}, rows.options());
   at::Tensor idx = at::empty({batch, m, k}, rows.options().dtype(at::kLong));
   AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "knn", [&] {
     constexpr int64_t P = Tiles<scalar_t>::points;
-    const int64_t padded = round_up(n, P);
-    const at::Tensor tiled = at::empty({batch, padded, dims}, rows.options());
-    const at::Tensor norms = at::empty({batch, padded}, rows.options());
-    const at::Tensor centres = at::empty({batch, dims}, rows.options());
-    std::vector<scalar_t> radius(batch);
     const scalar_t *query = rows.const_data_ptr<scalar_t>(), *cloud = clouds.const_data_ptr<scalar_t>();
-    scalar_t *value = tiled.mutable_data_ptr<scalar_t>(), *norm = norms.mutable_data_ptr<scalar_t>();
-    scalar_t *centre = centres.mutable_data_ptr<scalar_t>(), *d = distance.mutable_data_ptr<scalar_t>();
+    scalar_t* d = distance.mutable_data_ptr<scalar_t>();
     int64_t* i = idx.mutable_data_ptr<int64_t>();
+    std::vector<SearchedCloud<scalar_t>> trees(batch);
+    if (dims == 3) trees = make_trees(cloud, query, sizes, n, m, k);
+    // tiles for the clouds without a tree, and for queries that are out of its reach
+    std::vector<int64_t> tiled_at(batch, -1);
+    int64_t tiled_count = 0;
+    for (int64_t b = 0; b < batch; ++b) {
+      if (!trees[b].usable || trees[b].reachable < m) tiled_at[b] = tiled_count++;
+    }
+    const int64_t padded = round_up(n, P);
+    const at::Tensor tiled = at::empty({tiled_count, padded, dims}, rows.options());
+    const at::Tensor norms = at::empty({tiled_count, padded}, rows.options());
+    const at::Tensor centres = at::empty({tiled_count, dims}, rows.options());
+    std::vector<Tiles<scalar_t>> tiles(batch);
+    scalar_t *value = tiled.mutable_data_ptr<scalar_t>(), *norm = norms.mutable_data_ptr<scalar_t>();
+    scalar_t* centre = centres.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        make_tiles(cloud + b * n * dims, n, dims, dims <= kDirectDims, value + b * padded * dims, norm + b * padded,
-                   centre + b * dims, &radius[b]);
+        const int64_t at = tiled_at[b];
+        if (at < 0) continue;
+        tiles[b] = {sizes[b], dims, padded / P, value + at * padded * dims, norm + at * padded, centre + at * dims, 0};
+        make_tiles(cloud + b * n * dims, sizes[b], dims, dims <= kDirectDims, padded / P, value + at * padded * dims,
+                   norm + at * padded, centre + at * dims, &tiles[b].radius);
       }
     });
     const int64_t fitting = kRowBytes / static_cast<int64_t>(sizeof(scalar_t)) / padded;
     const int64_t block = std::clamp(fitting / kTileQueries * kTileQueries, kTileQueries, int64_t{64});
     const int64_t blocks = (m + block - 1) / block;
     at::parallel_for(0, batch * blocks, 1, [&](int64_t begin, int64_t end) {
-      BlockSearch<scalar_t> search(n, dims, k, block);
+      std::optional<BlockSearch<scalar_t>> all;
+      TreeSearch<scalar_t> near;
+      const auto search_all = [&](int64_t b, int64_t first, int64_t count) {
+        if (!all) all.emplace(n, dims, k, block);
+        const int64_t row = b * m + first;
+        all->run(tiles[b], cloud + b * n * dims, query + row * dims, count, d + row * k, i + row * k);
+      };
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t b = task / blocks, first = task % blocks * block, row = b * m + first;
-        const Tiles<scalar_t> tiles{n, dims, padded / P, value + b * padded * dims, norm + b * padded,
-                                    centre + b * dims, radius[b]};
-        search.run(tiles, cloud + b * n * dims, query + row * dims, std::min(block, m - first), d + row * k,
-                   i + row * k);
+        const int64_t b = task / blocks, first = task % blocks * block, last = std::min(first + block, m);
+        if (!trees[b].usable) {
+          search_all(b, first, last - first);
+          continue;
+        }
+        for (int64_t place = first; place < last; ++place) {
+          const int64_t q = trees[b].query[place], row = b * m + q;
+          if (place >= trees[b].reachable) {
+            search_all(b, q, 1);
+          } else {
+            near.nearest(trees[b], place, query + row * 3, k, d + row * k, i + row * k);
+          }
+        }
       }
     });
   });

@@ -10,6 +10,7 @@
 
 #include "cuda.cuh"
 #include "exact.cuh"
+#include "lengths.cuh"
 
 namespace pointcmt {
 namespace {
@@ -23,13 +24,15 @@ __device__ __forceinline__ T infinity() {
 
 // One warp per ball: 32 points at a time, hits written in index order, an early end once it is full.
 template <typename T>
-__global__ void ball_query_kernel(const T* __restrict__ xyz, const T* __restrict__ new_xyz, int n, int m,
+__global__ void ball_query_kernel(const T* __restrict__ xyz, const T* __restrict__ new_xyz,
+                                  const int64_t* __restrict__ lengths, int most, int m,
                                   int64_t balls, int nsample, T radius2, int64_t* __restrict__ idx) {
   const int lane = threadIdx.x & 31;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x >> 5);
   for (int64_t ball = static_cast<int64_t>(blockIdx.x) * (blockDim.x >> 5) + (threadIdx.x >> 5); ball < balls;
        ball += warps) {
-    const T* cloud = xyz + ball / m * n * 3;
+    const int n = cloud_size(lengths, ball / m, most);
+    const T* cloud = xyz + ball / m * most * 3;
     const T cx = new_xyz[3 * ball], cy = new_xyz[3 * ball + 1], cz = new_xyz[3 * ball + 2];
     int64_t* out = idx + ball * nsample;
     int count = 0;
@@ -52,10 +55,11 @@ __global__ void ball_query_kernel(const T* __restrict__ xyz, const T* __restrict
   }
 }
 
-at::Tensor ball_query(double radius, int64_t nsample, const at::Tensor& xyz, const at::Tensor& new_xyz) {
-  check_ball_query(radius, nsample, xyz, new_xyz);
+at::Tensor ball_query(double radius, int64_t nsample, const at::Tensor& xyz, const at::Tensor& new_xyz,
+                      const std::optional<at::Tensor>& lengths) {
+  check_ball_query(radius, nsample, xyz, new_xyz, lengths);
   const c10::cuda::CUDAGuard guard(xyz.device());
-  const at::Tensor points = xyz.contiguous(), centres = new_xyz.contiguous();
+  const at::Tensor points = xyz.contiguous(), centres = new_xyz.contiguous(), sizes = sizes_on_device(lengths);
   const int64_t batch = points.size(0), n = points.size(1), m = centres.size(1), balls = batch * m;
   at::Tensor idx = at::empty({batch, m, nsample}, points.options().dtype(at::kLong));
   if (idx.numel() == 0) return idx;
@@ -64,7 +68,7 @@ at::Tensor ball_query(double radius, int64_t nsample, const at::Tensor& xyz, con
   AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "ball_query", [&] {
     const scalar_t r = static_cast<scalar_t>(radius);
     launch(ball_query_kernel<scalar_t>, blocks, kWarps * 32, 0, points.const_data_ptr<scalar_t>(),
-           centres.const_data_ptr<scalar_t>(), static_cast<int>(n), static_cast<int>(m), balls,
+           centres.const_data_ptr<scalar_t>(), size_data(sizes), static_cast<int>(n), static_cast<int>(m), balls,
            static_cast<int>(nsample), r * r, idx.mutable_data_ptr<int64_t>());
   });
   return idx;
@@ -77,14 +81,15 @@ constexpr int kThreeThreads = 128;
 // One thread per query; a block's queries are of one cloud, whose known points pass through shared memory.
 template <typename T>
 __global__ void __launch_bounds__(kThreeThreads)
-    three_nn_kernel(const T* __restrict__ unknown, const T* __restrict__ known, int n, int m, int blocks_per_cloud,
-                    T* __restrict__ distance, int64_t* __restrict__ idx) {
+    three_nn_kernel(const T* __restrict__ unknown, const T* __restrict__ known, const int64_t* __restrict__ lengths,
+                    int n, int most, int blocks_per_cloud, T* __restrict__ distance, int64_t* __restrict__ idx) {
   __shared__ T tile[3 * kThreeThreads];
   const int64_t b = blockIdx.x / blocks_per_cloud;
   const int q = static_cast<int>(blockIdx.x % blocks_per_cloud) * kThreeThreads + threadIdx.x;
   const T* query = unknown + (b * n + min(q, n - 1)) * 3;
   const T qx = query[0], qy = query[1], qz = query[2];
-  const T* cloud = known + b * m * 3;
+  const int m = cloud_size(lengths, b, most);
+  const T* cloud = known + b * most * 3;
   T d1 = infinity<T>(), d2 = d1, d3 = d1;
   int i1 = 0, i2 = 0, i3 = 0;
   for (int start = 0; start < m; start += kThreeThreads) {
@@ -115,10 +120,11 @@ __global__ void __launch_bounds__(kThreeThreads)
   idx[row] = i1, idx[row + 1] = i2, idx[row + 2] = i3;
 }
 
-std::tuple<at::Tensor, at::Tensor> three_nn(const at::Tensor& unknown, const at::Tensor& known) {
-  check_three_nn(unknown, known);
+std::tuple<at::Tensor, at::Tensor> three_nn(const at::Tensor& unknown, const at::Tensor& known,
+                                            const std::optional<at::Tensor>& lengths) {
+  check_three_nn(unknown, known, lengths);
   const c10::cuda::CUDAGuard guard(unknown.device());
-  const at::Tensor queries = unknown.contiguous(), points = known.contiguous();
+  const at::Tensor queries = unknown.contiguous(), points = known.contiguous(), sizes = sizes_on_device(lengths);
   const int64_t batch = queries.size(0), n = queries.size(1), m = points.size(1);
   at::Tensor distance = at::empty({batch, n, 3}, queries.options());
   at::Tensor idx = at::empty({batch, n, 3}, queries.options().dtype(at::kLong));
@@ -127,7 +133,7 @@ std::tuple<at::Tensor, at::Tensor> three_nn(const at::Tensor& unknown, const at:
   TORCH_CHECK_VALUE(batch * per_cloud <= INT_MAX, "three_nn: too many points");
   AT_DISPATCH_FLOATING_TYPES(queries.scalar_type(), "three_nn", [&] {
     launch(three_nn_kernel<scalar_t>, static_cast<int>(batch * per_cloud), kThreeThreads, 0,
-           queries.const_data_ptr<scalar_t>(), points.const_data_ptr<scalar_t>(), static_cast<int>(n),
+           queries.const_data_ptr<scalar_t>(), points.const_data_ptr<scalar_t>(), size_data(sizes), static_cast<int>(n),
            static_cast<int>(m), static_cast<int>(per_cloud), distance.mutable_data_ptr<scalar_t>(),
            idx.mutable_data_ptr<int64_t>());
   });
@@ -159,14 +165,15 @@ __device__ __forceinline__ bool nearer(T d, int i, T other_d, int other_i) {
 // CHUNK dimensions are staged at a time; a CHUNK of 4 serves up to 4 dimensions.
 template <typename T, int CHUNK, int ENTRIES>
 __global__ void __launch_bounds__(kKnnWarps * 32)
-    knn_kernel(const T* __restrict__ queries, const T* __restrict__ points, int n, int m, int dims, int k,
-               int blocks_per_cloud, T* __restrict__ distance, int64_t* __restrict__ idx) {
+    knn_kernel(const T* __restrict__ queries, const T* __restrict__ points, const int64_t* __restrict__ lengths,
+               int most, int m, int dims, int k, int blocks_per_cloud, T* __restrict__ distance, int64_t* __restrict__ idx) {
   __shared__ T point_tile[32][CHUNK + 1];  // one column more: lanes read a column without bank conflicts
   __shared__ T query_tile[CHUNK][kBlockQueries];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   const int64_t b = blockIdx.x / blocks_per_cloud;
   const int first = static_cast<int>(blockIdx.x % blocks_per_cloud) * kBlockQueries;
-  const T* cloud = points + b * n * dims;
+  const int n = cloud_size(lengths, b, most);
+  const T* cloud = points + b * most * dims;
   const T* rows = queries + b * m * dims;
 
   T list_d[kWarpQueries][ENTRIES];
@@ -264,7 +271,7 @@ __global__ void __launch_bounds__(kKnnWarps * 32)
       const int place = e * 32 + lane;
       if (place < k) {
         distance[(b * m + row) * k + place] = list_d[q][e];
-        idx[(b * m + row) * k + place] = list_i[q][e];
+        idx[(b * m + row) * k + place] = list_i[q][e] == INT_MAX ? 0 : list_i[q][e];  // fewer than k points
       }
     }
   }
@@ -293,53 +300,59 @@ __global__ void distance_kernel(const T* __restrict__ queries, const T* __restri
 }
 
 template <typename T>
-void knn_by_sorting(const at::Tensor& rows, const at::Tensor& clouds, int64_t k, at::Tensor& distance,
-                    at::Tensor& idx) {
-  const int64_t batch = clouds.size(0), n = clouds.size(1), dims = clouds.size(2), m = rows.size(1);
-  const int64_t chunk = std::clamp<int64_t>((int64_t{1} << 24) / n, 1, m);  // 64 MiB of float32 at a time
-  const at::Tensor block = at::empty({chunk, n}, rows.options());
+void knn_by_sorting(const at::Tensor& rows, const at::Tensor& clouds, const at::Tensor& sizes, int64_t k,
+                    at::Tensor& distance, at::Tensor& idx) {
+  const int64_t batch = clouds.size(0), most = clouds.size(1), dims = clouds.size(2), m = rows.size(1);
+  const int64_t chunk = std::clamp<int64_t>((int64_t{1} << 24) / most, 1, m);  // 64 MiB of float32 at a time
+  const at::Tensor there = sizes.defined() ? sizes.cpu() : at::Tensor();
   for (int64_t b = 0; b < batch; ++b) {
+    const int64_t n = there.defined() ? there.const_data_ptr<int64_t>()[b] : most, found = std::min(k, n);
+    TORCH_CHECK_VALUE(n >= 1 && n <= most, "knn: lengths[", b, "] is ", n, ", expected 1 to N=", most);
+    distance[b].narrow(1, found, k - found).fill_(std::numeric_limits<T>::infinity());
+    idx[b].narrow(1, found, k - found).zero_();
+    const at::Tensor block = at::empty({chunk, n}, rows.options());
     for (int64_t first = 0; first < m; first += chunk) {
       const int64_t count = std::min(chunk, m - first);
       const int blocks = static_cast<int>(std::min<int64_t>((count * n + 255) / 256, 1 << 16));
       launch(distance_kernel<T>, blocks, 256, 0, rows.const_data_ptr<T>() + (b * m + first) * dims,
-             clouds.const_data_ptr<T>() + b * n * dims, count, static_cast<int>(n), static_cast<int>(dims),
+             clouds.const_data_ptr<T>() + b * most * dims, count, static_cast<int>(n), static_cast<int>(dims),
              block.mutable_data_ptr<T>());
       const auto [value, index] = at::sort(block.narrow(0, 0, count), /*stable=*/true, /*dim=*/1, /*descending=*/false);
-      distance[b].narrow(0, first, count).copy_(value.narrow(1, 0, k));
-      idx[b].narrow(0, first, count).copy_(index.narrow(1, 0, k));
+      distance[b].narrow(0, first, count).narrow(1, 0, found).copy_(value.narrow(1, 0, found));
+      idx[b].narrow(0, first, count).narrow(1, 0, found).copy_(index.narrow(1, 0, found));
     }
   }
 }
 
 template <typename T, int CHUNK, int ENTRIES>
-void launch_knn(const at::Tensor& rows, const at::Tensor& clouds, int64_t k, at::Tensor& distance, at::Tensor& idx) {
+void launch_knn(const at::Tensor& rows, const at::Tensor& clouds, const at::Tensor& sizes, int64_t k, at::Tensor& distance, at::Tensor& idx) {
   const int64_t batch = clouds.size(0), n = clouds.size(1), dims = clouds.size(2), m = rows.size(1);
   const int64_t per_cloud = (m + kBlockQueries - 1) / kBlockQueries;
   TORCH_CHECK_VALUE(batch * per_cloud <= INT_MAX, "knn: too many queries");
   launch(knn_kernel<T, CHUNK, ENTRIES>, static_cast<int>(batch * per_cloud), kKnnWarps * 32, 0,
-         rows.const_data_ptr<T>(), clouds.const_data_ptr<T>(), static_cast<int>(n), static_cast<int>(m),
+         rows.const_data_ptr<T>(), clouds.const_data_ptr<T>(), size_data(sizes), static_cast<int>(n), static_cast<int>(m),
          static_cast<int>(dims), static_cast<int>(k), static_cast<int>(per_cloud), distance.mutable_data_ptr<T>(),
          idx.mutable_data_ptr<int64_t>());
 }
 
-std::tuple<at::Tensor, at::Tensor> knn(const at::Tensor& queries, const at::Tensor& points, int64_t k) {
-  check_knn(queries, points, k);
+std::tuple<at::Tensor, at::Tensor> knn(const at::Tensor& queries, const at::Tensor& points, int64_t k,
+                                       const std::optional<at::Tensor>& lengths) {
+  check_knn(queries, points, k, lengths);
   const c10::cuda::CUDAGuard guard(points.device());
-  const at::Tensor rows = queries.contiguous(), clouds = points.contiguous();
+  const at::Tensor rows = queries.contiguous(), clouds = points.contiguous(), sizes = sizes_on_device(lengths);
   at::Tensor distance = at::empty({rows.size(0), rows.size(1), k}, rows.options());
   at::Tensor idx = at::empty({rows.size(0), rows.size(1), k}, rows.options().dtype(at::kLong));
   if (idx.numel() == 0) return {distance, idx};
   AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "knn", [&] {
     const bool few = clouds.size(2) <= 4;
     if (k > kMaxListed) {
-      knn_by_sorting<scalar_t>(rows, clouds, k, distance, idx);
+      knn_by_sorting<scalar_t>(rows, clouds, sizes, k, distance, idx);
     } else if (k > 32) {
-      few ? launch_knn<scalar_t, 4, 2>(rows, clouds, k, distance, idx)
-          : launch_knn<scalar_t, 32, 2>(rows, clouds, k, distance, idx);
+      few ? launch_knn<scalar_t, 4, 2>(rows, clouds, sizes, k, distance, idx)
+          : launch_knn<scalar_t, 32, 2>(rows, clouds, sizes, k, distance, idx);
     } else {
-      few ? launch_knn<scalar_t, 4, 1>(rows, clouds, k, distance, idx)
-          : launch_knn<scalar_t, 32, 1>(rows, clouds, k, distance, idx);
+      few ? launch_knn<scalar_t, 4, 1>(rows, clouds, sizes, k, distance, idx)
+          : launch_knn<scalar_t, 32, 1>(rows, clouds, sizes, k, distance, idx);
     }
   });
   return {distance, idx};

@@ -5,22 +5,26 @@
 
 #include <algorithm>
 #include <climits>
+#include <tuple>
 #include <type_traits>
 
 #include "cuda.cuh"
 #include "exact.cuh"
+#include "lengths.cuh"
 
 namespace pointcmt {
 namespace {
 
 constexpr int kMaxThreads = 1024;
 
-// A point's place in the order of tie_order(), as a number that gives its index back: the bit-reversed
-// thread of pointnet2_ops' reduction above, the point's turn in that thread below.
+// TieOrder of sampling.h, for a thread: bit-reversed thread of pointnet2_ops' reduction above, turn below.
 constexpr int kTurnBits = 22;
 
-struct TieOrder {
+struct DeviceTieOrder {
   int bits;  // of the number of threads there, a power of two
+  __device__ __forceinline__ explicit DeviceTieOrder(int n) : bits(0) {
+    while ((2 << bits) <= n && (2 << bits) <= kReferenceThreads) ++bits;
+  }
   __device__ __forceinline__ int reverse(int v) const {
     return bits ? static_cast<int>(__brev(static_cast<unsigned>(v)) >> (32 - bits)) : 0;
   }
@@ -68,15 +72,17 @@ __device__ __forceinline__ Best<T> warp_best(Best<T> mine) {
 // Where cached is true, shared memory holds the cloud.
 template <typename T, int PER>
 __global__ void __launch_bounds__(kMaxThreads)
-    sample_kernel(const T* __restrict__ clouds, TieOrder order, int n, int npoint, bool cached,
+    sample_kernel(const T* __restrict__ clouds, const int64_t* __restrict__ lengths, int most, int npoint, bool cached,
                   T* __restrict__ scratch, int64_t* __restrict__ chosen_all) {
   POINTCMT_DYNAMIC_SHARED(raw);
   T* cache = reinterpret_cast<T*>(raw);
   __shared__ T distance_of_warp[2][32];
   __shared__ int rank_of_warp[2][32];
-  const T* cloud = clouds + static_cast<int64_t>(blockIdx.x) * n * 3;
+  const int n = cloud_size(lengths, blockIdx.x, most);
+  const DeviceTieOrder order(n);
+  const T* cloud = clouds + static_cast<int64_t>(blockIdx.x) * most * 3;
   int64_t* chosen = chosen_all + static_cast<int64_t>(blockIdx.x) * npoint;
-  T* state = scratch + static_cast<int64_t>(blockIdx.x) * n;
+  T* state = scratch + static_cast<int64_t>(blockIdx.x) * most;
   const int tid = threadIdx.x, threads = blockDim.x, lane = tid & 31, warp = tid >> 5, warps = threads >> 5;
 
   constexpr int HELD = PER > 0 ? PER : 1;
@@ -142,10 +148,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 template <typename T>
-void run(const at::Tensor& points, int64_t npoint, at::Tensor& chosen) {
+void run(const at::Tensor& points, const int64_t* lengths, int64_t npoint, at::Tensor& chosen) {
   const int batch = static_cast<int>(points.size(0)), n = static_cast<int>(points.size(1));
-  TieOrder order{0};
-  while (int64_t{2} << order.bits <= std::min<int64_t>(n, kReferenceThreads)) ++order.bits;
   // four points per thread: few warps, hence cheap barriers, and independent work to hide latency
   int threads = 32;
   while (threads < kMaxThreads && threads * 4 < n) threads *= 2;
@@ -160,31 +164,49 @@ void run(const at::Tensor& points, int64_t npoint, at::Tensor& chosen) {
   T* state = scratch.mutable_data_ptr<T>();
   const int m = static_cast<int>(npoint);
   if (!held) {
-    launch(sample_kernel<T, 0>, batch, threads, shared, in, order, n, m, cached, state, out);
+    launch(sample_kernel<T, 0>, batch, threads, shared, in, lengths, n, m, cached, state, out);
   } else if (per <= 1) {
-    launch(sample_kernel<T, 1>, batch, threads, shared, in, order, n, m, cached, state, out);
+    launch(sample_kernel<T, 1>, batch, threads, shared, in, lengths, n, m, cached, state, out);
   } else if (per <= 2) {
-    launch(sample_kernel<T, 2>, batch, threads, shared, in, order, n, m, cached, state, out);
+    launch(sample_kernel<T, 2>, batch, threads, shared, in, lengths, n, m, cached, state, out);
   } else if (per <= 4) {
-    launch(sample_kernel<T, 4>, batch, threads, shared, in, order, n, m, cached, state, out);
+    launch(sample_kernel<T, 4>, batch, threads, shared, in, lengths, n, m, cached, state, out);
   } else {
-    launch(sample_kernel<T, 8>, batch, threads, shared, in, order, n, m, cached, state, out);
+    launch(sample_kernel<T, 8>, batch, threads, shared, in, lengths, n, m, cached, state, out);
   }
 }
 
-at::Tensor furthest_point_sample(const at::Tensor& xyz, int64_t npoint) {
-  check_furthest_point_sample(xyz, npoint);
+at::Tensor furthest_point_sample(const at::Tensor& xyz, int64_t npoint, const std::optional<at::Tensor>& lengths) {
+  check_furthest_point_sample(xyz, npoint, lengths);
   const c10::cuda::CUDAGuard guard(xyz.device());
-  const at::Tensor points = xyz.contiguous();
+  const at::Tensor points = xyz.contiguous(), sizes = sizes_on_device(lengths);
   at::Tensor chosen = at::empty({points.size(0), npoint}, points.options().dtype(at::kLong));
   if (chosen.numel() == 0) return chosen;
   AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "furthest_point_sample",
-                             [&] { run<scalar_t>(points, npoint, chosen); });
+                             [&] { run<scalar_t>(points, size_data(sizes), npoint, chosen); });
   return chosen;
+}
+
+// The twin's steps: its sorting is what a GPU is good at.
+std::tuple<at::Tensor, at::Tensor> voxel_subsample(const at::Tensor& points, double size) {
+  check_voxel_subsample(points, size);
+  const c10::cuda::CUDAGuard guard(points.device());
+  const at::Tensor cells = at::floor(points / at::full({}, size, points.options()));
+  check_voxels((cells.abs() < kMaxVoxel).all().item<bool>(), size);
+  const int64_t count = points.size(0);
+  const at::Tensor inverse = std::get<1>(at::unique_dim(cells.to(at::kLong), 0, /*sorted=*/true, /*return_inverse=*/true));
+  const at::Tensor index = at::arange(count, inverse.options());
+  const at::Tensor first = at::full({count}, count, inverse.options()).scatter_reduce(0, inverse, index, "amin");
+  const auto [kept, order] = first.sort();
+  const at::Tensor place = at::empty_like(order).scatter_(0, order, index);
+  return {kept.masked_select(kept < count), place.index_select(0, inverse)};
 }
 
 }  // namespace
 
-POINTCMT_CUDA_LIBRARY(m) { m.impl("furthest_point_sample", &furthest_point_sample); }
+POINTCMT_CUDA_LIBRARY(m) {
+  m.impl("furthest_point_sample", &furthest_point_sample);
+  m.impl("voxel_subsample", &voxel_subsample);
+}
 
 }  // namespace pointcmt

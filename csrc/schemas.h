@@ -11,11 +11,12 @@ inline void define_schemas(torch::Library& m) {
       "emd(Tensor x, Tensor y, float tolerance, int max_rounds) -> "
       "(Tensor distance, Tensor bound, Tensor assignment, Tensor statistics)");
   // sampling
-  m.def("furthest_point_sample(Tensor xyz, SymInt npoint) -> Tensor");
+  m.def("furthest_point_sample(Tensor xyz, SymInt npoint, Tensor? lengths=None) -> Tensor");
+  m.def("voxel_subsample(Tensor points, float size) -> (Tensor kept, Tensor inverse)");
   // neighbors
-  m.def("ball_query(float radius, SymInt nsample, Tensor xyz, Tensor new_xyz) -> Tensor");
-  m.def("knn(Tensor queries, Tensor points, SymInt k) -> (Tensor, Tensor)");
-  m.def("three_nn(Tensor unknown, Tensor known) -> (Tensor, Tensor)");
+  m.def("ball_query(float radius, SymInt nsample, Tensor xyz, Tensor new_xyz, Tensor? lengths=None) -> Tensor");
+  m.def("knn(Tensor queries, Tensor points, SymInt k, Tensor? lengths=None) -> (Tensor, Tensor)");
+  m.def("three_nn(Tensor unknown, Tensor known, Tensor? lengths=None) -> (Tensor, Tensor)");
   // grouping
   m.def("gather_points(Tensor features, Tensor idx) -> Tensor");
   m.def("gather_points_backward(Tensor grad, Tensor idx, SymInt n) -> Tensor");

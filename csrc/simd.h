@@ -147,11 +147,35 @@ inline unsigned bits(Mask<double> m) {
 #endif
 }
 
-template <typename T>
-inline T horizontal_max(Vec<T> v) {
-  T best = v[0];
-  for (int64_t i = 1; i < width<T>; ++i) best = v[i] > best ? v[i] : best;
+// The halves' maximum, lane by lane, until one lane is left.
+inline float horizontal_max(Vec<float> v) {
+#if defined(POINTCMT_SHUFFLES)
+  v = max(__builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3), v);
+  v = max(__builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5), v);
+  v = max(__builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6), v);
+  return v[0];
+#else
+  float best = v[0];
+  for (int i = 1; i < 8; ++i) best = v[i] > best ? v[i] : best;
   return best;
+#endif
+}
+inline double horizontal_max(Vec<double> v) {
+  const double a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+  return a > b ? a : b;
+}
+template <typename T>
+inline T horizontal_min(Vec<T> v) {
+  T out = v[0];
+  for (int64_t i = 1; i < width<T>; ++i) out = v[i] < out ? v[i] : out;
+  return out;
+}
+
+template <typename T>
+inline typename Types<T>::Int least(Mask<T> v) {
+  typename Types<T>::Int out = v[0];
+  for (int64_t i = 1; i < width<T>; ++i) out = v[i] < out ? v[i] : out;
+  return out;
 }
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

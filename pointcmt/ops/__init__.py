@@ -13,7 +13,7 @@ from pointcmt.ops.grouping import (
 from pointcmt.ops.neighbors import ball_query, knn, three_nn
 from pointcmt.ops.normalize import unit_cube
 from pointcmt.ops.rigid import Rigid, weighted_procrustes
-from pointcmt.ops.sampling import furthest_point_sample
+from pointcmt.ops.sampling import furthest_point_sample, voxel_subsample
 
 __all__ = [
     "EmdStatistics",
@@ -33,5 +33,6 @@ __all__ = [
     "three_interpolate",
     "three_nn",
     "unit_cube",
+    "voxel_subsample",
     "weighted_procrustes",
 ]

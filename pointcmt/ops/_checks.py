@@ -39,6 +39,32 @@ def check_range(op: str, idx: Tensor, n: int) -> None:
         raise IndexError(f"{op}: index {low if low < 0 else high} is out of range for {n} points")
 
 
+def check_lengths(op: str, points: Tensor, lengths: Tensor | None) -> None:
+    """lengths are None or int64 [B] on the points' device, each from 1 to N, or ValueError.
+
+    On a CUDA device the values are looked at by the kernel, which stops with an assertion.
+    """
+    if lengths is None:
+        return
+    if lengths.dtype != torch.int64 or lengths.shape != points.shape[:1]:
+        raise ValueError(
+            f"{op}: lengths must be an int64 tensor [B] with one entry for each of {points.shape[0]} clouds, "
+            f"got {lengths.dtype} of shape {list(lengths.shape)}"
+        )
+    if lengths.device != points.device:
+        raise ValueError(
+            f"{op}: lengths are on {lengths.device} and the points on {points.device}; move them together"
+        )
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or lengths.numel() == 0:
+        return
+    low, high = (int(bound) for bound in lengths.aminmax())
+    if low < 1 or high > points.shape[1]:
+        raise ValueError(
+            f"{op}: lengths must be from 1 to the number of points, {points.shape[1]}, "
+            f"got {low if low < 1 else high}"
+        )
+
+
 def check_xyz(op: str, **tensors: Tensor) -> None:
     """As :func:`check_coordinates`, for points in space: the last dimension is 3."""
     check_coordinates(op, **tensors)

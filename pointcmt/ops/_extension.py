@@ -34,6 +34,7 @@ COMPILED_OPS = frozenset(
         "three_interpolate_backward",
         "three_interpolate_weight_backward",
         "three_nn",
+        "voxel_subsample",
     }
 )
 BUILD_COMMAND = "pip install --no-build-isolation -e .   # in a checkout of pointcmt, with a C++20 compiler"

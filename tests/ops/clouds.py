@@ -26,6 +26,24 @@ def hard_clouds(seed: int, batch: int, n: int, dtype: torch.dtype = torch.float3
     }
 
 
+def large_clouds(seed: int, n: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """As :func:`hard_clouds`, one of each, and what is hard for a tree: clusters, uneven density."""
+    generator = torch.Generator().manual_seed(seed)
+    plain = torch.randn(1, n, 3, generator=generator, dtype=dtype)
+    centre = torch.randn(1, 5, 3, generator=generator, dtype=dtype)
+    own = torch.randint(0, 5, (n,), generator=generator)
+    lone = plain.clone()
+    lone[0, n // 2] = 1e7
+    return {
+        **hard_clouds(seed, 1, n, dtype),
+        "plane": plain * torch.tensor([1.0, 1.0, 0.0], dtype=dtype) + 0.5,
+        "clusters": centre[:, own] + 1e-4 * plain,
+        "one far point": lone,
+        "uneven": plain * torch.rand(1, n, 1, generator=generator, dtype=dtype) ** 8,
+        "tiles": (plain * 4).round() / 4 + torch.where(plain[..., :1] > 1.5, 100.0, 0.0).to(dtype),
+    }
+
+
 def modelnet_clouds(root: Path, count: int, seed: int) -> Tensor:
     """``count`` real test clouds [count, N, 3], chosen by ``seed``."""
     files = [line.strip() for line in (root / "test_files.txt").read_text().splitlines() if line.strip()]

@@ -46,6 +46,14 @@ from tests.ops.test_grouping import (  # noqa: F401
     test_group_relative_gradcheck,
     test_group_relative_is_its_parts,
 )
+from tests.ops.test_neighbors import (  # noqa: F401
+    test_ball_query_and_three_nn_with_lengths,
+    test_knn_with_lengths_is_knn_of_each_cloud,
+)
+from tests.ops.test_sampling import (  # noqa: F401
+    test_voxel_kernel_equals_twin,
+    test_with_lengths_each_row_is_that_of_its_cloud,
+)
 
 pytestmark = pytest.mark.skipif(not has_cpu_kernels(), reason="the operators are not compiled")
 
@@ -133,6 +141,19 @@ def test_neighbours_in_feature_space(dims: int) -> None:
 def test_sampling_of_large_clouds(n: int) -> None:
     cloud = torch.randint(-9, 10, (1, n, 3), generator=torch.Generator().manual_seed(n)).float() / 8
     assert torch.equal(furthest_point_sample(cloud, 9), reference_furthest_point_sample(cloud, 9))
+
+
+def test_lengths_where_distances_are_sorted() -> None:
+    points, lengths = torch.randn(2, 90, 3, generator=torch.Generator().manual_seed(5)), torch.tensor([90, 4])
+    for k in (40, 70):  # a list in registers; sorting
+        for got, expected in zip(
+            knn(points[:, :9], points, k, lengths),
+            reference_knn(points[:, :9], points, k, lengths),
+            strict=True,
+        ):
+            assert torch.equal(got, expected)
+    with pytest.raises(RuntimeError, match="device-side assertion"):
+        torch.ops.pointcmt.ball_query(0.1, 2, points, points, torch.tensor([91, 4]))
 
 
 def test_on_modelnet40(modelnet40_root: Path) -> None:

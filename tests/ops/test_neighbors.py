@@ -10,7 +10,7 @@ import torch
 from pointcmt.ops import ball_query, knn, three_nn
 from pointcmt.ops._extension import has_cpu_kernels
 from pointcmt.ops.neighbors import reference_ball_query, reference_knn, reference_three_nn
-from tests.ops.clouds import hard_clouds, modelnet_clouds
+from tests.ops.clouds import hard_clouds, large_clouds, modelnet_clouds
 
 compiled = pytest.mark.skipif(not has_cpu_kernels(), reason="the CPU kernels are not compiled")
 DTYPES = [torch.float32, torch.float64]
@@ -157,6 +157,98 @@ def test_three_nn_with_fewer_than_three_known_points() -> None:
     assert idx.tolist() == [[[1, 0, 0]]]
 
 
+# ---------------------------------------------------------------------- large clouds, through a tree
+
+
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_clouds_equal_the_twin(dtype: torch.dtype) -> None:
+    """Among all points for the twin, through a tree for the kernels: the same bits, in the same order."""
+    for name, cloud in large_clouds(31, 2309, dtype).items():
+        pick = torch.randint(0, 2309, (150,), generator=torch.Generator().manual_seed(1))
+        queries = torch.cat([cloud[:, pick], cloud[:, pick[:20]] + 0.01, cloud[:, pick[:3]] * 1e4], 1)
+        for k in (1, 16, 70):
+            got, expected = knn(queries, cloud, k), reference_knn(queries, cloud, k)
+            assert torch.equal(got[1], expected[1]) and torch.equal(got[0], expected[0]), (name, k)
+        distance, idx = three_nn(queries, cloud)
+        expected_distance, expected_idx = reference_three_nn(queries, cloud)
+        assert torch.equal(idx, expected_idx), name
+        torch.testing.assert_close(distance, expected_distance)
+        for radius, nsample in ((0.02, 3), (0.3, 1), (0.3, 40), (5.0, 300)):
+            expected_hits = reference_ball_query(radius, nsample, cloud, queries)
+            assert torch.equal(ball_query(radius, nsample, cloud, queries), expected_hits), (name, radius)
+
+
+@compiled
+def test_the_points_of_a_large_cloud_are_searched_among_themselves() -> None:
+    cloud = large_clouds(32, 2050)["uneven"]
+    for got, expected in zip(knn(cloud, cloud, 16), reference_knn(cloud, cloud, 16), strict=True):
+        assert torch.equal(got, expected)
+    assert torch.equal(ball_query(0.05, 16, cloud, cloud), reference_ball_query(0.05, 16, cloud, cloud))
+
+
+@compiled
+def test_large_clouds_with_what_is_not_finite() -> None:
+    cloud = randn(1, 2100, 3, seed=33)
+    cloud[0, 5], cloud[0, 900, 1], cloud[0, 1700, 2] = float("nan"), float("inf"), -float("inf")
+    vast = cloud.clone()
+    vast[0, 40] = 3e19  # finite, with a squared distance that is not
+    for points in (cloud, vast):
+        queries = points[:, :1000]
+        for k in (1, 16):
+            for got, expected in zip(knn(queries, points, k), reference_knn(queries, points, k), strict=True):
+                assert torch.equal(got, expected)
+        assert torch.equal(three_nn(queries, points)[1], reference_three_nn(queries, points)[1])
+        for radius in (0.3, 1e30):  # squared: infinite
+            expected = reference_ball_query(radius, 9, points, queries)
+            assert torch.equal(ball_query(radius, 9, points, queries), expected)
+
+
+# ---------------------------------------------------------------------- clouds of different sizes
+
+
+@pytest.mark.parametrize("dims", [3, 20])
+def test_knn_with_lengths_is_knn_of_each_cloud(dims: int) -> None:
+    points, queries = randn(4, 2200, dims, seed=34), randn(4, 130, dims, seed=35)
+    lengths = torch.tensor([2200, 2100, 9, 1])
+    distance, idx = knn(queries, points, 12, lengths)
+    twin_distance, twin_idx = reference_knn(queries, points, 12, lengths)
+    assert torch.equal(distance, twin_distance) and torch.equal(idx, twin_idx)
+    for b, length in enumerate(lengths.tolist()):
+        k = min(12, length)
+        one, where = knn(queries[b : b + 1], points[b : b + 1, :length], k)
+        assert torch.equal(distance[b, :, :k], one[0]) and torch.equal(idx[b, :, :k], where[0])
+        assert torch.isinf(distance[b, :, k:]).all() and (idx[b, :, k:] == 0).all()
+
+
+@pytest.mark.parametrize("op", [knn, reference_knn])
+def test_places_beyond_a_cloud_have_no_gradient(op) -> None:
+    queries = randn(2, 3, 3, seed=36, dtype=torch.float64).requires_grad_()
+    points = randn(2, 6, 3, seed=37, dtype=torch.float64).requires_grad_()
+    lengths = torch.tensor([6, 2])
+
+    def near(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        distance, _ = op(q, p, 4, lengths)
+        return torch.where(torch.isinf(distance), 0, distance)
+
+    assert torch.autograd.gradcheck(near, (queries, points))
+    slopes = torch.autograd.grad(op(queries, points, 4, lengths)[0].sum(), (queries, points))
+    assert all(slope.isfinite().all() for slope in slopes)
+    assert (slopes[1][1, 2:] == 0).all()
+
+
+def test_ball_query_and_three_nn_with_lengths() -> None:
+    cloud, queries = randn(4, 2200, 3, seed=38), randn(4, 130, 3, seed=39)
+    lengths = torch.tensor([2200, 2100, 40, 2])
+    hits = ball_query(0.4, 8, cloud, queries, lengths)
+    distance, idx = three_nn(queries, cloud, lengths)
+    assert torch.equal(hits, reference_ball_query(0.4, 8, cloud, queries, lengths))
+    assert torch.equal(idx, reference_three_nn(queries, cloud, lengths)[1])
+    for b, length in enumerate(lengths.tolist()):
+        assert torch.equal(hits[b], ball_query(0.4, 8, cloud[b : b + 1, :length], queries[b : b + 1])[0])
+        assert torch.equal(distance[b], three_nn(queries[b : b + 1], cloud[b : b + 1, :length])[0][0])
+
+
 # ------------------------------------------------------------------------------------ all of them
 
 
@@ -208,6 +300,10 @@ A = torch.zeros(2, 5, 3)
         (lambda: knn(A.long(), A, 1), "floating"),
         (lambda: three_nn(A, A[:, :0]), "at least one point"),
         (lambda: three_nn(A[0], A), r"\[B, N, D\]"),
+        (lambda: knn(A, A, 1, torch.tensor([5])), "one entry for each of 2 clouds"),
+        (lambda: knn(A, A, 1, torch.tensor([5, 6])), "from 1 to the number of points, 5, got 6"),
+        (lambda: ball_query(1.0, 3, A, A, torch.tensor([0, 5])), "got 0"),
+        (lambda: three_nn(A, A, torch.tensor([5.0, 5.0])), "int64"),
     ],
 )
 def test_errors(call, message: str) -> None:
@@ -220,6 +316,12 @@ def test_opcheck() -> None:
     cloud = randn(2, 30, 3, seed=13)
     torch.library.opcheck(torch.ops.pointcmt.ball_query, (0.5, 4, cloud, cloud[:, :7]))
     torch.library.opcheck(torch.ops.pointcmt.three_nn, (cloud, cloud[:, :7]))
+    lengths = torch.tensor([7, 30])
+    torch.library.opcheck(torch.ops.pointcmt.ball_query, (0.5, 4, cloud, cloud[:, :7], lengths))
+    torch.library.opcheck(torch.ops.pointcmt.three_nn, (cloud[:, :7], cloud, lengths))
+    torch.library.opcheck(
+        torch.ops.pointcmt.knn, (cloud.clone().requires_grad_(), cloud[:, :7], 4, torch.tensor([7, 3]))
+    )
     for dims in (3, 20):
         queries, points = randn(2, 6, dims, seed=14), randn(2, 9, dims, seed=15)
         torch.library.opcheck(torch.ops.pointcmt.knn, (queries, points, 4))

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pointcmt.ops import furthest_point_sample
+from pointcmt.ops import furthest_point_sample, voxel_subsample
 from pointcmt.ops._extension import has_cpu_kernels
-from pointcmt.ops.sampling import reference_furthest_point_sample, tie_order
-from tests.ops.clouds import hard_clouds, modelnet_clouds
+from pointcmt.ops.sampling import (
+    reference_furthest_point_sample,
+    reference_voxel_subsample,
+    tie_order,
+)
+from tests.ops.clouds import hard_clouds, large_clouds, modelnet_clouds
 
 compiled = pytest.mark.skipif(not has_cpu_kernels(), reason="the CPU kernels are not compiled")
 
@@ -137,10 +141,108 @@ def test_errors(cloud: torch.Tensor, npoint: int, message: str) -> None:
 def test_opcheck_and_compile() -> None:
     cloud = torch.randn(2, 33, 3, generator=torch.Generator().manual_seed(8))
     torch.library.opcheck(torch.ops.pointcmt.furthest_point_sample, (cloud, 5))
+    torch.library.opcheck(torch.ops.pointcmt.furthest_point_sample, (cloud, 5, torch.tensor([33, 4])))
     whole = torch.compile(furthest_point_sample, fullgraph=True, backend="aot_eager")
     assert torch.equal(whole(cloud, 5), furthest_point_sample(cloud, 5))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(furthest_point_sample(cloud, 5), whole(cloud, 5))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_clouds_equal_the_twin(dtype: torch.dtype) -> None:
+    """Through a tree: the same choices, also where many points are equally far."""
+    for name, cloud in large_clouds(40, 3001, dtype).items():
+        expected = reference_furthest_point_sample(cloud, 200)
+        assert torch.equal(torch.ops.pointcmt.furthest_point_sample(cloud, 200), expected), name
+    few = torch.zeros(1, 2500, 3, dtype=dtype)
+    few[:, ::400] = torch.randn(7, 3, generator=torch.Generator().manual_seed(41), dtype=dtype)
+    assert torch.equal(furthest_point_sample(few, 40), reference_furthest_point_sample(few, 40))
+    none = torch.zeros(1, 2500, 3, dtype=dtype)
+    assert (furthest_point_sample(none, 40) == 0).all()
+
+
+def test_with_lengths_each_row_is_that_of_its_cloud() -> None:
+    clouds = torch.randn(4, 2600, 3, generator=torch.Generator().manual_seed(42))
+    lengths = torch.tensor([2600, 2100, 70, 3])
+    chosen = furthest_point_sample(clouds, 60, lengths)
+    assert torch.equal(chosen, reference_furthest_point_sample(clouds, 60, lengths))
+    for b, length in enumerate(lengths.tolist()):
+        npoint = min(length, 60)
+        assert torch.equal(chosen[b, :npoint], furthest_point_sample(clouds[b : b + 1, :length], npoint)[0])
+    assert chosen[3, 3:].unique().numel() == 1  # all three are chosen: one of them again and again
+
+
+# ------------------------------------------------------------------------------------------ voxels
+
+
+def test_voxels_keep_their_first_point_and_the_way_back() -> None:
+    points = torch.tensor([[0.0, 0, 0], [0.9, 0.1, 0], [-0.1, 0, 0], [1.0, 0, 0], [0.2, 0.2, 0.9]])
+    kept, inverse = voxel_subsample(points, 1.0)
+    assert kept.tolist() == [0, 2, 3]
+    assert inverse.tolist() == [0, 0, 1, 2, 0]
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_voxel_kernel_equals_twin(dtype: torch.dtype) -> None:
+    for name, cloud in large_clouds(43, 3001, dtype).items():
+        for size in (1e-3, 0.1, 0.25, 7.0):
+            got, expected = voxel_subsample(cloud[0], size), reference_voxel_subsample(cloud[0], size)
+            assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1]), (name, size)
+            kept, inverse = got
+            assert torch.equal(inverse[kept], torch.arange(len(kept)))
+            cells = (cloud[0] / torch.tensor(size, dtype=dtype)).floor()
+            assert torch.equal(cells[kept][inverse], cells)
+            assert len(cells.unique(dim=0)) == len(kept)
+
+
+@pytest.mark.parametrize("op", [voxel_subsample, reference_voxel_subsample])
+def test_voxels_without_points_and_out_of_range(op) -> None:
+    kept, inverse = op(torch.zeros(0, 3), 0.1)
+    assert kept.shape == inverse.shape == (0,)
+    for bad in (float("nan"), float("inf"), 1e38):
+        with pytest.raises(ValueError, match="finite and within"):
+            op(torch.tensor([[0.0, bad, 0.0]]), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("points", "size", "message"),
+    [
+        (torch.zeros(1, 5, 3), 0.1, "one cloud"),
+        (torch.zeros(5, 2), 0.1, "one cloud"),
+        (torch.zeros(5, 3, dtype=torch.int64), 0.1, "floating"),
+        (torch.zeros(5, 3), 0.0, "size"),
+        (torch.zeros(5, 3), float("inf"), "size"),
+        (torch.zeros(5, 3), float("nan"), "size"),
+    ],
+)
+def test_voxel_errors(points: torch.Tensor, size: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        voxel_subsample(points, size)
+
+
+@compiled
+def test_voxel_opcheck_and_compile() -> None:
+    cloud = torch.randn(50, 3, generator=torch.Generator().manual_seed(44))
+    torch.library.opcheck(torch.ops.pointcmt.voxel_subsample, (cloud, 0.5))
+    whole = torch.compile(lambda p: voxel_subsample(p, 0.5)[1], fullgraph=True, backend="aot_eager")
+    assert torch.equal(whole(cloud), voxel_subsample(cloud, 0.5)[1])
+
+
+@pytest.mark.cuda
+def test_cuda_voxels_and_lengths(cuda: torch.device) -> None:
+    for cloud in large_clouds(45, 2000).values():
+        for got, expected in zip(
+            voxel_subsample(cloud[0].to(cuda), 0.1), reference_voxel_subsample(cloud[0], 0.1), strict=True
+        ):
+            assert torch.equal(got.cpu(), expected)
+    clouds, lengths = (
+        torch.randn(3, 900, 3, generator=torch.Generator().manual_seed(46)),
+        torch.tensor([900, 30, 1]),
+    )
+    got = furthest_point_sample(clouds.to(cuda), 40, lengths.to(cuda))
+    assert torch.equal(got.cpu(), reference_furthest_point_sample(clouds, 40, lengths))
 
 
 @pytest.mark.cuda
