@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from pointcmt import compat
 from pointcmt.adapters import INPUT_LAYOUTS, Adapter, find_adapter, verify_adapter
-from pointcmt.adapters.registry import AdapterReport
+from pointcmt.adapters.proof import AdapterReport
 from pointcmt.data import SyntheticShapes
 from pointcmt.methods import PointCMT
 
@@ -250,7 +250,7 @@ def _require_reach(network: nn.Module, adapter: Adapter, taught: Tensor, feature
     for module, _ in modes:  # batch statistics of this one pass must not be kept
         module.training = False
     try:
-        score = adapter.logits(adapter.classify(network, feature)).sum()
+        score = adapter.classify(network, feature).sum()
         own = torch.autograd.grad(score, parameters, allow_unused=True)
     finally:
         for module, training in modes:
