@@ -5,12 +5,12 @@ codebase. Other packages add theirs through the entry-point group ``pointcmt.ada
 """
 
 from pointcmt.adapters.generic import generic_adapter
+from pointcmt.adapters.proof import AdapterReport, fit_adapter, verify_adapter
 from pointcmt.adapters.registry import (
     ENTRY_POINT_GROUP,
     INPUT_LAYOUTS,
     Adapter,
     AdapterError,
-    AdapterReport,
     Tap,
     adapter_problems,
     find_adapter,
@@ -21,7 +21,6 @@ from pointcmt.adapters.registry import (
     register_adapter,
     unregister_adapter,
     unwrap,
-    verify_adapter,
 )
 
 __all__ = [
@@ -34,6 +33,7 @@ __all__ = [
     "adapter_problems",
     "find_adapter",
     "first_tensor",
+    "fit_adapter",
     "generic_adapter",
     "get_adapter",
     "list_adapters",

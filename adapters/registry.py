@@ -1,8 +1,8 @@
-"""What an adapter is, where adapters are kept, and how one is proved.
+"""What an adapter is, where adapters are kept, and how the one for a network is found.
 
 An adapter says two things of a classifier that somebody else wrote: which tensor inside it is the shape
 feature, and how that network turns a shape feature into class scores. The claim is checked, not trusted:
-:func:`verify_adapter` runs the network on real points and compares ``classify(feature)`` with the output.
+proof.py runs the network on real points and compares ``classify(feature)`` with the output.
 
 This module and every file beside it import nothing of pointcmt, and no third-party codebase.
 """
@@ -12,17 +12,16 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
-import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from types import SimpleNamespace
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 ENTRY_POINT_GROUP = "pointcmt.adapters"
 
@@ -63,7 +62,7 @@ def first_tensor(output: Any) -> Tensor:
     elif isinstance(getattr(output, "logits", None), Tensor):
         return output.logits
     raise AdapterError(
-        f"cannot tell which part of the student's output ({_describe(output)}) holds the class scores; "
+        f"cannot tell which part of the student's output ({describe(output)}) holds the class scores; "
         "give the adapter logits=<function from the output to the [B, K] tensor>"
     )
 
@@ -85,8 +84,9 @@ class Tap:
             its ``"output"``.
         select: ``(module, tapped, inputs) -> (local [B, M, C], centers [B, M, 3])``, or ``-> [B, D]`` for
             :attr:`Adapter.global_`: ``module`` the network,
-            ``tapped`` what the submodule was given or gave, ``inputs`` the positional arguments of the
-            network's own call, () where scripts never call it (``logits_module``).
+            ``tapped`` what the submodule was given (a tuple) or gave, ``inputs`` what the network was called
+            with (positional arguments, then keyword arguments in the order given), () where scripts never
+            call it (``logits_module``).
     """
 
     module: str | Callable[[nn.Module], str]
@@ -116,9 +116,10 @@ class Adapter:
         feature_from: whether the feature is that submodule's first ``"input"`` or its ``"output"``.
             The tensor is copied when it is seen, so a following in-place operation does no harm.
         classify: ``(module, feature [B, D]) -> logits [B, K]``: the network's own layers from the feature on,
-            equal to the network's output (log-probabilities stay log-probabilities). None where there is no
-            classifier, or none is needed: pre-training.
-        logits: the network's output -> class scores [B, K].
+            equal to the network's class scores (log-probabilities stay log-probabilities). None where there
+            is no classifier, or none is needed: pre-training.
+        logits: the network's output -> class scores [B, K]. Of the output only: what ``classify`` returns is
+            class scores already.
         input_layout: what the network takes, for clouds [B, N, 3]: a key of :data:`INPUT_LAYOUTS`.
         feature: tapped tensor -> [B, D], where the network keeps it in another shape (``[B, D, 1]``).
         logits_module: path of the submodule that puts out the class scores. Empty: the network itself. Needed
@@ -189,20 +190,84 @@ class Adapter:
         return _submodule(self, module, self.logits_module, "logits_module")
 
     def arrange(self, points: Tensor) -> Any:
-        """Clouds [B, N, 3] as the network takes them."""
+        """Clouds [B, N, 3 + C] as the network takes them; a tuple is several arguments."""
         return INPUT_LAYOUTS[self.input_layout](points)
+
+    def call(self, student: Callable[..., Any], points: Tensor) -> Any:
+        """What ``student``, the network or a wrapper of it, returns for clouds [B, N, 3 + C]."""
+        args, kwargs = as_call(self.arrange(points))
+        return student(*args, **kwargs)
 
 
 def _transposed(points: Tensor) -> Tensor:
     return points.transpose(1, 2).contiguous()
 
 
+def _rest(points: Tensor) -> Tensor:
+    """What comes beside the coordinates: normals or colours; the coordinates again where there is nothing."""
+    return points[..., 3:] if points.shape[-1] > 3 else points
+
+
+def _joined(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B * N, 3], [B * N, C] and the number of each point's cloud [B * N]."""
+    clouds = torch.arange(len(points), device=points.device).repeat_interleave(points.shape[1])
+    return points[..., :3].flatten(0, 1), _rest(points).flatten(0, 1), clouds
+
+
+def _graph(points: Tensor, x: bool) -> Any:
+    pos, rest, batch = _joined(points)
+    sizes = torch.arange(len(points) + 1, device=points.device) * points.shape[1]
+    entries = {"pos": pos, "x": rest if x else None, "batch": batch, "ptr": sizes}
+    try:
+        Batch = importlib.import_module("torch_geometric.data").Batch
+    except ImportError:
+        return SimpleNamespace(**entries, num_graphs=len(points), num_nodes=len(pos))
+    return Batch(
+        _num_graphs=len(points), **{name: value for name, value in entries.items() if value is not None}
+    )
+
+
+def _offsets(points: Tensor) -> list[Tensor]:
+    pos, rest, _ = _joined(points)
+    ends = (torch.arange(len(points), device=points.device, dtype=torch.int32) + 1) * points.shape[1]
+    return [pos, rest, ends]
+
+
 INPUT_LAYOUTS: dict[str, Callable[[Tensor], Any]] = {
     "BN3": identity,
     "B3N": _transposed,
     "pos_x": lambda points: {"pos": points.contiguous(), "x": _transposed(points)},
+    "xyz,f:BN3": lambda points: (points[..., :3].contiguous(), _rest(points).contiguous()),
+    "xyz,f:B3N": lambda points: (_transposed(points[..., :3]), _transposed(_rest(points))),
+    "xyz:BN3,f:B3N": lambda points: (points[..., :3].contiguous(), _transposed(_rest(points))),
+    "(xyz,f):BN3": lambda points: ((points[..., :3].contiguous(), _rest(points).contiguous()),),
+    "(xyz,f):B3N": lambda points: ((_transposed(points[..., :3]), _transposed(_rest(points))),),
+    "B3N1": lambda points: _transposed(points).unsqueeze(-1),
+    "data": lambda points: _graph(points, x=points.shape[-1] > 3),
+    "data+x": lambda points: _graph(points, x=True),
+    "pos,batch": lambda points: (_joined(points)[0], _joined(points)[2]),
+    "x,pos,batch": lambda points: (_joined(points)[1], _joined(points)[0], _joined(points)[2]),
+    "none,pos,batch": lambda points: (None, _joined(points)[0], _joined(points)[2]),
+    "pos,x,batch": lambda points: _joined(points),
+    "pxo": _offsets,
 }
-"""How clouds [B, N, 3] are handed to a network: as they are, channels first, or OpenPoints' dictionary."""
+"""How clouds [B, N, 3 + C] are handed to a network; a tuple is several positional arguments.
+
+``BN3`` as they are; ``B3N`` channels first; ``pos_x`` OpenPoints' dictionary; ``xyz,f:…`` coordinates and
+features apart, ``(xyz,f):…`` both in one tuple; ``B3N1`` as an image of width one; ``data`` a batch of
+PyTorch Geometric (``data+x`` with features, which are the coordinates again where there are no others);
+``…,batch`` its tensors as arguments; ``pxo`` points, features and the ends of the clouds in a list. Add
+another by its name.
+"""
+
+
+def as_call(inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """A network's arguments: a tuple is the positional ones, ``(args, kwargs)`` both, else the only one."""
+    if isinstance(inputs, tuple):
+        if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
+            return inputs
+        return inputs, {}
+    return (inputs,), {}
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -311,7 +376,7 @@ def register_adapter(
         return lambda classify: register_adapter(Adapter(classify=classify, **description), replace=replace)
     if not isinstance(adapter, Adapter):
         raise ValueError(
-            f"register_adapter takes an Adapter, not {_describe(adapter)}; as a decorator it is called with "
+            f"register_adapter takes an Adapter, not {describe(adapter)}; as a decorator it is called with "
             "the fields: @register_adapter(name=..., matches=..., feature_module=..., feature_from=...)"
         )
     if description:
@@ -356,7 +421,7 @@ def _load() -> None:
     package = __name__.rpartition(".")[0]
     with _onto(_builtin):
         for info in pkgutil.iter_modules(sys.modules[package].__path__):
-            if info.name not in ("registry", "generic") and not info.name.startswith("_"):
+            if info.name not in ("registry", "generic", "proof") and not info.name.startswith("_"):
                 importlib.import_module(f"{package}.{info.name}")
     with _onto(_installed):
         for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
@@ -415,381 +480,81 @@ def find_adapter(student: nn.Module, adapter: Adapter | str | None = None, *, po
 
     Args:
         student: the network, bare or inside the wrappers that :func:`unwrap` knows.
-        adapter: an :class:`Adapter` or the name of a registered one; taken as it is.
-        points: what the network takes. With it, the generic adapter is the linear layer that really runs
-            last and puts out the class scores; without it, the one defined last.
+        adapter: an :class:`Adapter`, the name of a registered one, or ``"generic"``; taken as it is.
+        points: what the network takes. With it, the generic adapter is the linear layer whose result is the
+            network's output; without it, the one defined last.
 
     Raises:
         AdapterError: no registered adapter matches and the network does not end in a linear layer.
     """
+    from pointcmt.adapters.generic import NAME, generic_adapter
+
     if isinstance(adapter, Adapter):
         return adapter
+    module = unwrap(student)
+    if adapter == NAME:
+        return generic_adapter(module, points)
     if isinstance(adapter, str):
         return get_adapter(adapter)
     if adapter is not None:
         raise ValueError(
-            f"adapter is {_describe(adapter)}; expected an Adapter or the name of a registered one"
+            f"adapter is {describe(adapter)}; expected an Adapter or the name of a registered one"
         )
-    module = unwrap(student)
+    return matching_adapter(module) or generic_adapter(module, points)
+
+
+def matching_adapter(module: nn.Module) -> Adapter | None:
+    """The registered adapter that matches the network, else that of a known network inside it, else None."""
     for candidate in list_adapters():
         if candidate.describes(module):
             return candidate
-    from pointcmt.adapters.generic import generic_adapter
-
-    return generic_adapter(module, points)
-
-
-# --------------------------------------------------------------------------------------------------------
-# The proof
+    for path, child in _outermost_first(module):
+        for candidate in list_adapters():
+            if candidate.describes(child):
+                return _inside(candidate, path)
+    return None
 
 
-@dataclass(frozen=True)
-class AdapterReport:
-    """What :func:`verify_adapter` measured.
+def _outermost_first(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    named = [(path, child) for path, child in module.named_modules() if path]
+    # a head or a layer is no network: what can be one has parts of its own
+    whole = [(path, child) for path, child in named if len(list(child.children())) > 1]
+    return iter(sorted(whole, key=lambda item: item[0].count(".")))
 
-    Attributes:
-        adapter: the adapter that was proved.
-        feature_path: the tapped submodule.
-        feature_shape: [B, D].
-        logits_shape: [B, K].
-        max_difference: largest ``|classify(feature) - logits|``.
-        tolerance: the largest that passes.
-        conclusive: false where the class scores do not depend on the feature at all (a classifier whose
-            weights are zero at the start): then any feature would have passed.
-        local_shape: [B, M, C] of the local features; None where the adapter has none.
-        global_shape: [B, D'] of the encoder's pooled feature; None where the adapter does not say.
-    """
 
-    adapter: Adapter
-    feature_path: str
-    feature_shape: tuple[int, ...]
-    logits_shape: tuple[int, ...] | None
-    max_difference: float
-    tolerance: float
-    conclusive: bool = True
-    local_shape: tuple[int, ...] | None = None
-    global_shape: tuple[int, ...] | None = None
+def _inside(inner: Adapter, path: str) -> Adapter:
+    """An adapter for a network that holds, at ``path``, one that ``inner`` knows."""
 
-    def __bool__(self) -> bool:
-        return True
+    def classify(module: nn.Module, feature: Tensor) -> Tensor:
+        assert inner.classify is not None
+        return inner.classify(module.get_submodule(path), feature)
 
-    def __str__(self) -> str:
-        text = (
-            f"{self.adapter.name}: feature {list(self.feature_shape)} at the {self.adapter.feature_from} of "
-            f"{self.feature_path!r}"
+    def moved(tap: Tap | None) -> Tap | None:
+        if tap is None:
+            return None
+        return Tap(
+            lambda module: f"{path}.{tap.path(module.get_submodule(path))}",
+            tap.where,
+            lambda module, tapped, inputs: tap.select(module.get_submodule(path), tapped, inputs),
         )
-        if self.logits_shape is None:
-            text += ", no classifier, so that which tensor the feature is could not be checked"
-        else:
-            text += (
-                f", logits {list(self.logits_shape)}, max |classify(feature) - logits| = "
-                f"{self.max_difference:.3g} (tolerance {self.tolerance:.3g})"
-            )
-            if not self.conclusive:
-                text += "; the scores do not depend on the feature yet, so this proves little"
-        if self.local_shape is not None:
-            text += f"; local features {list(self.local_shape)}"
-        if self.global_shape is not None:
-            text += f"; pooled feature {list(self.global_shape)}"
-        return text
 
-
-def verify_adapter(
-    student: nn.Module, points: Any, adapter: Adapter | str | None = None, **kwargs: Any
-) -> AdapterReport:
-    """Proves ``classify(feature) == logits`` in eval mode on real points.
-
-    Leaves the network as it was: modes of every submodule, buffers, gradients, hooks and the random
-    generators of torch, NumPy and Python.
-
-    Args:
-        student: the network, bare or wrapped.
-        points: what the network takes: a tensor, or a tuple of its positional arguments.
-        adapter: adapter or name; None finds one.
-        kwargs: keyword arguments of the network.
-
-    Returns:
-        A report (always true).
-
-    Raises:
-        AdapterError: the tap is never reached, the feature is not [B, D], or classifying it does not give
-            the network's output. The message has shapes, the difference, the module tree and what to do.
-    """
-    args = points if isinstance(points, tuple) else (points,)
-    return verify_call(student, adapter, args, kwargs)
-
-
-def verify_call(
-    student: nn.Module, adapter: Adapter | str | None, args: tuple, kwargs: Mapping[str, Any]
-) -> AdapterReport:
-    """As :func:`verify_adapter`, for a call with any arguments, also such as ``adapter`` or ``student``."""
-    module = unwrap(student)
-    adapter = find_adapter(module, adapter, points=(args, dict(kwargs)))
-    return _prove(module, adapter, lambda: module(*args, **kwargs))
-
-
-def verify_tail(
-    module: nn.Module, args: tuple, kwargs: Mapping[str, Any], adapter: Adapter
-) -> AdapterReport | None:
-    """As :func:`verify_adapter`, on the inputs of ``adapter.logits_module`` in place of the network's.
-
-    For scripts that never call the network itself. None where the feature is not inside that submodule.
-    """
-    last = adapter.output_module(module)
-    tapped_module = adapter.submodule(module)
-    if all(child is not tapped_module for child in last.modules()):
-        return None
-    return _prove(module, adapter, lambda: last(*args, **kwargs))
-
-
-def _prove(module: nn.Module, adapter: Adapter, run: Callable[[], Any]) -> AdapterReport:
-    with quiet_evaluation(module):
-        seen = observe(module, adapter, run)
-        path = adapter.feature_path(module)
-        where = f"the {adapter.feature_from} of {path!r}"
-        help_ = (
-            "\nWrite an adapter whose feature_module is the submodule where the [B, D] shape feature is, "
-            "and whose classify runs the layers after it (docs/adapters.md). The modules of "
-            f"{type(module).__name__}:\n{module_tree(module)}"
-        )
-        if seen.feature is None:
-            raise AdapterError(
-                f"adapter {adapter.name!r} taps {where}, which {type(module).__name__}'s forward pass never "
-                "runs." + help_
-            )
-        feature = adapter.feature(seen.feature)
-        logits = None if adapter.classify is None else adapter.logits(seen.output)
-        if logits is not None and logits.ndim != 2:
-            raise AdapterError(
-                f"adapter {adapter.name!r}: the class scores have shape {list(logits.shape)}; expected "
-                "[B, K]. Give the adapter logits=<function from the network's output to [B, K]>." + help_
-            )
-        if feature.ndim != 2 or (logits is not None and feature.shape[0] != logits.shape[0]):
-            batch = "" if logits is None else f" with B = {logits.shape[0]}"
-            raise AdapterError(
-                f"adapter {adapter.name!r}: the feature at {where} has shape {list(feature.shape)}; expected "
-                f"[B, D]{batch}. Tap another submodule, or give the adapter "
-                "feature=<function from that tensor to [B, D]>." + help_
-            )
-        local_shape, global_shape = _prove_taps(module, adapter, seen, len(feature), help_)
-        difference, tolerance, conclusive = 0.0, 0.0, False
-        if logits is not None:
-            difference, tolerance, conclusive = _prove_classifier(
-                module, adapter, feature, logits, where, help_
-            )
-    return AdapterReport(
-        adapter,
-        path,
-        tuple(feature.shape),
-        None if logits is None else tuple(logits.shape),
-        difference,
-        tolerance,
-        conclusive,
-        local_shape,
-        global_shape,
+    return replace(
+        inner,
+        name=f"{inner.name} (in {path})",
+        matches=lambda module: False,  # found by the part, not by the whole
+        feature_module=lambda module: f"{path}.{inner.feature_path(module.get_submodule(path))}",
+        classify=None if inner.classify is None else classify,
+        logits_module=f"{path}.{inner.logits_module}" if inner.logits_module else "",
+        local=moved(inner.local),
+        global_=moved(inner.global_),
     )
 
 
-def _prove_classifier(
-    module: nn.Module, adapter: Adapter, feature: Tensor, logits: Tensor, where: str, help_: str
-) -> tuple[float, float, bool]:
-    """``classify(feature) == logits``: largest difference, tolerance, and whether the feature matters."""
-    assert adapter.classify is not None
-    try:
-        again = adapter.classify(module, in_precision_of(module, feature))
-    except Exception as error:
-        raise AdapterError(
-            f"adapter {adapter.name!r}: classify failed on the feature {list(feature.shape)} at {where}: "
-            f"{type(error).__name__}: {error}" + help_
-        ) from error
-    if not isinstance(again, Tensor) or again.shape != logits.shape:
-        raise AdapterError(
-            f"adapter {adapter.name!r}: classify(feature {list(feature.shape)} at {where}) gives "
-            f"{_describe(again)}; the network's class scores are {list(logits.shape)}." + help_
-        )
-    difference, tolerance = _difference(again, logits), _tolerance(feature, logits)
-    # `not <=` so that NaN fails too
-    if not difference <= tolerance:
-        raise AdapterError(
-            f"adapter {adapter.name!r} is wrong for {type(module).__name__}: classify(feature) differs "
-            f"from the network's output by up to {difference:.3g} (tolerance {tolerance:.3g}); feature "
-            f"{list(feature.shape)} at {where}, logits {list(logits.shape)}." + help_
-        )
-    moved = adapter.classify(module, in_precision_of(module, feature + feature.abs().mean() + 1))
-    return difference, tolerance, _difference(moved, logits) > tolerance
-
-
-def _prove_taps(
-    module: nn.Module, adapter: Adapter, seen: Observed, batch: int, help_: str
-) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    """Local features come one per centre and cloud, the pooled feature one per cloud: their shapes."""
-    local_shape = global_shape = None
-    for name, tap, found in (
-        ("local", adapter.local, seen.local),
-        ("global_", adapter.global_, seen.global_),
-    ):
-        if tap is not None and found is None:
-            raise AdapterError(
-                f"adapter {adapter.name!r}: {name} taps the {tap.where} of {tap.path(module)!r}, which "
-                f"{type(module).__name__}'s forward pass never runs." + help_
-            )
-    if seen.local is not None:
-        local, centers = seen.local
-        if (
-            local.ndim != 3
-            or centers.ndim != 3
-            or local.shape[0] != batch
-            or centers.shape != (*local.shape[:2], 3)
-        ):
-            raise AdapterError(
-                f"adapter {adapter.name!r}: local gives features {list(local.shape)} and centres "
-                f"{list(centers.shape)}; expected [B, M, C] and [B, M, 3] with B = {batch}: one feature for "
-                "each centre." + help_
-            )
-        local_shape = tuple(local.shape)
-    if seen.global_ is not None:
-        if seen.global_.ndim != 2 or seen.global_.shape[0] != batch:
-            raise AdapterError(
-                f"adapter {adapter.name!r}: global_ gives {list(seen.global_.shape)}; expected [B, D] with "
-                f"B = {batch}." + help_
-            )
-        global_shape = tuple(seen.global_.shape)
-    return local_shape, global_shape
-
-
-class Observed(NamedTuple):
-    """What one forward pass showed; None for what never ran or was not asked for.
-
-    Attributes:
-        feature: a copy of the tapped tensor, as it is.
-        output: of ``logits_module``.
-        local: [B, M, C] and [B, M, 3].
-        global_: [B, D'].
-    """
-
-    feature: Tensor | None
-    output: Any
-    local: tuple[Tensor, Tensor] | None = None
-    global_: Tensor | None = None
-
-
-def observe(module: nn.Module, adapter: Adapter, run: Callable[[], Any]) -> Observed:
-    """Calls ``run``, watching what the adapter taps of ``module``."""
-    found: dict[str, Any] = {}
-    inputs: list[tuple] = []
-
-    def keep(name: str, tap: Tap) -> Callable[[Any], None]:
-        def see(value: Any) -> None:
-            found[name] = tree_map(_copied, tap.select(module, value, inputs[0] if inputs else ()))
-
-        return see
-
-    with ExitStack() as stack:
-        handle = module.register_forward_pre_hook(lambda _m, args: inputs.append(args))
-        stack.callback(handle.remove)
-        submodule = adapter.submodule(module)
-        stack.enter_context(
-            tapped(
-                submodule,
-                adapter.feature_from,
-                lambda value: found.update(feature=_copied(first_tensor(value))),
-            )
-        )
-        for name, tap in (("local", adapter.local), ("global_", adapter.global_)):
-            if tap is not None:
-                stack.enter_context(tapped(adapter.tapped(tap, module), tap.where, keep(name, tap)))
-        handle = adapter.output_module(module).register_forward_hook(
-            lambda _m, _a, output: found.update(output=output)
-        )
-        stack.callback(handle.remove)
-        run()
-    return Observed(found.get("feature"), found.get("output"), found.get("local"), found.get("global_"))
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def tapped(
-    submodule: nn.Module, where: Literal["input", "output"], see: Callable[[Any], None]
-) -> Iterator[None]:
-    """Calls ``see`` with what goes into ``submodule`` (a tuple), or with what comes out of it."""
-    if where == "input":
-        handle = submodule.register_forward_pre_hook(
-            lambda _m, args, kwargs: see((*args, *kwargs.values())), with_kwargs=True
-        )
-    else:
-        handle = submodule.register_forward_hook(lambda _m, _a, output: see(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def quiet_evaluation(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients or autocast; modes, buffers and random generators are put back.
-
-    Modes are set flag by flag, not by ``module.eval()``: some networks do work in ``train()``, and a frozen
-    part of a network must come back frozen.
-    """
-    modes = [(child, child.training) for child in module.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    devices = sorted({tensor.device.index for tensor in module.parameters() if tensor.is_cuda})
-    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
-    python_state = random.getstate()
-    numpy_state = numpy_random.get_state() if numpy_random is not None else None
-    try:
-        for child, _ in modes:
-            child.training = False
-        kinds = {tensor.device.type for tensor in module.parameters()} | {"cpu"}
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), _no_autocast(kinds):
-            yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
-        random.setstate(python_state)
-        if numpy_random is not None:
-            numpy_random.set_state(numpy_state)
-
-
-@contextmanager
-def _no_autocast(kinds: set[str]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for kind in sorted(kinds):
-            if torch.amp.autocast_mode.is_autocast_available(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    if a.numel() == 0:
-        return 0.0
-    difference = (a.double() - b.double()).abs()
-    # equal infinities (a log-probability of 0) subtract to NaN
-    return float(torch.where(a == b, torch.zeros_like(difference), difference).max())
-
-
-def _tolerance(feature: Tensor, logits: Tensor) -> float:
-    """Rounding of the coarsest type on the way, relative to the largest score."""
-    coarsest = max(torch.finfo(tensor.dtype).eps for tensor in (feature, logits))
-    relative = max(1e-4, 8 * coarsest)
-    if logits.is_cuda and torch.backends.cuda.matmul.allow_tf32:
-        relative = max(relative, 2e-3)
-    finite = logits[torch.isfinite(logits)]
-    return relative * max(float(finite.abs().max()) if finite.numel() else 0.0, 1e-3)
-
-
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with keys {', '.join(map(repr, value))}"
     if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {', '.join(_describe(item) for item in value) or 'nothing'}"
+        return f"a {type(value).__name__} of {', '.join(describe(item) for item in value) or 'nothing'}"
     return f"a {type(value).__name__}"

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
-from torch.utils._pytree import tree_map
 
+from pointcmt.adapters._untouched import copied
 from pointcmt.adapters.registry import Adapter, Tap, first_tensor, unwrap
 from pointcmt.frozen import device_of
 
@@ -198,12 +198,12 @@ class StudentCapture:
             return
         if torch.compiler.is_compiling():
             self.inputs = (args, kwargs)
-            self.pending_inputs = args
+            self.pending_inputs = (*args, *kwargs.values())
             return
         if _in_backward():
             return
         self._local.pending = self._local.local = self._local.global_ = None
-        self._local.inputs = args
+        self._local.inputs = (*args, *kwargs.values())
         if self._met_first_pass:
             return
         if getattr(module, "_is_replica", False):
@@ -212,27 +212,25 @@ class StudentCapture:
                     self.inputs = (args, kwargs)
             return
         self._met_first_pass = True
-        self._on_first_pass(*self._at_home(args, kwargs))
+        self._on_first_pass(*self.at_home(args, kwargs))
 
     def _before_last(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._met_first_pass or self.paused or not module.training or torch.compiler.is_compiling():
             return
         if torch.is_grad_enabled() and not _in_backward() and not getattr(module, "_is_replica", False):
             self._met_first_pass = True
-            self._on_first_tail(*self._at_home(args, kwargs))
+            self._on_first_tail(*self.at_home(args, kwargs))
 
-    def _at_home(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def at_home(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The inputs where the bare network is, in its precision: the wrapper would have seen to that."""
         device = device_of(self.module)
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
 
-        def move(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
+        def move(value: Tensor) -> Tensor:
             value = value.detach().to(device, copy=True)
             return value.to(dtype) if value.is_floating_point() and value.dtype.itemsize < 4 else value
 
-        return tree_map(move, (tuple(args), dict(kwargs)))
+        return copied((tuple(args), dict(kwargs)), move)
 
     def take_inputs(self) -> tuple[tuple, dict[str, Any]] | None:
         """The arguments of a pass that was met too deep inside to call ``on_first_pass``; once."""
@@ -240,7 +238,7 @@ class StudentCapture:
         if inputs is None or self._met_first_pass:
             return None
         self._met_first_pass = True
-        return self._at_home(*inputs)
+        return self.at_home(*inputs)
 
     def _tap_input(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and not self.paused:

@@ -12,14 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pointcmt.adapters.registry import (
-    Adapter,
-    AdapterReport,
-    find_adapter,
-    in_precision_of,
-    verify_call,
-    verify_tail,
-)
+from pointcmt.adapters.proof import AdapterReport, verify_again, verify_call, verify_tail
+from pointcmt.adapters.registry import Adapter, AdapterError, find_adapter, in_precision_of, unwrap
 from pointcmt.distributed import KeptEqual
 from pointcmt.frozen import Frozen, UntouchedStatistics, device_of
 from pointcmt.hooks import Captured, StudentCapture
@@ -30,6 +24,8 @@ from pointcmt.types import ImageFeatures, StudentState, TeacherOutput, Views
 
 # after so many steps in which a head got gradients and did not move, its optimizer is asked about
 _STEPS_TO_MOVE = 10
+# after so many steps the adapter is checked again: what was the identity at the start is so no more
+_STEPS_TO_CHECK = 10
 
 _active: weakref.WeakKeyDictionary[nn.Module, CrossModalTraining] = weakref.WeakKeyDictionary()
 
@@ -50,7 +46,8 @@ class CrossModalTraining:
       ``with``.
     * :meth:`loss` belongs to the latest training pass, and is called once for each.
     * The adapter is checked (``verify_adapter``) on entering where ``points`` are given, else on the points
-      of the first training pass.
+      of the first training pass; and on the same points again after ten steps and on leaving. What cannot be
+      checked is a warning.
     * What the objectives train (projection heads, connectors) is complete in :meth:`parameters` on entering,
       for which ``points`` are needed where a head's size depends on the network. In several processes
       (``torch.distributed``) it starts equal on all, and its gradients are averaged, whatever wraps the
@@ -142,6 +139,9 @@ class CrossModalTraining:
         self._used: Captured | None = None
         self._losses: dict[str, Tensor] = {}
         self._versions: dict[int, tuple[int, int]] | None = {}
+        # the inputs of the adapter's check, and whether they are of its logits_module
+        self._checked_on: tuple[tuple, dict[str, Any], bool] | None = None
+        self._steps = 0
 
     # ---- entering and leaving
 
@@ -150,8 +150,21 @@ class CrossModalTraining:
             raise RuntimeError(
                 f"this {type(self).__name__} is entered already; leave it before entering it again"
             )
-        points = None if self._points is None else self._sample()
-        adapter = find_adapter(self.student, self._adapter, points=points)
+        if unwrap(self.student) in _active:
+            raise RuntimeError(
+                f"this {type(unwrap(self.student)).__name__} is being trained in another "
+                f"{type(self).__name__} already: its losses would be counted twice. Leave that one first; to "
+                "combine methods, give one context several objectives"
+            )
+        self._used, self.report, self._losses, self._versions = None, None, {}, {}
+        self._checked_on, self._steps = None, 0
+        if self._points is None:
+            adapter = find_adapter(self.student, self._adapter)
+        else:
+            args, kwargs = self._sample()
+            self.report = verify_call(self.student, self._adapter, args, kwargs)
+            self._checked_on = args, kwargs, False
+            adapter = self.report.adapter
         capture = StudentCapture(
             self.student,
             adapter,
@@ -160,18 +173,9 @@ class CrossModalTraining:
             local=any(objective.needs_local for objective in self._objectives()),
             global_=any(objective.needs_global for objective in self._objectives()),
         )
-        if capture.module in _active:
-            raise RuntimeError(
-                f"this {type(capture.module).__name__} is being trained in another {type(self).__name__} "
-                "already: its losses would be counted twice. Leave that one first; to combine methods, give "
-                "one context several objectives"
-            )
+        capture.checked = self.report is not None
         _check_adapter_has(adapter, self.objectives)
-        self._used, self.report, self._losses, self._versions = None, None, {}, {}
         try:
-            if points is not None:
-                self.report = verify_call(capture.module, adapter, *points)
-                capture.checked = True
             self._statistics = UntouchedStatistics(capture.module)
             self.sizes = self._measured()
             for objective in self._objectives():
@@ -194,10 +198,13 @@ class CrossModalTraining:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._capture is not None:
-            _active.pop(self._capture.module, None)
+        capture, checked_on = self._capture, self._checked_on
+        if capture is not None:
+            _active.pop(capture.module, None)
         self._leave()
         if error is None:
+            if capture is not None and checked_on is not None and self._steps not in (0, _STEPS_TO_CHECK):
+                self._check_again(capture, checked_on)
             deferred.look(wait=True)
         else:
             deferred.forget()
@@ -205,7 +212,7 @@ class CrossModalTraining:
     def _leave(self) -> None:
         capture, frozen, equal = self._capture, self._frozen, self._kept_equal
         self._capture = self._frozen = self._statistics = self._kept_equal = self._used = None
-        self.sizes = None
+        self.sizes = self._checked_on = None
         if capture is not None:
             capture.close()
         if frozen is not None:
@@ -242,11 +249,12 @@ class CrossModalTraining:
         capture = self._entered("the adapter's proof")
         capture.paused = True
         try:
-            adapter = find_adapter(capture.module, self._adapter, points=(args, kwargs))
-            self.report = verify_call(capture.module, adapter, args, kwargs)
+            self.report = verify_call(capture.module, self._adapter, args, kwargs)
         finally:
             capture.paused = False
-        capture.use(adapter)
+        _check_adapter_has(self.report.adapter, self.objectives)
+        capture.use(self.report.adapter)
+        self._checked_on = args, kwargs, False
 
     def _prove_tail(self, args: tuple, kwargs: dict[str, Any]) -> None:
         capture = self._entered("the adapter's proof")
@@ -255,6 +263,27 @@ class CrossModalTraining:
             self.report = verify_tail(capture.module, args, kwargs, capture.adapter)
         finally:
             capture.paused = False
+        if self.report is not None:
+            self._checked_on = args, kwargs, True
+
+    def _check_again(self, capture: StudentCapture, inputs: tuple[tuple, dict[str, Any], bool]) -> None:
+        """What only training shows, on the inputs of the first check."""
+        args, kwargs, tail = inputs
+        before, capture.paused = capture.paused, True
+        try:
+            verify_again(capture.module, capture.adapter, *capture.at_home(args, kwargs), tail=tail)
+        except AdapterError:
+            raise
+        except Exception as error:
+            # the network was moved, or torn down by its owner; training itself went well
+            warnings.warn(
+                f"the adapter {capture.adapter.name!r} could not be checked again after {self._steps} steps: "
+                f"{type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        finally:
+            capture.paused = before
 
     # ---- training
 
@@ -321,6 +350,9 @@ class CrossModalTraining:
         if self._kept_equal is not None:
             self._kept_equal.share_buffers()
         self._ask_about_optimizer()
+        self._steps += 1
+        if self._steps == _STEPS_TO_CHECK and self._checked_on is not None:
+            self._check_again(capture, self._checked_on)
         classify = None if capture.adapter.classify is None else self._classify
         state = StudentState(
             captured.feature,
@@ -497,7 +529,7 @@ class CrossModalTraining:
             )
         try:
             with self._statistics():
-                return capture.adapter.logits(capture.adapter.classify(module, feature))
+                return capture.adapter.classify(module, feature)
         finally:
             capture.paused = before
 
@@ -642,7 +674,8 @@ def _check_adapter_has(adapter: Adapter, objectives: Iterable[nn.Module]) -> Non
         if objective.needs_local and adapter.local is None:
             raise ValueError(
                 f"{objective.name} needs local features, and the adapter {adapter.name!r} does not say where "
-                "the network has them: give it local=Tap(...) (docs/adapters.md), or leave the local term out"
+                "the network has them: give it local=Tap(...) (docs/adapters.md), or points=<a few clouds> "
+                "for the generic adapter to look for them, or leave the local term out"
             )
 
 

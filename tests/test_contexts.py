@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pointcmt import CrossModalTraining, PointCMT
-from pointcmt.adapters import Adapter, AdapterError, Tap
+from pointcmt.adapters import Adapter, AdapterError, Tap, find_adapter
 from pointcmt.objectives import FeatureL2, Objective, SoftLabels, SoftmaxRegression
 from pointcmt.teacher import ImageTeacher
 from pointcmt.types import ImageFeatures, TeacherOutput, Views
@@ -123,7 +123,13 @@ def test_a_network_without_local_features_is_explained():
     teacher, student = build()
     with (
         pytest.raises(ValueError, match=r"local=Tap"),
-        CrossModalTraining(teacher, student, objectives=[LocalHead(1.0)], points=batch(0)[0]),
+        CrossModalTraining(
+            teacher,
+            student,
+            objectives=[LocalHead(1.0)],
+            adapter=find_adapter(student),  # without points it knows of none
+            points=batch(0)[0],
+        ),
     ):
         pass
     assert hooks(student) == 0 and teacher.training

@@ -29,12 +29,12 @@ from tests.toys import (
     BATCH,
     CLASSES,
     FEATURE,
+    BentEnd,
     DeepHead,
     DefinedFirst,
     Dictionary,
     Generator,
     LogProbabilities,
-    NoLinearEnd,
     Student,
     Teacher,
     batch,
@@ -749,7 +749,7 @@ def test_a_wrong_adapter_stops_training_and_leaves_no_hook(teacher, generator):
 
 
 def test_a_student_without_a_linear_end_stops_training_with_instructions(teacher, generator):
-    student, (points, _, _) = make(NoLinearEnd), batch(37)
+    student, (points, _, _) = make(BentEnd), batch(37)
     with PointCMT(teacher, student, generator=generator), pytest.raises(AdapterError, match="Write one"):
         student(points)
     assert hooks(student) == 0

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pointcmt.adapters.registry import Adapter, find_adapter, observe, unwrap
+from pointcmt.adapters.proof import observe
+from pointcmt.adapters.registry import Adapter, find_adapter, unwrap
 
 
 def freeze_unused(

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from pointcmt import compat
 from pointcmt.adapters import INPUT_LAYOUTS, Adapter, AdapterError, find_adapter, verify_adapter
-from pointcmt.adapters.registry import AdapterReport
+from pointcmt.adapters.proof import AdapterReport
 from pointcmt.data import SyntheticShapes
 from pointcmt.methods import PointCMT
 
@@ -256,7 +256,7 @@ def _require_reach(network: nn.Module, adapter: Adapter, taught: Tensor, feature
         module.training = False
     try:
         assert adapter.classify is not None
-        score = adapter.logits(adapter.classify(network, feature)).sum()
+        score = adapter.classify(network, feature).sum()
         own = torch.autograd.grad(score, parameters, allow_unused=True)
     finally:
         for module, training in modes:

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pointcmt.adapters.registry import Adapter, find_adapter, observe, unwrap
+from pointcmt.adapters.proof import observe
+from pointcmt.adapters.registry import Adapter, find_adapter, unwrap
 from pointcmt.checkpoint import PathLike, check_configuration, kind_of, load_module, read_config
 from pointcmt.data import PointDataset
 from pointcmt.data.dataset import Split

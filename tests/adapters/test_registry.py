@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from pointcmt.adapters import (
     Adapter,
@@ -51,7 +52,7 @@ def registered():
     registry._registered.update(before)
 
 
-@pytest.mark.parametrize("kind", [Student, LogProbabilities, Dictionary, DefinedFirst, DeepHead])
+@pytest.mark.parametrize("kind", [Student, LogProbabilities, Dictionary, DefinedFirst, DeepHead, NoLinearEnd])
 def test_the_generic_adapter_is_proved_on_networks_that_end_in_a_linear_layer(kind):
     torch.manual_seed(1)
     student = kind()
@@ -71,18 +72,25 @@ def test_the_generic_adapter_takes_the_layer_that_runs_last_not_the_one_defined_
     assert find_adapter(student, points=batch(2)[0]).feature_path(student) == "head"
 
 
+class Cosine(Student):
+    """Scores by the angle to each class: no linear layer gives them."""
+
+    def forward(self, points):
+        return F.normalize(self.feature(points), dim=-1) @ F.normalize(self.head.weight, dim=-1).T
+
+
 def test_a_network_without_a_linear_end_gets_instructions_and_its_tree():
     with pytest.raises(AdapterError) as error:
-        verify_adapter(NoLinearEnd(), batch(3)[0])
+        verify_adapter(Cosine(), batch(3)[0])
     text = str(error.value)
-    assert "class scores" in text or "runs last" in text
-    for part in ("Adapter(", "classify=", "scores: Conv1d(16, 5", "verify_adapter"):
+    assert "none of its linear layers has the class scores [6, 5] as its result" in text
+    for part in ("Adapter(", "classify=", "head: Linear(in_features=16", "verify_adapter"):
         assert part in text
 
 
 def test_a_network_without_any_linear_layer_gets_instructions():
-    with pytest.raises(AdapterError, match=r"no nn\.Linear at all"):
-        find_adapter(nn.Sequential(nn.Conv1d(3, 4, 1)))
+    with pytest.raises(AdapterError, match="no linear layer at all"):
+        find_adapter(nn.Sequential(nn.Conv1d(3, 4, 3)))
 
 
 def test_in_place_layers_after_the_feature_do_no_harm():
@@ -131,10 +139,11 @@ def test_a_classifier_that_gives_nan_is_wrong():
         verify_adapter(DeepHead(), batch(6)[0], adapter)
 
 
-def test_a_classifier_of_zeros_proves_little_and_the_report_says_so():
+def test_a_classifier_of_zeros_is_proved_with_its_weights_moved():
     student = Student()
     nn.init.zeros_(student.head.weight)
-    assert not verify_adapter(student, batch(7)[0]).conclusive
+    assert verify_adapter(student, batch(7)[0]).conclusive
+    assert not student.head.weight.any()
 
 
 def test_verifying_changes_nothing():
@@ -191,7 +200,10 @@ def test_registering_by_call_and_by_decorator(registered):
     assert find_adapter(Student()).name == "generic"
     # the tap is before the activation, so this one is wrong, and that shows
     with pytest.raises(AdapterError, match="by decorator"):
-        verify_adapter(Renamed(), batch(10)[0])
+        verify_adapter(Renamed(), batch(10)[0], "by decorator")
+    # it was not asked for by name, and the generic one is right
+    with pytest.warns(RuntimeWarning, match="'by decorator' matches, but is wrong for this Renamed"):
+        assert verify_adapter(Renamed(), batch(10)[0]).adapter.name == "generic"
     unregister_adapter("by decorator")
     assert find_adapter(Renamed()).name == "generic"
     with pytest.raises(ValueError, match="by call"):
