@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from pointcmt.adapters.registry import Tap
 
 BATCH_NORM: type[nn.Module] = _BatchNorm  # also after nn.SyncBatchNorm.convert_sync_batchnorm
 
@@ -45,3 +50,52 @@ def run_from(sequential: nn.Sequential, start: int, x: Tensor) -> Tensor:
     for layer in list(sequential)[start:]:
         x = layer(x)
     return x
+
+
+# Where codebases keep local features: each is ``select`` of a :class:`Tap`
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """[B, C, M] or [B, C, M, 1] → [B, M, C]."""
+    return (x.squeeze(3) if x.ndim == 4 else x).transpose(1, 2)
+
+
+def stage(path: str | Callable[[nn.Module], str], channels_first_centers: bool = False) -> Tap:
+    """A stage that puts out centres and their features [B, C, M] in a list or tuple."""
+
+    def select(_module: nn.Module, tapped: Any, _inputs: tuple) -> tuple[Tensor, Tensor]:
+        centers, features = tapped[:2]
+        return _channels_last(features), centers.transpose(1, 2) if channels_first_centers else centers
+
+    return Tap(path, "output", select)
+
+
+def before_last_stage(path: str) -> Tap:
+    """As :func:`stage`, of the last but one in a ``ModuleList``: the last one pools."""
+    return stage(lambda module: f"{path}.{len(module.get_submodule(path)) - 2}")  # type: ignore[arg-type]
+
+
+def per_point(path: str | Callable[[nn.Module], str]) -> Tap:
+    """A layer that puts out a feature for each point [B, C, N] of clouds that come as [B, 3 + C, N]."""
+    return Tap(
+        path,
+        "output",
+        lambda _module, tapped, inputs: (_channels_last(tapped), inputs[0][:, :3].transpose(1, 2)),
+    )
+
+
+def pooled(path: str | Callable[[nn.Module], str], last: bool = False) -> Tap:
+    """What goes into the head: the first argument, or the last entry of a stage's output where ``last``."""
+    if last:
+        return Tap(path, "output", lambda _module, tapped, _inputs: tapped[1].flatten(1))
+    return Tap(path, "input", lambda _module, tapped, _inputs: tapped[0])
+
+
+def tokens(norm: str = "norm", groups: str = "group_divider") -> Tap:
+    """A transformer's tokens after its last normalisation, without class token, and their groups' centres."""
+    return Tap(
+        norm,
+        "output",
+        lambda _module, tapped, _inputs: (tapped[0][:, -tapped[1][1].shape[1] :], tapped[1][1]),
+        beside=(groups, "output"),
+    )

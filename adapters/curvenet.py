@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pointcmt.adapters._structure import BATCH_NORM, has
+from pointcmt.adapters._structure import BATCH_NORM, has, pooled, stage
 from pointcmt.adapters.registry import register_adapter
 
 
@@ -25,7 +25,13 @@ def _is_curvenet(module: nn.Module) -> bool:
 
 
 @register_adapter(
-    name="curvenet", matches=_is_curvenet, feature_module="dp1", feature_from="input", input_layout="B3N"
+    name="curvenet",
+    matches=_is_curvenet,
+    feature_module="dp1",
+    feature_from="input",
+    input_layout="B3N",
+    local=stage("cic42", channels_first_centers=True),
+    global_=pooled("conv1"),
 )
 def curvenet(module: nn.Module, feature: Tensor) -> Tensor:
     return module.conv2(module.dp1(feature))

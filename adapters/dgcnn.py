@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pointcmt.adapters._structure import BATCH_NORM, DGCNN_HEAD, has, lacks, layers
+from pointcmt.adapters._structure import BATCH_NORM, DGCNN_HEAD, has, lacks, layers, per_point, pooled
 from pointcmt.adapters.registry import register_adapter
 
 NEGATIVE_SLOPE = 0.2  # of every leaky ReLU in these networks, the paper's and the code's
@@ -31,7 +31,13 @@ def _is_pointnet(module: nn.Module) -> bool:
 
 
 @register_adapter(
-    name="dgcnn", matches=_is_dgcnn, feature_module="dp1", feature_from="input", input_layout="B3N"
+    name="dgcnn",
+    matches=_is_dgcnn,
+    feature_module="dp1",
+    feature_from="input",
+    input_layout="B3N",
+    local=per_point("conv5"),
+    global_=pooled("linear1"),
 )
 def dgcnn(module: nn.Module, feature: Tensor) -> Tensor:
     hidden = F.leaky_relu(module.bn7(module.linear2(module.dp1(feature))), negative_slope=NEGATIVE_SLOPE)
@@ -44,6 +50,8 @@ def dgcnn(module: nn.Module, feature: Tensor) -> Tensor:
     feature_module="dp1",
     feature_from="input",
     input_layout="B3N",
+    local=per_point("bn5"),
+    global_=pooled("linear1"),
 )
 def pointnet(module: nn.Module, feature: Tensor) -> Tensor:
     return module.linear2(module.dp1(feature))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pointcmt.adapters._structure import BATCH_NORM, has, layers, run_from
+from pointcmt.adapters._structure import BATCH_NORM, before_last_stage, has, layers, pooled, run_from
 from pointcmt.adapters.registry import register_adapter
 
 
@@ -40,6 +40,8 @@ def _is_first_generation(module: nn.Module) -> bool:
     matches=_is_current,
     feature_module="fc_layer.3",
     feature_from="input",
+    local=before_last_stage("SA_modules"),
+    global_=pooled("fc_layer.0"),
 )
 def pointnet2(module: nn.Module, feature: Tensor) -> Tensor:
     return run_from(module.fc_layer, 3, feature)
@@ -50,6 +52,8 @@ def pointnet2(module: nn.Module, feature: Tensor) -> Tensor:
     matches=_is_first_generation,
     feature_module="FC_layer.1",
     feature_from="input",
+    local=before_last_stage("SA_modules"),
+    global_=pooled("FC_layer.0"),
 )
 def pointnet2_first_generation(module: nn.Module, feature: Tensor) -> Tensor:
     return run_from(module.FC_layer, 1, feature)

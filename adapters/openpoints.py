@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pointcmt.adapters._structure import has, run_from
-from pointcmt.adapters.pointmlp import is_pointmlp
-from pointcmt.adapters.registry import register_adapter
+from pointcmt.adapters._structure import before_last_stage, has, pooled, run_from
+from pointcmt.adapters.pointmlp import LOCAL, is_pointmlp
+from pointcmt.adapters.registry import Adapter, Tap, register_adapter
 
 
 def _is_base_cls(module: nn.Module) -> bool:
@@ -23,16 +23,46 @@ def _first_after_feature(module: nn.Module) -> int:
     return min(1, len(module.prediction.head) - 1)
 
 
-@register_adapter(
-    name="openpoints",
-    matches=_is_base_cls,
-    feature_module=lambda module: f"prediction.head.{_first_after_feature(module)}",
-    feature_from="input",
-    input_layout="pos_x",
-    logits_module="prediction",
-)
-def base_cls(module: nn.Module, feature: Tensor) -> Tensor:
+def _classify(module: nn.Module, feature: Tensor) -> Tensor:
     return run_from(module.prediction.head, _first_after_feature(module), feature)
+
+
+# of each kind of encoder: what it has, and where its local features are; any encoder comes first, so that it
+# is asked last
+_ENCODERS = {
+    "openpoints": (lambda encoder: True, None),
+    "openpoints-pointnext": (
+        lambda encoder: has(encoder, encoder=nn.Sequential) and hasattr(encoder, "strides"),
+        before_last_stage("encoder.encoder"),
+    ),
+    "openpoints-pointnet2": (
+        lambda encoder: has(encoder, SA_modules=nn.ModuleList),
+        before_last_stage("encoder.SA_modules"),
+    ),
+    "openpoints-dgcnn": (
+        lambda encoder: has(encoder, knn=nn.Module, fusion_block=nn.Module),
+        Tap(
+            "encoder.fusion_block",
+            "output",
+            lambda _module, tapped, _inputs: (tapped[0].transpose(1, 2), tapped[1][0]),
+            beside=("encoder.knn", "input"),
+        ),
+    ),
+}
+for _name, (_has_parts, _local) in _ENCODERS.items():
+    register_adapter(
+        Adapter(
+            name=_name,
+            matches=lambda module, of=_has_parts: _is_base_cls(module) and of(module.encoder),
+            feature_module=lambda module: f"prediction.head.{_first_after_feature(module)}",
+            feature_from="input",
+            classify=_classify,
+            input_layout="pos_x",
+            logits_module="prediction",
+            local=_local,
+            global_=pooled("prediction"),
+        )
+    )
 
 
 @register_adapter(
@@ -42,6 +72,8 @@ def base_cls(module: nn.Module, feature: Tensor) -> Tensor:
     feature_from="input",
     input_layout="pos_x",
     logits_module="classifier",
+    local=LOCAL,
+    global_=pooled("classifier.0"),
 )
 def pointmlp(module: nn.Module, feature: Tensor) -> Tensor:
     return run_from(module.classifier, 3, feature)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pointcmt.adapters._structure import THREE_LAYERS, has, lacks, layers, run_from
-from pointcmt.adapters.registry import register_adapter
+from pointcmt.adapters._structure import THREE_LAYERS, has, lacks, layers, pooled, run_from
+from pointcmt.adapters.registry import Tap, register_adapter
 
 
 def is_pointmlp(module: nn.Module) -> bool:
@@ -22,6 +22,15 @@ def is_pointmlp(module: nn.Module) -> bool:
     ) and layers(module.classifier, *THREE_LAYERS)
 
 
+# the last stage's features, and its centres from where the groups are made
+LOCAL = Tap(
+    lambda module: f"pos_blocks_list.{len(module.pos_blocks_list) - 1}",
+    "output",
+    lambda _module, tapped, _inputs: (tapped[0].transpose(1, 2), tapped[1][0]),
+    beside=(lambda module: f"local_grouper_list.{len(module.local_grouper_list) - 1}", "output"),
+)
+
+
 @register_adapter(
     name="pointmlp",
     matches=lambda module: (
@@ -30,6 +39,8 @@ def is_pointmlp(module: nn.Module) -> bool:
     feature_module="classifier.3",
     feature_from="input",
     input_layout="B3N",
+    local=LOCAL,
+    global_=pooled("classifier.0"),
 )
 def pointmlp(module: nn.Module, feature: Tensor) -> Tensor:
     return run_from(module.classifier, 3, feature)

@@ -239,14 +239,19 @@ def fit_adapter(
     failures = {}
     for name in [first] if layout else dict.fromkeys([first, *INPUT_LAYOUTS]):
         try:
-            given = as_call(INPUT_LAYOUTS[name](clouds))
+            args, kwargs = as_call(INPUT_LAYOUTS[name](clouds))
+
+            def run(args: tuple = args, kwargs: dict[str, Any] = kwargs) -> Any:
+                copy_args, copy_kwargs = copied((args, kwargs))
+                return module(*copy_args, **copy_kwargs)
+
             with quiet_evaluation(module):
-                _exchanged(module, _buffers_of(module), lambda given=given: module(*copied(given)))
+                _exchanged(module, _buffers_of(module), run)
         except Exception as error:
             failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
         try:
-            report = verify_call(module, adapter, given, {})
+            report = verify_call(module, adapter, args, kwargs)
         except AdapterError as error:
             wrong = wrong or error
             continue
@@ -706,6 +711,7 @@ def observe(
 
     def keep(name: str, tap: Tap) -> Callable[[Any], None]:
         def see(value: Any) -> None:
+            value = (value, found.get("beside")) if tap.beside is not None else value
             found[name] = tree_map(_copied, tap.select(module, value, inputs[0] if inputs else ()))
 
         return see
@@ -723,6 +729,11 @@ def observe(
         stack.enter_context(tapped(adapter.submodule(module), adapter.feature_from, see_feature))
         for name, tap in (("local", adapter.local), ("global_", adapter.global_)):
             if tap is not None:
+                if tap.beside is not None:
+                    see_beside = tapped(
+                        adapter.beside(tap, module), tap.beside[1], lambda value: found.update(beside=value)
+                    )
+                    stack.enter_context(see_beside)
                 stack.enter_context(tapped(adapter.tapped(tap, module), tap.where, keep(name, tap)))
         handle = adapter.output_module(module).register_forward_hook(
             lambda _m, _a, output: found.update(output=output)

@@ -87,21 +87,35 @@ class Tap:
             ``tapped`` what the submodule was given (a tuple) or gave, ``inputs`` what the network was called
             with (positional arguments, then keyword arguments in the order given), () where scripts never
             call it (``logits_module``).
+        beside: (path, ``"input"`` or ``"output"``) of another submodule, which runs earlier in the pass: then
+            ``tapped`` is a pair, and its second is what went into that one or came out of it. For networks
+            that keep centres and features in different places. Of :attr:`Adapter.local` only.
     """
 
     module: str | Callable[[nn.Module], str]
     where: Literal["input", "output"]
     select: Select
+    beside: tuple[str | Callable[[nn.Module], str], Literal["input", "output"]] | None = None
 
     def __post_init__(self) -> None:
-        if self.where not in ("input", "output"):
-            raise ValueError(
-                f"where is {self.where!r}; expected 'input' or 'output' (of the module at {self.module!r})"
-            )
+        for where, module in (
+            (self.where, self.module),
+            *([] if self.beside is None else [self.beside[::-1]]),
+        ):
+            if where not in ("input", "output"):
+                raise ValueError(
+                    f"where is {where!r}; expected 'input' or 'output' (of the module at {module!r})"
+                )
 
     def path(self, module: nn.Module) -> str:
         """Path of the submodule that is tapped, inside the unwrapped ``module``."""
         return self.module if isinstance(self.module, str) else self.module(module)
+
+    def beside_path(self, module: nn.Module) -> str:
+        """Path of the submodule of :attr:`beside`; there must be one."""
+        assert self.beside is not None
+        path = self.beside[0]
+        return path if isinstance(path, str) else path(module)
 
 
 @dataclass(frozen=True)
@@ -149,6 +163,8 @@ class Adapter:
                 f"adapter {self.name!r}: feature_from is {self.feature_from!r}; expected 'input' or 'output' "
                 "(of the module at feature_module)"
             )
+        if self.global_ is not None and self.global_.beside is not None:
+            raise ValueError(f"adapter {self.name!r}: beside is for local features; global_ has one")
         if self.input_layout not in INPUT_LAYOUTS:
             raise ValueError(
                 f"adapter {self.name!r}: input_layout is {self.input_layout!r}; expected one of "
@@ -182,6 +198,14 @@ class Adapter:
             AdapterError: ``module`` has no submodule of that path.
         """
         return _submodule(self, module, tap.path(module), "local" if tap is self.local else "global_")
+
+    def beside(self, tap: Tap, module: nn.Module) -> nn.Module:
+        """The submodule of ``tap.beside``.
+
+        Raises:
+            AdapterError: ``module`` has no submodule of that path.
+        """
+        return _submodule(self, module, tap.beside_path(module), "beside")
 
     def output_module(self, module: nn.Module) -> nn.Module:
         """The submodule that puts out the class scores: ``module`` itself unless ``logits_module`` is set."""
@@ -536,6 +560,9 @@ def _inside(inner: Adapter, path: str) -> Adapter:
             lambda module: f"{path}.{tap.path(module.get_submodule(path))}",
             tap.where,
             lambda module, tapped, inputs: tap.select(module.get_submodule(path), tapped, inputs),
+            None
+            if tap.beside is None
+            else (lambda module: f"{path}.{tap.beside_path(module.get_submodule(path))}", tap.beside[1]),
         )
 
     return replace(

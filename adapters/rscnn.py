@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pointcmt.adapters._structure import has, layers, run_from
+from pointcmt.adapters._structure import before_last_stage, has, layers, pooled, run_from
 from pointcmt.adapters.registry import register_adapter
 
 
@@ -19,6 +19,13 @@ def _is_rscnn(module: nn.Module) -> bool:
     )
 
 
-@register_adapter(name="rscnn", matches=_is_rscnn, feature_module="FC_layer.1", feature_from="input")
+@register_adapter(
+    name="rscnn",
+    matches=_is_rscnn,
+    feature_module="FC_layer.1",
+    feature_from="input",
+    local=before_last_stage("SA_modules"),
+    global_=pooled("FC_layer.0"),
+)
 def rscnn(module: nn.Module, feature: Tensor) -> Tensor:
     return run_from(module.FC_layer, 1, feature)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pointcmt.adapters._structure import BATCH_NORM, has, lacks
+from pointcmt.adapters._structure import BATCH_NORM, has, lacks, pooled, stage
 from pointcmt.adapters.registry import register_adapter
 
 
@@ -50,6 +50,8 @@ def _is_pointnet(module: nn.Module) -> bool:
     feature_module="drop1",
     feature_from="input",
     input_layout="B3N",
+    local=stage("sa2", channels_first_centers=True),
+    global_=pooled("fc1"),
 )
 def pointnet2(module: nn.Module, feature: Tensor) -> Tensor:
     hidden = module.drop2(F.relu(module.bn2(module.fc2(module.drop1(feature)))))
@@ -62,6 +64,7 @@ def pointnet2(module: nn.Module, feature: Tensor) -> Tensor:
     feature_module="fc2",
     feature_from="input",
     input_layout="B3N",
+    global_=pooled("fc1"),
 )
 def pointnet(module: nn.Module, feature: Tensor) -> Tensor:
     hidden = F.relu(

@@ -78,6 +78,7 @@ class StudentCapture:
         self.pending_local: tuple[Tensor, Tensor] | None = None
         self.pending_global: Tensor | None = None
         self.pending_inputs: tuple = ()
+        self.pending_beside: Any = None
         self.inputs: tuple[tuple, dict[str, Any]] | None = None
         self._captured: Captured | None = None
         self._on_first_pass = on_first_pass
@@ -129,6 +130,13 @@ class StudentCapture:
 
     def _hook_tap(self, tap: Tap, on_input: Callable, on_output: Callable) -> None:
         module = self.adapter.tapped(tap, self.module)
+        if tap.beside is not None:
+            other = self.adapter.beside(tap, self.module)
+            if tap.beside[1] == "input":
+                self._handles.append(other.register_forward_pre_hook(self._beside_input))
+            else:
+                self._handles.append(other.register_forward_hook(self._beside_output))
+            self._shield(other)
         if tap.where == "input":
             self._handles.append(module.register_forward_pre_hook(on_input))
         else:
@@ -161,7 +169,7 @@ class StudentCapture:
         _forget_compiled(self.student)
 
     def clear(self) -> None:
-        self.pending = self.pending_local = self.pending_global = None
+        self.pending = self.pending_local = self.pending_global = self.pending_beside = None
         self.pending_inputs = ()
         self._captured = self._replica_group = None
         self._local = threading.local()
@@ -202,7 +210,7 @@ class StudentCapture:
             return
         if _in_backward():
             return
-        self._local.pending = self._local.local = self._local.global_ = None
+        self._local.pending = self._local.local = self._local.global_ = self._local.beside = None
         self._local.inputs = (*args, *kwargs.values())
         if self._met_first_pass:
             return
@@ -270,11 +278,28 @@ class StudentCapture:
     def _global_output(self, _module: nn.Module, _args: tuple, output: Any) -> None:
         self._tap_global(output)
 
+    def _beside_input(self, _module: nn.Module, args: tuple) -> None:
+        self._keep_beside(args)
+
+    def _beside_output(self, _module: nn.Module, _args: tuple, output: Any) -> None:
+        self._keep_beside(output)
+
+    def _keep_beside(self, value: Any) -> None:
+        if self.paused or not torch.is_grad_enabled():
+            return
+        if torch.compiler.is_compiling():
+            self.pending_beside = value
+        elif not _in_backward():
+            self._local.beside = value
+
     def _tap_local(self, tapped: Any) -> None:
         if self.paused or not torch.is_grad_enabled():
             return
         tap = self.adapter.local
         assert tap is not None
+        if tap.beside is not None:
+            compiling = torch.compiler.is_compiling()
+            tapped = (tapped, self.pending_beside if compiling else getattr(self._local, "beside", None))
         if torch.compiler.is_compiling():
             local, centers = tap.select(self.module, tapped, self.pending_inputs)
             self.pending_local = (local.clone(), centers.clone())
@@ -331,6 +356,7 @@ class StudentCapture:
         if pending is None:  # the tapped part was compiled by itself
             pending, local, global_ = self.pending, self.pending_local, self.pending_global
         self._local.pending = self._local.local = self._local.global_ = self._local.inputs = None
+        self._local.beside = self.pending_beside = None
         self.pending = self.pending_local = self.pending_global = None
         if pending is None:
             return

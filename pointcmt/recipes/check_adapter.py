@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pointcmt import compat
-from pointcmt.adapters import INPUT_LAYOUTS, Adapter, AdapterError, find_adapter, verify_adapter
-from pointcmt.adapters.proof import AdapterReport
+from pointcmt.adapters import Adapter, fit_adapter
+from pointcmt.adapters._untouched import quiet_evaluation
+from pointcmt.adapters.proof import AdapterReport, observe
 from pointcmt.data import SyntheticShapes
 from pointcmt.methods import PointCMT
 
@@ -33,6 +34,30 @@ LEARNING_RATE = 1e-3
 
 class CheckFailed(RuntimeError):
     """The adapter is true, but training under PointCMT through it did not do what it must."""
+
+
+@dataclass(frozen=True)
+class LocalFeatures:
+    """What :func:`examine_local` found of an adapter's local features.
+
+    Attributes:
+        shape: [B, M, C].
+        follow_order: whether they are the same, at the same centres, for the points in another order. A ball
+            query that takes the first points of a full ball depends on their order.
+        reach: share of the features that change when one point moves a little: 1 where each sees the whole
+            cloud.
+    """
+
+    shape: tuple[int, ...]
+    follow_order: bool
+    reach: float
+
+    def __str__(self) -> str:
+        order = "do not depend" if self.follow_order else "depend"
+        return (
+            f"{list(self.shape)}, one per centre; they {order} on the order of the points; one point is seen "
+            f"by {self.reach:.0%} of them"
+        )
 
 
 @dataclass(frozen=True)
@@ -47,6 +72,7 @@ class AdapterCheck:
         parameters: number of parameters of the network.
         device: ``"cpu"`` or ``"cuda"``.
         seconds: wall time of the whole check.
+        local: what the local features are; None where the adapter has none.
     """
 
     network: str
@@ -56,6 +82,7 @@ class AdapterCheck:
     parameters: int
     device: str
     seconds: float
+    local: LocalFeatures | None = None
 
     def __str__(self) -> str:
         values = ", ".join(f"{name} {value:.4g}" for name, value in self.objectives.items())
@@ -63,7 +90,9 @@ class AdapterCheck:
         return "\n".join(
             [
                 f"{self.network} ({self.parameters / 1e6:.2f} M parameters, {self.device})",
+                f"  layout   {self.report.adapter.input_layout}",
                 f"  proved   {self.report}",
+                *([] if self.local is None else [f"  local    {self.local}"]),
                 f"  trained  two steps under PointCMT: loss {first}, then {second} ({values})",
                 "  left     state_dict, hooks and attributes as before; eval output bit-equal to an "
                 "untouched twin's",
@@ -83,6 +112,7 @@ def check_adapter(
     device: str | torch.device | None = None,
     seed: int = 0,
     stand_ins: bool = True,
+    imports: Sequence[str] = (),
 ) -> AdapterCheck:
     """Builds the network that ``spec`` names and proves its adapter; see :func:`check_network`.
 
@@ -92,6 +122,7 @@ def check_adapter(
         init: its arguments, as written between the parentheses of the call: ``"40, normal_channel=False"``.
             The names ``torch``, ``nn`` and ``SimpleNamespace`` can be used.
         stand_ins: let :mod:`pointcmt.compat` stand in for extensions that are not installed.
+        imports: modules or files that register adapters, imported first.
         adapter, layout, points, channels, batch, device, seed: as in :func:`check_network`.
 
     Raises:
@@ -107,9 +138,14 @@ def check_adapter(
     if stand_ins:
         compat.install()
     try:
-        factory = getattr(_imported(target), attribute, None)
+        for name in imports:
+            imported(name)
+        module = imported(target, "--check")
+        factory = getattr(module, attribute, None)
         if factory is None:
-            raise ValueError(f"{target} has no {attribute!r}")
+            there = [name for name, value in vars(module).items() if isinstance(value, type)]
+            classes = ", ".join(name for name in there if issubclass(getattr(module, name), nn.Module))
+            raise ValueError(f"{target} has no {attribute!r}; its networks and layers: {classes or 'none'}")
         return check_network(
             lambda: _called(factory, arguments, spec),
             adapter=adapter,
@@ -140,7 +176,8 @@ def check_network(
     """Proves everything that PointCMT promises of a network, on embedded shapes:
 
     1. it runs forward and backward;
-    2. its adapter is true: ``classify(feature)`` is its output, in eval mode;
+    2. its adapter is true: ``classify(feature)`` is its output, also with moved parameters and in training
+       mode; its local features, if it has any, belong to their own cloud;
     3. it trains two steps under :class:`pointcmt.PointCMT`: finite losses that change, with gradients from
        the image side that reach layers in front of its classifier;
     4. afterwards nothing remains: same ``state_dict`` keys, hooks and attributes, and eval output bit-equal
@@ -149,8 +186,8 @@ def check_network(
     Args:
         build: makes the network; called twice.
         adapter: adapter or name; None finds one.
-        layout: how the network takes its clouds, a key of ``pointcmt.adapters.INPUT_LAYOUTS``; None: the
-            adapter's ``input_layout``.
+        layout: how the network takes its clouds, a key of ``pointcmt.adapters.INPUT_LAYOUTS``; None tries
+            the adapter's ``input_layout``, then the others in turn.
         points: points per cloud.
         channels: 3, or 6 for coordinates and unit normals.
         batch: clouds, at least 2 because of batch normalisation.
@@ -165,8 +202,6 @@ def check_network(
     start = time.perf_counter()
     if batch < 2 or channels not in (3, 6):
         raise ValueError(f"batch is {batch} and channels {channels}; expected batch ≥ 2 and 3 or 6 channels")
-    if layout is not None and layout not in INPUT_LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(INPUT_LAYOUTS)}")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(seed)
     network, twin = build(), build()
@@ -174,29 +209,23 @@ def check_network(
         raise ValueError(f"the factory makes a {type(network).__name__}; expected a torch.nn.Module")
     network, twin = network.to(where), twin.to(where)
     clouds = _clouds(points, channels, batch, seed).to(where)
-    if layout is None:
-        found = find_adapter(network, adapter)
-        inputs: Any = found.arrange(clouds)
-    else:
-        inputs = INPUT_LAYOUTS[layout](clouds)
-    report = verify_adapter(network, inputs, adapter)
+    report = fit_adapter(network, clouds, adapter, layout)
     chosen = report.adapter
     if report.logits_shape is None:
-        raise AdapterError(
-            f"adapter {chosen.name!r} has no classify, so that only the features' shapes can be checked: "
-            f"{report}"
+        raise ValueError(
+            f"the adapter {chosen.name!r} has no classify, so that PointCMT cannot train with it"
         )
     feature_dim, classes = report.feature_shape[1], report.logits_shape[1]
     labels = torch.arange(batch, device=where) % classes
 
     network.train()
-    F.cross_entropy(chosen.logits(network(inputs)), labels).backward()
+    F.cross_entropy(chosen.logits(chosen.call(network, clouds)), labels).backward()
     _require(_any_gradient(network), "no parameter of the network got a gradient from its own output")
     network.zero_grad(set_to_none=True)
 
     keys, marks = list(network.state_dict()), _marks(network)
     weights = {name: tensor.clone() for name, tensor in network.named_parameters()}
-    losses, objectives = _two_steps(network, chosen, inputs, labels, feature_dim, classes)
+    losses, objectives = _two_steps(network, chosen, clouds, labels, feature_dim, classes)
     network.zero_grad(set_to_none=True)
     _require(losses[0] != losses[1], f"two training steps gave the same loss, {losses[0]}")
     moved = any(not torch.equal(tensor, weights[name]) for name, tensor in network.named_parameters())
@@ -206,7 +235,7 @@ def check_network(
     _require(_marks(network) == marks, "a hook or an attribute remains on the network")
     twin.load_state_dict(network.state_dict())
     _require(
-        torch.equal(_evaluated(network, chosen, inputs, seed), _evaluated(twin, chosen, inputs, seed)),
+        torch.equal(_evaluated(network, chosen, clouds, seed), _evaluated(twin, chosen, clouds, seed)),
         "the eval output is not bit-equal to that of an untouched twin with the same weights",
     )
     return AdapterCheck(
@@ -217,11 +246,69 @@ def check_network(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         device=where.type,
         seconds=time.perf_counter() - start,
+        local=None if chosen.local is None else examine_local(network, chosen, clouds, seed),
     )
 
 
+def examine_local(network: nn.Module, adapter: Adapter, clouds: Tensor, seed: int = 0) -> LocalFeatures:
+    """Looks at an adapter's local features with points in another order, other clouds, and one point moved.
+
+    Args:
+        network: unwrapped.
+        adapter: one with local features, proved on the network.
+        clouds: [B, N, 3 + C].
+        seed: of what is drawn; the same at every pass of the network.
+
+    Raises:
+        CheckFailed: the features of one cloud depend on the other clouds of the batch.
+    """
+    random = torch.Generator().manual_seed(seed)
+    clouds = torch.cat([2 * clouds[..., :3], clouds[..., 3:]], -1)  # wide: balls that are not full
+
+    def seen(points: Tensor) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(seed)
+        found = observe(network, adapter, lambda: adapter.call(network, points)).local
+        assert found is not None
+        return found
+
+    with quiet_evaluation(network):
+        local, centers = seen(clouds)
+        scale = float(local.abs().max()) + 1e-6
+
+        other = clouds.clone()
+        other[1:] = other[1:] * 0.7 + 0.1
+        _require(
+            bool((seen(other)[0][0] - local[0]).abs().max() <= 1e-4 * scale),
+            "the local features of a cloud change with the other clouds of the batch",
+        )
+
+        # sampling begins at the first point, or at a point that is drawn: most stay where they are
+        some = 1 + torch.randperm(clouds.shape[1] - 1, generator=random)[: clouds.shape[1] // 4]
+        order = torch.arange(clouds.shape[1])
+        order[some.sort().values] = some
+        moved_local, moved_centers = seen(clouds[:, order.to(clouds.device)])
+        follows = any(
+            _same_at_same_centers(*pair, 1e-3 * scale)
+            for pair in zip(local, centers, moved_local, moved_centers, strict=True)
+        )
+
+        nudged = clouds.clone()
+        far = clouds[..., :3].square().sum(-1).argmax(-1)
+        nudged[torch.arange(len(clouds)), far, :3] *= 1.001
+        changed = (seen(nudged)[0] != local).any(-1)
+    return LocalFeatures(tuple(local.shape), follows, float(changed.float().mean()))
+
+
+def _same_at_same_centers(
+    local: Tensor, centers: Tensor, other: Tensor, there: Tensor, tolerance: float
+) -> bool:
+    """Whether [M, C] features at [M, 3] centres are those at the same centres in another order."""
+    distance, match = torch.cdist(centers, there).min(dim=1)
+    return bool(distance.max() < 1e-4) and bool((local - other[match]).abs().max() <= tolerance)
+
+
 def _two_steps(
-    network: nn.Module, adapter: Adapter, inputs: Any, labels: Tensor, feature_dim: int, classes: int
+    network: nn.Module, adapter: Adapter, clouds: Tensor, labels: Tensor, feature_dim: int, classes: int
 ) -> tuple[tuple[float, float], dict[str, float]]:
     where = labels.device
     generator = nn.Sequential(
@@ -232,7 +319,7 @@ def _two_steps(
     losses: list[float] = []
     with PointCMT(_Teacher(feature_dim, classes), network, generator=generator, adapter=adapter) as cmt:
         for step in range(2):
-            task = F.cross_entropy(adapter.logits(network(inputs)), labels)
+            task = F.cross_entropy(adapter.logits(adapter.call(network, clouds)), labels)
             taught = cmt.loss(image_features=image_features)
             if step == 0:
                 _require_reach(network, adapter, taught, image_features)
@@ -295,11 +382,11 @@ def _clouds(points: int, channels: int, batch: int, seed: int) -> Tensor:
     return clouds
 
 
-def _evaluated(network: nn.Module, adapter: Adapter, inputs: Any, seed: int) -> Tensor:
+def _evaluated(network: nn.Module, adapter: Adapter, clouds: Tensor, seed: int) -> Tensor:
     network.eval()
     torch.manual_seed(seed)  # some networks sample points at random, also when they are evaluated
     with torch.no_grad():
-        return adapter.logits(network(inputs))
+        return adapter.logits(adapter.call(network, clouds))
 
 
 def _any_gradient(network: nn.Module) -> bool:
@@ -323,31 +410,57 @@ def _require(condition: bool, message: str) -> None:
         raise CheckFailed(message)
 
 
-def _imported(target: str) -> ModuleType:
+def imported(target: str, option: str = "--import") -> ModuleType:
+    """The module of a dotted name or of a file, for an option of the command line.
+
+    Raises:
+        ValueError: it cannot be imported; the message says what is there in its place.
+    """
     if not target.endswith(".py"):
         try:
             return importlib.import_module(target)
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"cannot import {target!r} from {Path.cwd()}: {error}. Run it from the codebase's own "
-                "folder, or give path/to/file.py:Class"
-            ) from error
+        except ImportError as error:
+            raise ValueError(_why_not_imported(target, option, error)) from error
     path = Path(target)
     if not path.is_file():
-        raise ValueError(f"there is no file {path.resolve()}")
+        raise ValueError(f"there is no file {path.resolve()}, which {option} names")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # the code may import itself by name
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        del sys.modules[path.stem]
+        raise ValueError(_why_not_imported(target, option, error)) from error
     return module
+
+
+def _why_not_imported(target: str, option: str, error: ImportError) -> str:
+    missing = error.name or ""
+    text = f"{option} {target} cannot be imported from {Path.cwd()}: {error}. "
+    if missing == target or target.startswith(f"{missing}."):
+        as_file = Path(*target.split(".")).with_suffix(".py")
+        found = sorted(Path.cwd().rglob(as_file.name))[:3] if target else []
+        if found:
+            folder = found[0].relative_to(Path.cwd())
+            return text + f"There is {folder}: give {option} {folder}"
+        return (
+            text + f"There is no {as_file} here; give path/to/{as_file.name} or go to the codebase's folder"
+        )
+    if missing in compat.STAND_INS or missing.split(".")[0] in compat.STAND_INS:
+        return text + "pointcmt stands in for it only where that is allowed (stand_ins=True)"
+    return text + (
+        f"{target} itself was found, and imports {missing or 'something'} that is not there: install it, or "
+        "check from the folder that the codebase's own scripts run in"
+    )
 
 
 def _called(factory: Callable[..., Any], arguments: str, spec: str) -> Any:
     names = {"torch": torch, "nn": nn, "SimpleNamespace": SimpleNamespace, "_factory": factory}
     try:
         return eval(f"_factory({arguments})", names)  # the user's own command line
-    except (TypeError, SyntaxError, NameError) as error:
+    except (TypeError, SyntaxError, NameError, AttributeError, KeyError, AssertionError) as error:
         raise ValueError(
             f"{spec} cannot be built as {spec.rpartition(':')[2]}({arguments}): {error}. Give its arguments "
             "by init (--init '40, normal_channel=False')"

@@ -342,9 +342,9 @@ def openpoints_cases() -> Iterator[Case]:
     """From the installed package; its pure-PyTorch classes run anywhere, the others over our stand-in."""
     builders = {
         "PointNet": (openpoints_pointnet, "openpoints", False),
-        "PointNet++": (openpoints_pointnet2, "openpoints", True),
-        "PointNeXt-S": (openpoints_pointnext, "openpoints", True),
-        "DGCNN": (openpoints_dgcnn, "openpoints", True),
+        "PointNet++": (openpoints_pointnet2, "openpoints-pointnet2", True),
+        "PointNeXt-S": (openpoints_pointnext, "openpoints-pointnext", True),
+        "DGCNN": (openpoints_dgcnn, "openpoints-dgcnn", True),
         "PointMLP": (openpoints_pointmlp, "openpoints-pointmlp", True),
     }
     for label, (build, adapter, cuda) in builders.items():
