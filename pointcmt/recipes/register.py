@@ -41,8 +41,7 @@ class Register:
     picture: Path | None = None
     """Draw before, after and the correspondences to this file (.png)."""
     model: Path | None = None
-    """Network of --method cmignet: a run folder of train-registration or its .safetensors; default: the small
-    one that comes with the package."""
+    """Network of --method cmignet: a run folder of train-registration, or its .safetensors."""
     voxel: float | None = None
     """Length that the clouds are thinned to; default: a hundredth of the larger one's diagonal, and at least
     twice the distance between neighbours."""

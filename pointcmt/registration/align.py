@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from importlib import resources
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -99,7 +98,7 @@ def align(
         method: ``ransac`` and ``fgr`` on FPFH features, ``icp`` from where the clouds lie, ``kiss``
             (KISS-Matcher), or ``cmignet``.
         refine: point-to-plane ICP after it.
-        model: the network of ``cmignet``; default: the one that comes with the package.
+        model: the network of ``cmignet``, as ``pointcmt train-registration`` makes one.
         voxel: the length that clouds are thinned to; default: a hundredth of the larger one's diagonal, and
             at least twice the typical distance between neighbours.
 
@@ -109,6 +108,11 @@ def align(
     """
     if method not in ("ransac", "fgr", "icp", "kiss", "cmignet"):
         raise ValueError(f"method {method!r}: expected ransac, fgr, icp, kiss or cmignet")
+    if method == "cmignet" and model is None:
+        raise ValueError(
+            "method 'cmignet' needs a network, and none comes with the package: train one (pointcmt "
+            "train-registration --out FOLDER) and give it (--model FOLDER)"
+        )
     clouds, centres = [], []
     for name, points in (("source", source), ("target", target)):
         kept, centre = clean(points, name)
@@ -126,7 +130,8 @@ def align(
     pairs = mutual_matches(fa, fb)
     given = None
     if method == "cmignet":
-        motion, given = _by_network(model or default_model(), places[0], places[1])
+        assert model is not None
+        motion, given = _by_network(model, places[0], places[1])
     elif method == "icp":
         # from where the clouds lie: not from where their centres do
         start = np.eye(4)
@@ -162,17 +167,6 @@ def clean(points: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     if not size > 1e-9 * max(1e-12, float(np.abs(centre).max())):
         raise ValueError(f"the {name}'s points all lie in one place: such a cloud has no pose")
     return finite[np.linalg.norm(finite - centre, axis=1) <= OUTLIER * size], centre
-
-
-def default_model() -> CMIGNet:
-    """The small network that comes with the package, trained on the embedded synthetic shapes.
-
-    Raises:
-        FileNotFoundError: this installation has none.
-    """
-    file = resources.files("pointcmt.registration") / "weights" / "cmignet_small.safetensors"
-    with resources.as_file(file) as path:
-        return CMIGNet.load(path)
 
 
 def _described(clouds: list[np.ndarray], voxel: float) -> tuple[tuple[Any, Any], tuple[Any, Any], float]:

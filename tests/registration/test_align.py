@@ -103,6 +103,8 @@ def test_a_network_is_asked_in_its_own_scale():
     torch.manual_seed(0)
     model = CMIGNet(width=0.06, keypoints=32, iterations=1, size=16)
     source, target = 7 * bumpy(2000), 7 * apply(bumpy(2000, seed=1))
+    with pytest.raises(ValueError, match="train one"):
+        align(source, target, "cmignet")
     found = align(source, target, "cmignet", model=model)
     assert np.linalg.det(found.motion[:3, :3]) == pytest.approx(1, abs=1e-5)
     assert found.correspondences.shape == (32, 2, 3) and found.weights.max() == pytest.approx(1)
