@@ -9,16 +9,28 @@ from pointcmt._version import __version__
 
 if TYPE_CHECKING:
     from pointcmt.generator import PointGenerator
-    from pointcmt.methods import PointCMT
+    from pointcmt.methods import CrossPoint, MMPoint, PicAtPoint, PointCMT
     from pointcmt.teacher import ImageTeacher
     from pointcmt.training import CrossModalTraining
 
-__all__ = ["CrossModalTraining", "ImageTeacher", "PointCMT", "PointGenerator", "__version__"]
+__all__ = [
+    "CrossModalTraining",
+    "CrossPoint",
+    "ImageTeacher",
+    "MMPoint",
+    "PicAtPoint",
+    "PointCMT",
+    "PointGenerator",
+    "__version__",
+]
 
 # imported when first asked for: an adapter package or `pointcmt --help` should not wait for timm
 _HOMES = {
     "CrossModalTraining": "pointcmt.training",
+    "CrossPoint": "pointcmt.methods",
     "ImageTeacher": "pointcmt.teacher",
+    "MMPoint": "pointcmt.methods",
+    "PicAtPoint": "pointcmt.methods",
     "PointCMT": "pointcmt.methods",
     "PointGenerator": "pointcmt.generator",
 }

@@ -31,7 +31,7 @@ class StudentOptions:
     """Which student."""
 
     student: str = "pointnet2"
-    """pointnet2, dgcnn, rscnn, pointmlp, or the name of one that --import registers; or module:factory for a
+    """pointnet2, dgcnn, rscnn, pointmlp, pointnext, one that --import registers; or module:factory for a
     network of your own."""
     width: float | None = None
     """Factor for the widths of all layers but the feature (students of this package only); default: 1."""

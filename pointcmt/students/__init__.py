@@ -11,6 +11,7 @@ from pointcmt.students.dgcnn import DGCNN, dgcnn
 from pointcmt.students.pointmlp import PointMLP, pointmlp
 from pointcmt.students.pointnet2 import PointNet2, pointnet2
 from pointcmt.students.pointnext import PointNeXt, pointnext
+from pointcmt.students.registry import register_student
 from pointcmt.students.released import load_released_checkpoint
 from pointcmt.students.rscnn import RSCNN, rscnn
 
@@ -25,5 +26,6 @@ __all__ = [
     "pointmlp",
     "pointnet2",
     "pointnext",
+    "register_student",
     "rscnn",
 ]
