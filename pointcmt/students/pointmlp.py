@@ -111,7 +111,8 @@ class LocalGrouper(nn.Module):
         centres, anchors = blocks.rows(xyz, chosen), blocks.rows(features, chosen)
         idx = knn(centres.detach(), xyz.detach(), min(self.k, n))[1]
         scale = self.affine_alpha[0] / (self.spread(features, anchors, idx) + _EPSILON)
-        return centres, Groups(features, anchors, idx, scale, self.affine_beta.flatten())
+        # a copy: a view of a parameter asks for gradients even where there are none, which confuses hooks
+        return centres, Groups(features, anchors, idx, scale, self.affine_beta.flatten().clone())
 
     def spread(self, features: Tensor, anchors: Tensor, idx: Tensor) -> Tensor:
         """Standard deviation of f_j - f_i over a cloud's groups and channels: [B, 1, 1].
