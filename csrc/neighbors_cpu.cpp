@@ -22,7 +22,7 @@ namespace {
 using namespace simd;
 
 // From here on a tree is faster: making it costs some 30 ns for each point, and a search some 0.4 µs.
-constexpr int64_t kTreePoints = 2048;
+constexpr int64_t kTreePoints = 1024;
 constexpr int64_t kTreeQueries = 128;
 
 // Every cloud's tree and the order of its queries, where the cloud is large and in reach.
@@ -95,7 +95,7 @@ at::Tensor ball_query(double radius, int64_t nsample, const at::Tensor& xyz, con
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / m, i = task % m;
         const int64_t q = clouds[b].usable ? clouds[b].query[i] : i;
-        if (!clouds[b].usable || clouds[b].leaf[i] < 0) {
+        if (!clouds[b].usable || i >= clouds[b].reachable) {
           walk(b, q, sizes[b]);
         } else {
           search.ball(clouds[b].tree, sizes[b], centre + (b * m + q) * 3, radius2, nsample,
@@ -168,11 +168,11 @@ std::tuple<at::Tensor, at::Tensor> three_nn(const at::Tensor& unknown, const at:
         }
         for (int64_t place = first; place < std::min(first + W, n); ++place) {
           const int64_t at = 3 * (b * n + clouds[b].query[place]);
-          if (clouds[b].leaf[place] < 0) {
+          if (place >= clouds[b].reachable) {
             three_nearest(query + at, 1, cloud, sizes[b], d + at, i + at);
             continue;
           }
-          search.nearest(clouds[b].tree, query + at, clouds[b].leaf[place], 3, d + at, i + at);
+          search.nearest(clouds[b], place, query + at, 3, d + at, i + at);
           for (int64_t j = 0; j < 3; ++j) d[at + j] = std::sqrt(d[at + j]);
         }
       }
@@ -447,7 +447,7 @@ std::tuple<at::Tensor, at::Tensor> knn(const at::Tensor& queries, const at::Tens
     std::vector<int64_t> tiled_at(batch, -1);
     int64_t tiled_count = 0;
     for (int64_t b = 0; b < batch; ++b) {
-      if (!trees[b].usable || (m > 0 && trees[b].leaf[m - 1] < 0)) tiled_at[b] = tiled_count++;
+      if (!trees[b].usable || trees[b].reachable < m) tiled_at[b] = tiled_count++;
     }
     const int64_t padded = round_up(n, P);
     const at::Tensor tiled = at::empty({tiled_count, padded, dims}, rows.options());
@@ -484,10 +484,10 @@ std::tuple<at::Tensor, at::Tensor> knn(const at::Tensor& queries, const at::Tens
         }
         for (int64_t place = first; place < last; ++place) {
           const int64_t q = trees[b].query[place], row = b * m + q;
-          if (trees[b].leaf[place] < 0) {
+          if (place >= trees[b].reachable) {
             search_all(b, q, 1);
           } else {
-            near.nearest(trees[b].tree, query + row * 3, trees[b].leaf[place], k, d + row * k, i + row * k);
+            near.nearest(trees[b], place, query + row * 3, k, d + row * k, i + row * k);
           }
         }
       }

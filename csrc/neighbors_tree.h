@@ -21,8 +21,8 @@ bool in_reach(const T* p) {
   return std::abs(p[0]) <= largest && std::abs(p[1]) <= largest && std::abs(p[2]) <= largest;
 }
 
-// A cloud's tree, and the order in which its queries are answered: by the leaf that they are in or near, so that what
-// one of them has read is there for the next.
+// A cloud's tree, and the order in which its queries are answered: along a Hilbert curve, so that what one of them has
+// read is there for the next, and where it ended is where the next begins.
 //
 // Points that are infinite or not a number are at a finite distance of nothing: the tree leaves them out. It is not
 // usable where that leaves fewer than k, or where a squared distance may overflow.
@@ -43,31 +43,26 @@ struct SearchedCloud {
     }
     if (count < k) return;
     tree = Tree<T>(xyz, std::move(places), count);
-    query = Buffer<int32_t>(m);
-    leaf = Buffer<int32_t>(m);
     usable = true;
-    if (queries == xyz && m == n && count == n) {  // the cloud's own points
-      for (int64_t i = 0; i < m; ++i) query[i] = tree.index[i], leaf[i] = static_cast<int32_t>(i / kLeafPoints);
+    own = queries == xyz && m == n && count == n;
+    query = Buffer<int32_t>(m);
+    if (own) {
+      std::copy_n(tree.index.data(), m, query.data());
+      reachable = m;
       return;
     }
-    const Buffer<int32_t> home(m);
-    std::vector<int32_t> begin(tree.leaf_count + 2);
-    const int32_t nowhere = static_cast<int32_t>(tree.leaf_count);
-    for (int64_t i = 0; i < m; ++i) {
-      home[i] = in_reach(queries + 3 * i) ? static_cast<int32_t>(tree.home(queries + 3 * i)) : nowhere;
-      ++begin[home[i] + 1];
+    for (int64_t i = 0, last = m; i < m; ++i) {
+      query[in_reach(queries + 3 * i) ? reachable++ : --last] = static_cast<int32_t>(i);
     }
-    for (int32_t j = 0; j < nowhere; ++j) begin[j + 1] += begin[j];
-    for (int64_t i = 0; i < m; ++i) {
-      const int32_t place = begin[home[i]]++;
-      query[place] = static_cast<int32_t>(i);
-      leaf[place] = home[i] == nowhere ? -1 : home[i];
-    }
+    if (reachable == 0) return;
+    const Buffer<uint64_t> scratch(2 * reachable);
+    hilbert::sort(queries, query.data(), reachable, scratch.data(), scratch.data() + reachable);
   }
 
   Tree<T> tree;
-  Buffer<int32_t> query, leaf;  // leaf −1: the query is out of reach; these come last
-  bool usable = false;
+  Buffer<int32_t> query;  // in the order of answering; those that are out of reach come last
+  int64_t reachable = 0;
+  bool usable = false, own = false;  // own: the queries are the cloud's points, in the order of the leaves
 };
 
 // A value that at least k of the scores do not exceed: of groups * W of them the k-th smallest, exactly.
@@ -110,23 +105,42 @@ T kth_bound(const T* score, int64_t padded, int64_t k, std::vector<T>& minima) {
 template <typename T>
 class TreeSearch {
  public:
-  // The k nearest points: squared distances and indices, nearest first, ties to the lower index.
-  void nearest(const Tree<T>& tree, const T* q, int64_t leaf, int64_t k, T* out, int64_t* idx) {
+  // The k nearest points to query `place` of the order, which is at q: squared distances and indices, nearest first,
+  // ties to the lower index.
+  void nearest(const SearchedCloud<T>& cloud, int64_t place, const T* q, int64_t k, T* out, int64_t* idx) {
     using namespace simd;
     constexpr int64_t W = width<T>;
-    // a bound on the k-th distance, from leaves in a row about the query's own that hold k points or more
+    const Tree<T>& tree = cloud.tree;
+    int64_t leaf = place / kLeafPoints;
+    if (!cloud.own) leaf = &cloud == cloud_ ? nearest_leaf_ : tree.home(q);
+    cloud_ = &cloud;
+    // a bound on the k-th distance, from leaves in a row about that one which hold k points or more
     const int64_t full = tree.count / kLeafPoints, some = (3 * k / 2 + kLeafPoints - 1) / kLeafPoints;
-    T bound;
+    T bound = std::numeric_limits<T>::max();
     score_.resize(std::max<int64_t>(some, 64) * kLeafPoints);
-    if (some <= full) {
+    const auto bound_at = [&](int64_t leaf) {
       const int64_t first = std::clamp<int64_t>(leaf - some / 2, 0, full - some);
       for (int64_t j = 0; j < some; ++j) measure(tree.leaves[first + j], q, score_.data() + j * kLeafPoints);
-      bound = kth_smallest(score_.data(), some * kLeafPoints / W, k);
-    } else {
-      bound = std::numeric_limits<T>::max();
+      return kth_smallest(score_.data(), some * kLeafPoints / W, k);
+    };
+    const auto find = [&] {
+      leaves_.clear();
+      tree.template search<false>(q, bound, [&](int64_t j) { leaves_.push_back(static_cast<int32_t>(j)); });
+    };
+    if (some <= full) bound = bound_at(leaf);
+    find();
+    if (some <= full && static_cast<int64_t>(leaves_.size()) > 8 + 4 * some) {  // a bad guess; the best leaf is among these
+      T least = std::numeric_limits<T>::infinity();
+      for (const int32_t j : leaves_) {
+        const T far = Tree<T>::reach(tree.levels[0][j / kFan], q, j % kFan);
+        if (far < least) least = far, leaf = j;
+      }
+      const T better = bound_at(leaf);
+      if (better < bound) {
+        bound = better;
+        find();
+      }
     }
-    leaves_.clear();
-    tree.template search<false>(q, bound, [&](int64_t j) { leaves_.push_back(static_cast<int32_t>(j)); });
     const int64_t scores = static_cast<int64_t>(leaves_.size()) * kLeafPoints;
     if (static_cast<int64_t>(score_.size()) < scores) score_.resize(scores);
     for (size_t i = 0; i < leaves_.size(); ++i) measure(tree.leaves[leaves_[i]], q, score_.data() + i * kLeafPoints);
@@ -134,6 +148,7 @@ class TreeSearch {
     if (static_cast<int64_t>(distance_.size()) < scores + W) distance_.resize(scores + W), index_.resize(scores + W);
     int64_t count = 0;
     const Vec<T> limit = splat(bound);
+    T least = std::numeric_limits<T>::infinity();
     for (size_t i = 0; i < leaves_.size(); ++i) {
       const T* score = score_.data() + i * kLeafPoints;
       const int32_t* index = tree.index.data() + static_cast<int64_t>(leaves_[i]) * kLeafPoints;
@@ -141,6 +156,7 @@ class TreeSearch {
         for (unsigned hit = bits(load(score + j) <= limit); hit; hit &= hit - 1) {
           const int64_t at = j + __builtin_ctz(hit);
           distance_[count] = score[at], index_[count++] = index[at];
+          if (score[at] < least) least = score[at], nearest_leaf_ = leaves_[i];
         }
       }
     }
@@ -231,6 +247,8 @@ class TreeSearch {
   }
 
   using Int = typename simd::Types<T>::Int;
+  const SearchedCloud<T>* cloud_ = nullptr;  // of the last query, and the leaf that held its nearest point
+  int64_t nearest_leaf_ = 0;
   std::vector<T> score_, distance_, minima_;
   std::vector<Int> index_;
   std::vector<int32_t> leaves_, hits_;

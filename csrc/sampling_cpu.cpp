@@ -22,7 +22,7 @@ namespace {
 using namespace simd;
 
 // From here on the tree is faster: it is made once, and a choice then costs some 0.2 µs.
-constexpr int64_t kTreePoints = 2048;
+constexpr int64_t kTreePoints = 1024;
 constexpr int64_t kTreeSamples = 32;
 
 // work holds 4 arrays of round_up(n, W): x, y, z and the squared distance to the nearest choice.

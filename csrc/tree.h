@@ -255,16 +255,25 @@ class Tree {
     search_node<strict>(q, bound, levels.size() - 1, 0, visit);
   }
 
-  // A leaf near q: from the root, always the child whose box is nearest.
+  // At most this far, squared, is any point in the box of a group's child.
+  static T reach(const Boxes<T>& boxes, const T* q, int64_t child) {
+    T sum = 0;
+    for (int d = 0; d < 3; ++d) {
+      const T gap = std::max(q[d] - boxes.low[d][child], boxes.high[d][child] - q[d]);
+      sum += gap * gap;
+    }
+    return sum;
+  }
+
+  // A leaf near q, as a first guess: from the root, always the child whose box is nearest.
   int64_t home(const T* q) const {
     int64_t node = 0;
     for (size_t level = levels.size(); level-- > 0;) {
-      const Boxes<T>& boxes = levels[level][node];
       T d[kFan];
-      for (int64_t first = 0; first < kFan; first += simd::width<T>) simd::store(d + first, distances(boxes, q, first));
-      int64_t best = 0;
-      for (int64_t c = 1; c < kFan; ++c) best = d[c] < d[best] ? c : best;
-      node = node * kFan + best;
+      for (int64_t first = 0; first < kFan; first += simd::width<T>) {
+        simd::store(d + first, distances(levels[level][node], q, first));
+      }
+      node = node * kFan + (std::min_element(d, d + kFan) - d);
     }
     return node;
   }

@@ -27,7 +27,7 @@ def hard_clouds(seed: int, batch: int, n: int, dtype: torch.dtype = torch.float3
 
 
 def large_clouds(seed: int, n: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """As :func:`hard_clouds`, one of each, with what is hard for a tree: a plane, clusters, uneven density."""
+    """As :func:`hard_clouds`, one of each, and what is hard for a tree: clusters, uneven density."""
     generator = torch.Generator().manual_seed(seed)
     plain = torch.randn(1, n, 3, generator=generator, dtype=dtype)
     centre = torch.randn(1, 5, 3, generator=generator, dtype=dtype)
