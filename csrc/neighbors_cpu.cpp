@@ -21,19 +21,22 @@ namespace {
 
 using namespace simd;
 
-// From here on a tree is faster: making it costs some 30 ns for each point, and a search some 0.4 µs.
-constexpr int64_t kTreePoints = 1024;
-constexpr int64_t kTreeQueries = 128;
+// From here on a tree is faster. Making it costs some 30 ns for each point and a search some 0.3 µs, against 0.2 ns for
+// each pair of a query and a point, and 0.6 ns where k neighbours are listed.
+struct TreeSizes {
+  int64_t points, queries, pairs;
+};
+constexpr TreeSizes kBallTree{2048, 128, 800'000}, kThreeTree{1024, 768, 800'000}, kListTree{1024, 64, 200'000};
 
 // Every cloud's tree and the order of its queries, where the cloud is large and in reach.
 template <typename T>
-std::vector<SearchedCloud<T>> make_trees(const T* points, const T* queries, const std::vector<int64_t>& sizes,
-                                         int64_t n, int64_t m, int64_t k) {
+std::vector<SearchedCloud<T>> make_trees(const TreeSizes& least, const T* points, const T* queries,
+                                         const std::vector<int64_t>& sizes, int64_t n, int64_t m, int64_t k) {
   std::vector<SearchedCloud<T>> clouds(sizes.size());
-  if (m < kTreeQueries) return clouds;
+  if (m < least.queries) return clouds;
   at::parallel_for(0, static_cast<int64_t>(sizes.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      if (sizes[b] < std::max(kTreePoints, 8 * k)) continue;
+      if (sizes[b] < std::max(least.points, 8 * k) || sizes[b] * m < least.pairs) continue;
       clouds[b] = SearchedCloud<T>(points + b * n * 3, sizes[b], queries + b * m * 3, m, k);
     }
   });
@@ -42,22 +45,40 @@ std::vector<SearchedCloud<T>> make_trees(const T* points, const T* queries, cons
 
 // ---------------------------------------------------------------------------------- ball query
 
-// One query: the points come as three arrays, padded with infinity, which is inside no ball. Whether nsample hits
-// were found; where not, the rest is filled up.
+// One query: the points come as three arrays, padded with infinity, which is inside no ball. What was found on
+// the walk through them; where that is less than nsample, the rest of out is filled up.
+struct Walk {
+  int64_t points, hits;
+};
 template <typename T>
-bool query_ball(const T* x, const T* y, const T* z, int64_t padded, const T* centre, T radius2, int64_t nsample,
+Walk query_ball(const T* x, const T* y, const T* z, int64_t padded, const T* centre, T radius2, int64_t nsample,
                 int64_t* out) {
   constexpr int64_t W = width<T>;
   const Vec<T> cx = splat(centre[0]), cy = splat(centre[1]), cz = splat(centre[2]), limit = splat(radius2);
-  int64_t count = 0;
-  for (int64_t j = 0; j < padded && count < nsample; j += 2 * W) {
+  int64_t count = 0, j = 0;
+  for (; j < padded && count < nsample; j += 2 * W) {
     const Vec<T> ax = cx - load(x + j), ay = cy - load(y + j), az = cz - load(z + j);
     const Vec<T> bx = cx - load(x + j + W), by = cy - load(y + j + W), bz = cz - load(z + j + W);
     unsigned hit = bits(ax * ax + ay * ay + az * az < limit) | bits(bx * bx + by * by + bz * bz < limit) << W;
     for (; hit && count < nsample; hit &= hit - 1) out[count++] = j + __builtin_ctz(hit);
   }
   std::fill(out + count, out + nsample, count ? out[0] : 0);
-  return count == nsample;
+  return {j, count};
+}
+
+// Whether walks through a cloud end so soon that a tree is not worth its making, judged by a few of the queries.
+template <typename Query>
+bool walks_are_short(int64_t n, int64_t m, const Query& walk) {
+  constexpr int64_t kTried = 8;
+  Walk all{0, 0};
+  for (int64_t i = 0; i < kTried; ++i) {
+    const Walk one = walk(i * m / kTried);
+    all.points += one.points, all.hits += one.hits;
+  }
+  // nanoseconds: a walk's point, a tree's point in the making, a search with the points that a ball holds
+  const double queries = static_cast<double>(m), points = static_cast<double>(all.points);
+  const double inside = static_cast<double>(n) * static_cast<double>(all.hits) / points;
+  return queries * points / kTried * 0.17 < 30 * static_cast<double>(n) + queries * (150 + 5 * inside);
 }
 
 at::Tensor ball_query(double radius, int64_t nsample, const at::Tensor& xyz, const at::Tensor& new_xyz,
@@ -89,7 +110,15 @@ at::Tensor ball_query(double radius, int64_t nsample, const at::Tensor& xyz, con
       return query_ball(x, x + padded, x + 2 * padded, std::min(padded, round_up(limit, 2 * W)),
                         centre + (b * m + q) * 3, radius2, nsample, out + (b * m + q) * nsample);
     };
-    const std::vector<SearchedCloud<scalar_t>> clouds = make_trees(in, centre, sizes, n, m, 1);
+    prefer_large_pages(out, idx.nbytes());
+    std::vector<int64_t> searched(batch, 0);
+    at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        if (sizes[b] < kBallTree.points || m < kBallTree.queries || sizes[b] * m < kBallTree.pairs) continue;
+        if (!walks_are_short(sizes[b], m, [&](int64_t q) { return walk(b, q, sizes[b]); })) searched[b] = sizes[b];
+      }
+    });
+    const std::vector<SearchedCloud<scalar_t>> clouds = make_trees(kBallTree, in, centre, searched, n, m, 1);
     at::parallel_for(0, batch * m, 64, [&](int64_t begin, int64_t end) {
       TreeSearch<scalar_t> search;
       for (int64_t task = begin; task < end; ++task) {
@@ -99,7 +128,7 @@ at::Tensor ball_query(double radius, int64_t nsample, const at::Tensor& xyz, con
           walk(b, q, sizes[b]);
         } else {
           search.ball(clouds[b].tree, sizes[b], centre + (b * m + q) * 3, radius2, nsample,
-                      out + (b * m + q) * nsample, [&](int64_t limit) { return walk(b, q, std::min(limit, sizes[b])); });
+                      out + (b * m + q) * nsample, [&](int64_t limit) { return walk(b, q, std::min(limit, sizes[b])).hits == nsample; });
         }
       }
     });
@@ -111,7 +140,7 @@ at::Tensor ball_query(double radius, int64_t nsample, const at::Tensor& xyz, con
 
 // W queries at once, one per lane; known points pass by one after the other.
 template <typename T>
-void three_nearest(const T* query, int64_t lanes, const T* known, int64_t m, T* distance, int64_t* idx) {
+__attribute__((noinline)) void three_nearest(const T* query, int64_t lanes, const T* known, int64_t m, T* distance, int64_t* idx) {
   constexpr int64_t W = width<T>;
   Vec<T> qx{}, qy{}, qz{};
   for (int64_t l = 0; l < W; ++l) {
@@ -156,7 +185,8 @@ std::tuple<at::Tensor, at::Tensor> three_nn(const at::Tensor& unknown, const at:
     const scalar_t *query = queries.const_data_ptr<scalar_t>(), *point = points.const_data_ptr<scalar_t>();
     scalar_t* d = distance.mutable_data_ptr<scalar_t>();
     int64_t* i = idx.mutable_data_ptr<int64_t>();
-    const std::vector<SearchedCloud<scalar_t>> clouds = make_trees(point, query, sizes, m, n, 3);
+    prefer_large_pages(d, distance.nbytes()), prefer_large_pages(i, idx.nbytes());
+    const std::vector<SearchedCloud<scalar_t>> clouds = make_trees(kThreeTree, point, query, sizes, m, n, 3);
     at::parallel_for(0, batch * blocks, 8, [&](int64_t begin, int64_t end) {
       TreeSearch<scalar_t> search;
       for (int64_t task = begin; task < end; ++task) {
@@ -418,8 +448,10 @@ class BlockSearch {
       distance_[c] = d == d ? d : std::numeric_limits<T>::infinity();
     }
     write_sorted(distance_, candidate_, count, k, pairs_, out, idx);
-    std::fill(out + k, out + k_, std::numeric_limits<T>::infinity());
-    std::fill(idx + k, idx + k_, 0);
+    if (k < k_) {
+      std::fill(out + k, out + k_, std::numeric_limits<T>::infinity());
+      std::fill(idx + k, idx + k_, 0);
+    }
   }
 
   int64_t dims_, k_, padded_;
@@ -441,8 +473,9 @@ std::tuple<at::Tensor, at::Tensor> knn(const at::Tensor& queries, const at::Tens
     const scalar_t *query = rows.const_data_ptr<scalar_t>(), *cloud = clouds.const_data_ptr<scalar_t>();
     scalar_t* d = distance.mutable_data_ptr<scalar_t>();
     int64_t* i = idx.mutable_data_ptr<int64_t>();
+    prefer_large_pages(d, distance.nbytes()), prefer_large_pages(i, idx.nbytes());
     std::vector<SearchedCloud<scalar_t>> trees(batch);
-    if (dims == 3) trees = make_trees(cloud, query, sizes, n, m, k);
+    if (dims == 3) trees = make_trees(kListTree, cloud, query, sizes, n, m, k);
     // tiles for the clouds without a tree, and for queries that are out of its reach
     std::vector<int64_t> tiled_at(batch, -1);
     int64_t tiled_count = 0;

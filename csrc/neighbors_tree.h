@@ -172,8 +172,8 @@ class TreeSearch {
     tree.template search<true>(q, radius2, [&](int64_t j) { leaves_.push_back(static_cast<int32_t>(j)); });
     // Where the ball holds many points, the first nsample are soon met on a walk through the cloud as it is stored,
     // unless its order is a walk through space too: then the walk ends without them.
-    const int64_t points = static_cast<int64_t>(leaves_.size()) * kLeafPoints / 2;
-    if (points > 4 * nsample && n / points * nsample < 4 * points && scan(4 * (n / points * nsample) + 64)) return;
+    const int64_t inside = static_cast<int64_t>(leaves_.size()) * kLeafPoints / 2;
+    if (inside > 2 * nsample && n * nsample / inside < 8 * inside && scan(3 * (n * nsample / inside))) return;
     int64_t count = 0;
     const Vec<T> limit = splat(radius2);
     if (hits_.size() < leaves_.size() * kLeafPoints + 8) hits_.resize(leaves_.size() * kLeafPoints + 8);

@@ -21,9 +21,9 @@ namespace {
 
 using namespace simd;
 
-// From here on the tree is faster: it is made once, and a choice then costs some 0.2 µs.
-constexpr int64_t kTreePoints = 1024;
-constexpr int64_t kTreeSamples = 32;
+// From here on a tree is faster: making it costs some 25 ns for each point, and a choice then 0.2 µs, against 0.17 ns
+// for each point and choice.
+constexpr int64_t kTreePoints = 1024, kTreeSamples = 192, kTreePairs = 400'000;
 
 // work holds 4 arrays of round_up(n, W): x, y, z and the squared distance to the nearest choice.
 template <typename T>
@@ -239,7 +239,8 @@ at::Tensor furthest_point_sample(const at::Tensor& xyz, int64_t npoint, const st
       for (int64_t b = begin; b < end; ++b) {
         const scalar_t* cloud = in + b * n * 3;
         const int64_t size = sizes[b];
-        if (size >= kTreePoints && npoint >= kTreeSamples && all_finite(cloud, 3 * size)) {
+        if (size >= kTreePoints && npoint >= kTreeSamples && size * npoint >= kTreePairs &&
+            all_finite(cloud, 3 * size)) {
           TreeSampler<scalar_t>(cloud, size, TieOrder(size)).run(npoint, out + b * npoint);
           continue;
         }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -178,6 +179,7 @@ inline typename Types<T>::Int least(Mask<T> v) {
   return out;
 }
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+template <typename Int>
+inline Int round_up(Int n, std::type_identity_t<Int> multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 }  // namespace pointcmt::simd

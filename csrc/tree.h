@@ -28,20 +28,29 @@ namespace pointcmt {
 constexpr int64_t kLeafPoints = 16;
 constexpr int64_t kFan = 8;
 
-// An array that is not filled when it is made. Large ones ask Linux for pages of 2 MiB: a search jumps about in
-// them, and with pages of 4 KiB it would wait for the page table more than for the data.
+constexpr size_t kLargePage = size_t{2} << 20;
+
+// Asks Linux for pages of 2 MiB where memory is large and not yet used. A search jumps about in it, and with pages of
+// 4 KiB it would wait for the page table more than for the data.
+inline void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t begin = simd::round_up(reinterpret_cast<uintptr_t>(data), kLargePage);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kLargePage * kLargePage;
+  // a wish: no matter if it fails
+  if (begin + kLargePage < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// An array that is not filled when it is made.
 template <typename T>
 class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t size) : size_(size) {
-    constexpr size_t kPage = size_t{2} << 20;
-    const size_t bytes = std::max<size_t>(sizeof(T) * size, 1), align = bytes < 2 * kPage ? 64 : kPage;
-    data_ = static_cast<T*>(::operator new(bytes, std::align_val_t{align}));
-    align_ = align;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (align == kPage) madvise(data_, bytes / kPage * kPage, MADV_HUGEPAGE);  // a wish: no matter if it fails
-#endif
+    const size_t bytes = std::max<size_t>(sizeof(T) * size, 1);
+    align_ = bytes < 2 * kLargePage ? 64 : kLargePage;
+    data_ = static_cast<T*>(::operator new(bytes, std::align_val_t{align_}));
+    prefer_large_pages(data_, bytes);
   }
   Buffer(Buffer&& other) noexcept { swap(other); }
   Buffer& operator=(Buffer&& other) noexcept {
