@@ -1,9 +1,12 @@
-"""Builds pointcmt._C from csrc/: the CPU kernels always, the CUDA kernels where they can run.
+"""Builds pointcmt._C from csrc/, with the CUDA kernels where they can run, and the libraries of CPU kernels.
+
+On x86-64 the CPU kernels are compiled twice, for any CPU and for those with AVX2, and chosen from when
+pointcmt is imported: what is built on one machine runs on another (see pointcmt/ops/_extension.py).
 
 Environment:
     FORCE_CUDA=1           compile the CUDA kernels though no GPU is visible
     FORCE_CUDA=0           never compile them
-    POINTCMT_ARCH=native   the CPU to compile for (a -march value; empty for the compiler's default)
+    POINTCMT_ARCH=native   compile the CPU kernels once, for one CPU (a -march value)
     POINTCMT_REQUIRE_EXT=1 fail, instead of falling back to the PyTorch twins, when nothing compiles
 """
 
@@ -11,12 +14,16 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
+import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 import warnings
 from pathlib import Path
 
+import setuptools
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
@@ -50,6 +57,27 @@ def want_cuda() -> bool:
     return torch.version.cuda is not None and torch.cuda.is_available() and cuda_home() is not None
 
 
+def cpu_variants() -> dict[str, list[str]]:
+    """What the CPU kernels are compiled for: a name as _extension.py knows it → the compiler's flags."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if arch := os.environ.get("POINTCMT_ARCH"):
+        return {
+            "native": [f"-mcpu={arch}" if platform.machine() in ("arm64", "aarch64") else f"-march={arch}"]
+        }
+    if not x86:
+        return {"default": []}
+    features = runpy.run_path(str(ROOT / "pointcmt" / "ops" / "_capabilities.py"))["CAPABILITIES"]
+    return {name: [f"-m{feature}" for feature in needed] for name, needed in features.items()}
+
+
+def native_features(flags: list[str]) -> list[str]:
+    """The extensions of a CPU that code compiled with these flags may use, as the compiler's macros tell."""
+    known = runpy.run_path(str(ROOT / "pointcmt" / "ops" / "_capabilities.py"))["FEATURES"]
+    command = [*shlex.split(os.environ.get("CXX", "c++")), *flags, "-dM", "-E", "-x", "c++", os.devnull]
+    macros = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [name for name in known if f"#define __{name.replace('.', '_').upper()}__ 1" in macros]
+
+
 def extension() -> tuple[list, dict]:
     try:
         import torch.utils.cpp_extension as cpp
@@ -69,12 +97,10 @@ def extension() -> tuple[list, dict]:
     if sys.platform != "darwin":
         flags.append("-fopenmp")  # at::parallel_for runs serially in a translation unit without it
         link.append("-fopenmp")
-    arch = os.environ.get("POINTCMT_ARCH", "native")
-    if arch:
-        flags.append(f"-mcpu={arch}" if platform.machine() in ("arm64", "aarch64") else f"-march={arch}")
 
     csrc = ROOT / "csrc"
-    sources = sorted(str(p.relative_to(ROOT)) for p in csrc.glob("*.cpp"))
+    sources = ["csrc/bindings.cpp"]
+    kernels = ["csrc/cpu_module.cpp", *sorted(str(p.relative_to(ROOT)) for p in csrc.glob("*_cpu.cpp"))]
     compile_args: dict[str, list[str]] = {"cxx": flags}
     kind, include = cpp.CppExtension, [str(csrc)]
     if want_cuda():
@@ -114,14 +140,43 @@ def extension() -> tuple[list, dict]:
                 )
                 self.extensions = []
 
+        def build_extension(self, ext: setuptools.Extension) -> None:
+            # the same sources are compiled for several CPUs: each has a folder for its objects
+            outer = self.build_temp
+            self.build_temp = os.path.join(outer, ext.name)
+            try:
+                super().build_extension(ext)
+            finally:
+                self.build_temp = outer
+
         def copy_extensions_to_source(self) -> None:
             if self.extensions:
                 super().copy_extensions_to_source()
 
-    module = kind(
-        "pointcmt._C", sources, include_dirs=include, extra_compile_args=compile_args, extra_link_args=link
-    )
-    return [module], {"build_ext": BuildOrFallBack}
+    variants = cpu_variants()
+    if "native" in variants:
+        needed = native_features(variants["native"])
+        compile_args = {**compile_args, "cxx": [*flags, f'-DPOINTCMT_NATIVE="{" ".join(needed)}"']}
+    modules = [
+        kind(
+            "pointcmt._C",
+            sources,
+            include_dirs=include,
+            extra_compile_args=compile_args,
+            extra_link_args=link,
+        )
+    ]
+    modules += [
+        cpp.CppExtension(
+            f"pointcmt._cpu_{name}",
+            kernels,
+            include_dirs=[str(csrc)],
+            extra_compile_args={"cxx": [*flags, *extra]},
+            extra_link_args=link,
+        )
+        for name, extra in variants.items()
+    ]
+    return modules, {"build_ext": BuildOrFallBack}
 
 
 modules, commands = extension()

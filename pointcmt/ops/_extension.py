@@ -1,17 +1,28 @@
 """Finds the compiled kernels, once, and says what is there.
 
-``pointcmt._C`` registers the operators of ``csrc/`` with PyTorch when it is imported. Where it
-could not be built, every op in :mod:`pointcmt.ops` runs its pure-PyTorch twin instead, and the
-first use warns once with the command that builds it.
+``pointcmt._C`` declares the operators of ``csrc/`` when it is imported, and runs on every CPU. The CPU
+kernels are in libraries beside it, each compiled for CPUs of one capability, of which the best that this CPU
+can run is loaded: ``avx2`` or ``default``; a build with POINTCMT_ARCH has one, ``native``. They give the same
+neighbours, samples and groups, bit by bit. Where nothing could be built or loaded, every op in
+:mod:`pointcmt.ops` runs its pure-PyTorch twin instead, and the first use warns once with the command that
+builds it.
+
+Environment:
+    POINTCMT_CPU_CAPABILITY: ``default`` or ``avx2``: take this library and no other.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import os
 import warnings
+from collections.abc import Sequence
 
 import torch
+
+from pointcmt.ops._capabilities import CAPABILITIES
 
 # what csrc has for the CPU; a library that lacks one of these was compiled from older sources
 COMPILED_OPS = frozenset(
@@ -40,11 +51,68 @@ COMPILED_OPS = frozenset(
 BUILD_COMMAND = "pip install --no-build-isolation -e .   # in a checkout of pointcmt, with a C++20 compiler"
 
 
+class UnsuitableCpuError(ImportError):
+    """The CPU kernels were compiled for another CPU than this one; loading them would end the process."""
+
+
+def choose_capability(
+    features: Sequence[str], built: Sequence[str], native: str | None = None, forced: str | None = None
+) -> str:
+    """Which library of CPU kernels to load.
+
+    Args:
+        features: what the CPU can do, by the names in :data:`CAPABILITIES`.
+        built: the libraries that there are.
+        native: for a build with POINTCMT_ARCH the features that it needs, between spaces; else None.
+        forced: POINTCMT_CPU_CAPABILITY, if it is set.
+
+    Raises:
+        ValueError: ``forced`` is not the name of a capability.
+        UnsuitableCpuError: the CPU lacks what the library needs.
+        ModuleNotFoundError: there is no library to choose.
+    """
+    if forced and forced not in CAPABILITIES:
+        raise ValueError(
+            f"POINTCMT_CPU_CAPABILITY is {forced!r}; it must be one of {', '.join(CAPABILITIES)}"
+        )
+    wanted = {name: set(needed) for name, needed in CAPABILITIES.items() if name in built}
+    if native is not None and not forced:
+        wanted = {"native": set(native.split())}
+    elif forced:
+        wanted = {name: needed for name, needed in wanted.items() if name == forced}
+    if not wanted:
+        raise ModuleNotFoundError(
+            f"no library of CPU kernels {f'for {forced} ' if forced else ''}was built "
+            f"(there: {', '.join(built) or 'none'})"
+        )
+    fitting = [name for name, needed in wanted.items() if needed <= set(features)]
+    if not fitting:
+        name, needed = next(iter(wanted.items()))
+        lacking = sorted(needed - set(features))
+        raise UnsuitableCpuError(
+            f"the CPU kernels here were compiled for {name}, and this CPU lacks {', '.join(lacking)}; "
+            + ("build again without POINTCMT_ARCH" if name == "native" else "unset POINTCMT_CPU_CAPABILITY")
+        )
+    return fitting[-1]
+
+
+_CAPABILITY: str | None = None
+
+
 def _load() -> Exception | None:
+    global _CAPABILITY
+    forced = os.environ.get("POINTCMT_CPU_CAPABILITY")
     try:
-        importlib.import_module("pointcmt._C")
+        library = importlib.import_module("pointcmt._C")
+        names = ("native", *CAPABILITIES)
+        built = [name for name in names if importlib.util.find_spec(f"pointcmt._cpu_{name}") is not None]
+        chosen = choose_capability(library.cpu_features(), built, getattr(library, "native", None), forced)
+        importlib.import_module(f"pointcmt._cpu_{chosen}")
+    except ValueError:
+        raise
     except Exception as error:  # ImportError, or an OSError from a library of another torch version
         return error
+    _CAPABILITY = chosen
     return None
 
 
@@ -60,8 +128,13 @@ _COMPILED: dict[str, frozenset[str]] = {"cpu": _registered("CPU"), "cuda": _regi
 
 
 def load_error() -> Exception | None:
-    """The error that importing ``pointcmt._C`` gave, or None where the kernels are there."""
+    """The error that importing the kernels gave, or None where they are there."""
     return _LOAD_ERROR
+
+
+def cpu_capability() -> str | None:
+    """What the loaded CPU kernels were compiled for: a key of CAPABILITIES, ``"native"``, or None."""
+    return _CAPABILITY
 
 
 def has_cpu_kernels() -> bool:

@@ -67,6 +67,8 @@ def trouble() -> tuple[list[str], list[str]]:
                 "the kernels were not compiled; the slower PyTorch twins serve. Build them: "
                 f"{_extension.BUILD_COMMAND}"
             )
+        elif isinstance(problem, _extension.UnsuitableCpuError):
+            errors.append(f"{problem}: {_extension.BUILD_COMMAND}")
         else:
             errors.append(
                 f"the compiled kernels do not load ({problem}): they were built for another torch. Build "
@@ -128,7 +130,9 @@ def doctor(options: Doctor | None = None) -> int:
     table.add_row("commit", commit() or "not a checkout")
     table.add_row("device", f"{device}: {there['gpu'] or there['processor']}, {there['threads']} threads")
     table.add_row("torch's CUDA", str(torch.version.cuda or "none"))
-    table.add_row("compiled kernels", ", ".join(k for k, ok in there["kernels"].items() if ok) or "none")
+    kernels = ", ".join(k for k, ok in there["kernels"].items() if ok) or "none"
+    capability = _extension.cpu_capability()
+    table.add_row("compiled kernels", f"{kernels} (CPU: {capability})" if capability else kernels)
     table.add_row("adapters", ", ".join(adapter.name for adapter in list_adapters()) or "none")
     table.add_row("students", ", ".join(list_students()))
     table.add_row("objectives", ", ".join(objective_classes()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +128,115 @@ def test_a_library_older_than_the_sources_is_told_of() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", STALE], env=environment, check=False, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+# ------------------------------------------------------------------------ kernels for several CPUs
+
+
+AVX2_CPU = ["sse4.2", "popcnt", "avx", "avx2", "fma", "bmi", "bmi2"]
+
+
+def test_the_best_library_that_the_cpu_can_run_is_chosen() -> None:
+    both = ["default", "avx2"]
+    assert _extension.choose_capability([*AVX2_CPU, "avx512f"], both) == "avx2"
+    assert _extension.choose_capability(["sse4.2", "avx", "avx2"], both) == "default"  # AVX2 without FMA
+    assert _extension.choose_capability([], ["default"]) == "default"  # not x86-64
+    assert _extension.choose_capability(AVX2_CPU, both, forced="default") == "default"
+    native = "avx2 fma avx512f"
+    assert _extension.choose_capability([*AVX2_CPU, "avx512f"], ["native", *both], native) == "native"
+
+
+def test_a_library_that_would_end_the_process_is_not_loaded() -> None:
+    with pytest.raises(
+        _extension.UnsuitableCpuError, match=r"compiled for native, .* lacks avx512f; build again"
+    ):
+        _extension.choose_capability(AVX2_CPU, ["native"], "avx2 fma avx512f")
+    with pytest.raises(_extension.UnsuitableCpuError, match=r"compiled for avx2, .* lacks .*fma"):
+        _extension.choose_capability(["avx", "avx2"], ["default", "avx2"], forced="avx2")
+    with pytest.raises(ValueError, match=r"'sse'.* default, avx2"):
+        _extension.choose_capability(AVX2_CPU, ["default", "avx2"], forced="sse")
+    with pytest.raises(ModuleNotFoundError, match="for avx2 was built"):
+        _extension.choose_capability(AVX2_CPU, ["default"], forced="avx2")
+
+
+UNSUITABLE = """
+import warnings
+import torch
+import pointcmt._C as library
+library.native = "avx2 telepathy"  # as a build with POINTCMT_ARCH for another CPU says it
+from pointcmt import ops
+from pointcmt.ops import _extension
+from pointcmt.recipes.doctor import trouble
+
+assert isinstance(_extension.load_error(), _extension.UnsuitableCpuError)
+assert not _extension.has_cpu_kernels() and _extension.cpu_capability() is None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert ops.knn(torch.rand(1, 9, 3), torch.rand(1, 9, 3), 2)[1].shape == (1, 9, 2)
+[found] = [str(w.message) for w in caught if w.category is RuntimeWarning]
+assert "this CPU lacks telepathy" in found, found
+assert any("this CPU lacks telepathy" in error for error in trouble()[0])
+"""
+
+CAPABLE = """
+import sys
+import torch
+from pointcmt import ops
+from pointcmt.ops import _extension
+
+random = torch.Generator().manual_seed(0)
+results = [_extension.cpu_capability()]
+for n in (200, 2500):  # among all points, and through a tree
+    cloud, wide = torch.randn(2, n, 3, generator=random), torch.randn(2, n, 70, generator=random)
+    chosen = ops.furthest_point_sample(cloud, n // 4)
+    results += [chosen, ops.ball_query(0.3, 16, cloud, cloud), *ops.knn(cloud, cloud, 9)]
+    results += [*ops.knn(wide[:, :200], wide, 20), *ops.three_nn(cloud, cloud[:, : n // 2])]
+    results += [*ops.voxel_subsample(cloud[0], 0.1), ops.gather_points(wide.mT, chosen)]
+    results.append(ops.query_and_group(0.3, 8, cloud, cloud[:, :50].contiguous(), wide.mT.contiguous()))
+results += ops.emd(torch.rand(2, 300, 3, generator=random), torch.rand(2, 300, 3, generator=random))
+torch.save(results, sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(not _extension.has_cpu_kernels(), reason="the kernels are not compiled here")
+def test_unsuitable_kernels_are_told_of_and_the_twins_serve() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("POINTCMT_CPU_CAPABILITY", None)
+    done = subprocess.run(
+        [sys.executable, "-c", UNSUITABLE], env=environment, check=False, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.skipif(
+    _extension.cpu_capability() in (None, "native", "default"), reason="there is one library of kernels here"
+)
+def test_every_capability_gives_the_same_bits(tmp_path: Path) -> None:
+    import torch
+
+    results = {}
+    for name in ("default", _extension.cpu_capability()):
+        saved = tmp_path / f"{name}.pt"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "POINTCMT_CPU_CAPABILITY": str(name)}
+        command = [sys.executable, "-c", CAPABLE, str(saved)]
+        run = subprocess.run(command, env=environment, check=False, capture_output=True)
+        assert run.returncode == 0, run.stderr.decode()
+        results[name] = torch.load(saved, weights_only=True)
+    (least, *one), (most, *two) = results.values()
+    assert least == "default" and most == _extension.cpu_capability()
+    for left, right in zip(one, two, strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+@pytest.mark.skipif(
+    _extension.cpu_capability() in (None, "native") or platform.machine() != "x86_64",
+    reason="not a portable build for x86-64",
+)
+def test_what_every_cpu_loads_has_no_avx() -> None:
+    for name in ("_C", "_cpu_default"):
+        [library] = (ROOT / "pointcmt").glob(f"{name}.*.so")
+        code = subprocess.run(
+            ["objdump", "-d", str(library)], capture_output=True, text=True, check=True
+        ).stdout
+        assert "%xmm0" in code and "%ymm" not in code and "%zmm" not in code, name
