@@ -200,7 +200,10 @@ def verify_again(
 
     def call() -> Any:
         copy_args, copy_kwargs = copied((args, dict(kwargs)))
-        return run(*copy_args, **copy_kwargs)
+        output = run(*copy_args, **copy_kwargs)
+        if torch.isnan(adapter.logits(output)).any():  # the run diverged: no fault of the adapter
+            raise FloatingPointError("the network's class scores are NaN")
+        return output
 
     bare = replace(adapter, local=None, global_=None)
     with quiet_evaluation(module):

@@ -463,3 +463,17 @@ def test_a_connector_stays_equal_on_both_of_two_processes_in_a_loop_of_ones_own(
     # and the first step's gradient is the mean of what each process had by itself
     for name, gradient in one["averaged"].items():
         torch.testing.assert_close(gradient, (one["own"][name] + two["own"][name]) / 2)
+
+
+def test_a_run_that_diverged_is_not_blamed_on_the_adapter():
+    teacher, student = build()
+    points, _, views = batch(13)
+    with (
+        pytest.warns(RuntimeWarning, match="class scores are NaN"),
+        CrossModalTraining(teacher, student, objectives=[FeatureL2(1.0)]) as cmt,
+    ):
+        for _ in range(3):
+            student(points)
+            cmt.loss(views=views)
+        with torch.no_grad():
+            student.neck.weight.fill_(float("nan"))

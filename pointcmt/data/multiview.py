@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch.utils.data import Dataset
 
 from pointcmt.data.dataset import Split, check_split
 from pointcmt.data.files import is_junk
+from pointcmt.types import Views
+from pointcmt.views.mesh_files import CAMERA_KEYS, CAMERAS
 
 # <shape>_<view>, whatever the shape's name; also airplane_0627_shaded_v001, airplane_0627.off_shaded_v001 and
 # airplane_0627.obj_whiteshaded_v0001
@@ -108,6 +111,33 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
                 f"{[list(image.shape) for image in images]}; give size= to resize them"
             )
         return torch.stack(images), int(self.labels[index]), index
+
+    def views(self, index: int) -> Views:
+        """The images of one shape (B = 1) with their cameras, as ``pointcmt render-views`` wrote them.
+
+        Raises:
+            FileNotFoundError: nothing says where the cameras stood.
+            ValueError: the file of the cameras is damaged, or has fewer than there are images.
+        """
+        images, _, _ = self[index]
+        first = self._paths[index][0]
+        matched = _NAME.fullmatch(first.stem)
+        assert matched is not None
+        path = first.with_name(f"{matched['shape']}{CAMERAS}")
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist: where the cameras of these images stood is not known. "
+                "`pointcmt render-views` writes it with the images"
+            )
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            matrices = [torch.tensor(kept[name], dtype=torch.float32) for name in CAMERA_KEYS]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); render the views again") from error
+        if any(m.shape[1:] != (4, 4) or len(m) < len(images) for m in matrices):
+            raise ValueError(f"{path} has no camera [4, 4] for each of {len(images)} images")
+        view, projection = (m[None, : len(images)] for m in matrices)
+        return Views(images[None], view_matrix=view, projection_matrix=projection)
 
     def _read(self, path: Path) -> Tensor:
         """One image: float32 [C, H, W] in 0 … 1."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -15,18 +16,37 @@ from PIL import Image
 from torch import Tensor
 
 from pointcmt.checkpoint import PathLike, atomic_write
+from pointcmt.types import Views
 from pointcmt.views.cameras import Rig
 from pointcmt.views.cameras import rig as find_rig
-from pointcmt.views.mesh_files import MESH_SUFFIXES, is_junk, read_mesh
+from pointcmt.views.mesh_files import CAMERA_KEYS, CAMERAS, MESH_SUFFIXES, is_junk, read_mesh
 
 # one light at the camera and some from all around: every visible face has a shade that tells its slant
 _COLOR = (0.8, 0.8, 0.8)
 _AMBIENT, _DIFFUSE, _SPECULAR = 0.25, 0.75, 0.1
 
 
+@overload
 def render_mesh(
-    path: PathLike, rig: str | Rig = "dodecahedron20", size: int = 224, *, up: str = "z"
-) -> Tensor:
+    path: PathLike,
+    rig: str | Rig = ...,
+    size: int = ...,
+    *,
+    up: str = ...,
+    cameras: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def render_mesh(
+    path: PathLike, rig: str | Rig = ..., size: int = ..., *, up: str = ..., cameras: Literal[True]
+) -> Views: ...
+def render_mesh(
+    path: PathLike,
+    rig: str | Rig = "dodecahedron20",
+    size: int = 224,
+    *,
+    up: str = "z",
+    cameras: bool = False,
+) -> Tensor | Views:
     """Shaded views of a mesh, scaled to the unit sphere, in front of white.
 
     Args:
@@ -34,21 +54,40 @@ def render_mesh(
         rig: a registered name or a ``Rig``; the same cameras as ``project_points``'.
         size: height and width S in pixels.
         up: the axis of the mesh that points up (ModelNet: z).
+        cameras: give a ``Views`` of one shape, with the matrices that take the mesh's own coordinates to its
+            images: points sampled on the mesh are found there by ``pointcmt.views.pixels_of``.
 
     Returns:
-        [V, 3, S, S] float32 in [0, 1].
+        [V, 3, S, S] float32 in [0, 1]; with ``cameras`` a ``Views`` with B = 1.
 
     Raises:
         ModuleNotFoundError: pyvista is not installed.
         RuntimeError: VTK cannot render on this machine.
         FileNotFoundError, ValueError: as ``read_mesh``, or a mesh without a face.
     """
-    cameras = find_rig(rig, up)
+    rigged = find_rig(rig, up)
     if size < 1:
         raise ValueError(f"size={size}; expected at least 1 pixel")
     vertices, faces = _read_surface(path)
     with _plotter(size) as plotter:
-        return _render(plotter, vertices, faces, cameras, up)
+        images = _render(plotter, vertices, faces, rigged, up)
+    if not cameras:
+        return images
+    view, projection = mesh_cameras(vertices, faces, rigged)
+    return Views(images[None], view_matrix=view[None], projection_matrix=projection[None])
+
+
+def mesh_cameras(vertices: np.ndarray, faces: np.ndarray, rig: Rig) -> tuple[Tensor, Tensor]:
+    """View and projection matrices [V, 4, 4] float32 of a mesh's images, for its own coordinates.
+
+    They have the scaling to the unit sphere in them; conventions as of ``pointcmt.types.Views``.
+    """
+    view, projection = rig.matrices()
+    centre, radius = _sphere_of(vertices, faces)
+    scaled = torch.eye(4, dtype=torch.float64)
+    scaled[:3, :3] /= radius
+    scaled[:3, 3] = torch.from_numpy(-centre / radius)
+    return (view.double() @ scaled).float(), projection
 
 
 def render_folder(
@@ -65,8 +104,9 @@ def render_folder(
 
     Meshes lie in ``<class>/<split>/<name>.off``, as ModelNet's, or in ``<split>/<class>/<name>.off``. Writes
     ``<out>/<split>/<class>/<name>_001.png`` and so on, view 1 first: what
-    ``pointcmt.data.MultiViewImages`` reads, whatever the names. Every image is written whole or not at all,
-    and a shape whose last image exists is done: run it again to resume. Hidden files are skipped.
+    ``pointcmt.data.MultiViewImages`` reads, whatever the names, and ``<name>_cameras.json`` with the images'
+    matrices. Every file is written whole or not at all, and a shape whose last image exists is done: run it
+    again to resume. Hidden files are skipped.
 
     Args:
         meshes_root: the tree of meshes (OFF, OBJ or PLY).
@@ -116,6 +156,11 @@ def render_folder(
             vertices, faces = _read_surface(path)
             views = _render(plotter, vertices, faces, cameras, up)
             pixels = (views * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            matrices = zip(CAMERA_KEYS, mesh_cameras(vertices, faces, cameras), strict=True)
+            with atomic_write(image(path, 1).with_name(f"{path.stem}{CAMERAS}")) as temporary:
+                temporary.write_text(
+                    json.dumps({name: value.tolist() for name, value in matrices}), encoding="utf-8"
+                )
             # the last view last: it says that the shape is done
             for view, picture in enumerate(pixels, start=1):
                 with atomic_write(image(path, view)) as temporary:
@@ -130,12 +175,18 @@ def _read_surface(path: PathLike) -> tuple[np.ndarray, np.ndarray]:
     return vertices, faces
 
 
-def _normalize(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Centre of the used vertices' bounding box to the origin, farthest of them to radius 1."""
+def _sphere_of(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, float]:
+    """Centre [3] of the used vertices' bounding box, and the distance of the farthest of them; 1 where 0."""
     used = vertices[np.unique(faces)]
     centre = (used.min(0) + used.max(0)) / 2
-    radius = np.linalg.norm(used - centre, axis=1).max()
-    return (vertices - centre) / (radius if radius > 0 else 1.0)
+    radius = float(np.linalg.norm(used - centre, axis=1).max())
+    return centre, radius if radius > 0 else 1.0
+
+
+def _normalize(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """To the unit sphere around the origin."""
+    centre, radius = _sphere_of(vertices, faces)
+    return (vertices - centre) / radius
 
 
 def _import_pyvista() -> Any:

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+# beside a shape's images: the matrices of their cameras, by these names, as lists [V, 4, 4]
+CAMERAS = "_cameras.json"
+CAMERA_KEYS = ("view_matrix", "projection_matrix")
 MESH_SUFFIXES = (".off", ".obj", ".ply")
 
 _OFF_HEAD = re.compile(rb"(?:\s+|#[^\n]*\n)*(?P<kind>(?:ST)?C?N?)(?P<more>4?n?)OFF", re.IGNORECASE)

@@ -8,7 +8,8 @@ import torch
 import trimesh
 from PIL import Image
 
-from pointcmt.views import Rig, project_points
+from pointcmt.data import MultiViewImages
+from pointcmt.views import Rig, pixels_of, project_points
 from pointcmt.views import mesh as module
 from pointcmt.views.mesh import read_mesh, render_folder, render_mesh
 
@@ -190,7 +191,7 @@ def test_render_folder_names_resumes_and_matches(tmp_path, renders):
         path.parent.mkdir(parents=True, exist_ok=True)
         lopsided().export(path)
     assert render_folder(meshes, out, "ring12", 24, progress=False) == 3
-    written = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    written = sorted(str(path.relative_to(out)) for path in out.rglob("*.png"))
     assert len(written) == 36
     assert written[0] == "test/desk/desk_0002_001.png"
     assert "train/night_stand/night_stand_0001_012.png" in written
@@ -206,3 +207,37 @@ def test_render_folder_names_resumes_and_matches(tmp_path, renders):
     assert render_folder(meshes, out, "ring12", 24, progress=False) == 0
     with pytest.raises(FileNotFoundError, match=r"no mesh under .*<class>/train/\*\.off"):
         render_folder(out, tmp_path / "other")
+
+
+def test_rendered_views_carry_their_cameras(renders, tmp_path):
+    """Three small tetrahedra far from the origin: each is found where the matrices say, in every view."""
+    corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]) * 0.5
+    centres = np.array([[100.0, 50, 7], [110, 50, 7], [100, 58, 12]])
+    faces = np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
+    vertices = np.concatenate([corners + centre - corners.mean(0) for centre in centres])
+    triangles = np.concatenate([faces + 4 * k for k in range(3)])
+    folder = tmp_path / "thing" / "train"
+    folder.mkdir(parents=True)
+    lines = ["OFF", f"{len(vertices)} {len(triangles)} 0", *(" ".join(map(str, v)) for v in vertices)]
+    lines += [f"3 {a} {b} {c}" for a, b, c in triangles]
+    (folder / "three.off").write_text("\n".join(lines))
+    views = render_mesh(folder / "three.off", "dodecahedron20", 96, cameras=True)
+    points = torch.from_numpy(centres).float()[None]
+    pixels, inside = pixels_of(points, views.view_matrix, views.projection_matrix)
+    assert inside.all() and views.images.shape == (1, 20, 3, 96, 96)
+    cells = (pixels[0] * 96).long()
+    for view, picture in enumerate(views.images[0]):
+        for column, row in cells[view].tolist():
+            assert (picture[:, row - 2 : row + 3, column - 2 : column + 3] < 0.97).any(), (view, row, column)
+    # and those in files say the same
+    render_folder(tmp_path, tmp_path / "images", size=96, progress=False)
+    stored = MultiViewImages(tmp_path / "images", "train").views(0)
+    torch.testing.assert_close(stored.view_matrix, views.view_matrix)
+    torch.testing.assert_close(stored.projection_matrix, views.projection_matrix)
+    torch.testing.assert_close(stored.images, views.images, atol=0.01, rtol=0)
+    (tmp_path / "images" / "train" / "thing" / "three_cameras.json").write_text("{}")
+    with pytest.raises(ValueError, match="damaged"):
+        MultiViewImages(tmp_path / "images", "train").views(0)
+    (tmp_path / "images" / "train" / "thing" / "three_cameras.json").unlink()
+    with pytest.raises(FileNotFoundError, match="where the cameras"):
+        MultiViewImages(tmp_path / "images", "train").views(0)
