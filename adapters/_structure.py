@@ -72,7 +72,7 @@ def stage(path: str | Callable[[nn.Module], str], channels_first_centers: bool =
 
 def before_last_stage(path: str) -> Tap:
     """As :func:`stage`, of the last but one in a ``ModuleList``: the last one pools."""
-    return stage(lambda module: f"{path}.{len(module.get_submodule(path)) - 2}")  # type: ignore[arg-type]
+    return stage(lambda module: f"{path}.{len(module.get_submodule(path)) - 2}")
 
 
 def per_point(path: str | Callable[[nn.Module], str]) -> Tap:

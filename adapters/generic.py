@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -291,9 +292,8 @@ def _per_point(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tap | 
         assert axis is not None
         seen: list[Tensor] = []
         for permuted in (False, True):
-            given = copied(
-                args, lambda tensor, p=permuted: _permuted(tensor, cloud, order) if p else tensor.clone()
-            )
+            change = functools.partial(_permuted, cloud=cloud, order=order) if permuted else torch.clone
+            given = copied(args, change)
             _watched(module, [path], lambda _p, output: seen.append(_points_first(output, axis)), given)
     straight, other = seen
     scale = float(straight.abs().max()) + 1e-6
