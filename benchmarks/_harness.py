@@ -24,7 +24,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "numpy", "scipy", "pot", "geomloss", "timm", "torch-cluster", "pointnet2_ops")
+PACKAGES = (
+    *("torch", "numpy", "scipy", "pot", "geomloss", "timm", "torch-cluster", "pointnet2_ops"),
+    *("fpsample", "faiss-cpu"),
+)
 
 
 @dataclass(frozen=True)

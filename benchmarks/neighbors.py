@@ -7,6 +7,9 @@ yanx27/Pointnet_Pointnet2_pytorch and of antao97/dgcnn.pytorch (imported from ch
 passed in), our own PyTorch twins, and torch-cluster and pointnet2_ops where they are installed. A
 peer that is not there is skipped by name. Beside each ratio stands how much of the output agrees:
 yanx27 and antao97 take distances from |q|² + |p|² − 2 q·p, whose rounding swaps near neighbours.
+
+On a CPU, :mod:`benchmarks._scenes` follows: from 1,024 points to a million, beside fpsample, SciPy and
+faiss, with the targets and whether they are met.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import _scenes
 from benchmarks._harness import RESULTS, ROOT, interleave, record, show
 from pointcmt import ops
 from pointcmt.ops.grouping import reference_group_points
@@ -265,9 +269,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--points", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=8, help="per case, after at least three repeats")
+    parser.add_argument("--part", choices=("clouds", "scenes", "both"), default="both")
     parser.add_argument("--out", help="the JSON file; benchmarks/results/neighbors-<device>.json by default")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
+    if options.part == "scenes":
+        _scenes.measure()
+        return 0
     peers = Peers(options.yanx27, options.antao97, device)
     rows: list[dict[str, Any]] = []
     sources = set()
@@ -282,6 +290,8 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out or RESULTS / f"neighbors-{device.type}.json"
     notes = {"clouds": ", ".join(sorted(sources)), "device": str(device)}
     record(out, QUESTION, rows, skipped=peers.skipped, notes=notes)
+    if device.type == "cpu" and options.part == "both":
+        _scenes.measure()
     return 0
 
 
