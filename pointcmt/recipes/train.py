@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from pointcmt.recipes.engine import (
     seed_everything,
 )
 from pointcmt.recipes.features import Draws, draws_of, features_of
+from pointcmt.recipes.networks import find_weights, start_from
 from pointcmt.recipes.options import DataOptions, Splits, load_generator, load_teacher, parse_assignments
 from pointcmt.recipes.progress import say, warn
 from pointcmt.recipes.run import RunFolder
@@ -104,6 +106,9 @@ class Train:
     """Clouds are stretched along each axis by a factor between 1/this and this; 1: not."""
     augment_shift: float = 0.2
     """Clouds are moved by up to this along each axis."""
+    init: Path | None = None
+    """Start from the weights of a run of pretrain or train, or of a file, wherever name and shape are equal:
+    fine-tuning."""
     loop: LoopOptions = field(default_factory=lambda: LoopOptions(epochs=200))
     machine: MachineOptions = field(default_factory=MachineOptions)
     resume: bool = False
@@ -199,6 +204,12 @@ def train(options: Train) -> dict[str, Any]:
     if teacher is not None and options.student.feature_dim is None:
         options.student.feature_dim = teacher.feature_dim
     student = make_student(options.student, splits.train.num_classes).to(accelerator.device)
+    taken: list[str] = []
+    if options.init is not None:
+        inputs["init"] = hashlib.sha256(find_weights(options.init).read_bytes()).hexdigest()
+        taken, fresh = start_from(student, options.init)
+        rest = ", ".join(fresh) or "none"
+        say(f"{len(taken)} tensors start from {options.init}; as they were made: {rest}", main)
     sample = torch.from_numpy(splits.train.points[: min(4, len(splits.train))]).to(accelerator.device)
     adapter = adapter_of(student, options.student, sample)
     if adapter.input_layout != find_adapter(student, options.student.adapter).input_layout:
@@ -285,6 +296,7 @@ def train(options: Train) -> dict[str, Any]:
         "student": options.student.student,
         "adapter": adapter.name,
         "seed": options.loop.seed,
+        "initialised": len(taken),
         "parameters": count_parameters(student),
         "classes": list(splits.train.class_names),
         "shapes": {name: len(part) for name, part in splits.parts().items()},

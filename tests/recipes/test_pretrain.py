@@ -195,6 +195,32 @@ def test_starting_from_weights_takes_what_fits(runs):
         start_from(nn.Linear(2, 2), runs / "crosspoint")
 
 
+def test_a_student_starts_from_a_pre_trained_network(runs, tmp_path, capsys):
+    new = [
+        "train",
+        "--out",
+        tmp_path / "r",
+        *TOY,
+        *DATA,
+        *CPU,
+        "--method",
+        "none",
+        "--epochs",
+        1,
+        "--lr",
+        1e-9,
+    ]
+    run(*new, "--weight-decay", 0, "--init", runs / "crosspoint")
+    assert "as they were made: none" in capsys.readouterr().out
+    assert read(tmp_path / "r")["initialised"] == 8
+    weights = load_file(tmp_path / "r" / "student.safetensors")
+    saved = load_file(runs / "crosspoint" / "network.safetensors")
+    torch.testing.assert_close(weights["points.0.weight"], saved["points.0.weight"], atol=1e-6, rtol=0)
+    again = [str(part) for part in (*new, "--resume", "--init", runs / "pic-at-point")]
+    assert main(again) == 1
+    assert "init" in capsys.readouterr().err, "a resumed run cannot start from something else"
+
+
 def test_layers_without_a_part_in_the_features_are_set_aside():
     network = Network()
     unused = freeze_unused(network, torch.randn(2, 5, 3), adapter())
