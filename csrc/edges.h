@@ -10,15 +10,24 @@
 namespace pointcmt {
 
 // x is dense, [..., S, C]; or points [B, N, C] with centres [B, M, C] and idx [B, M, S], which stand
-// for the rows x[b, idx[b, m, s]] + centres[b, m], or these times factors [B, M, S, C].
+// for the rows x[b, idx[b, m, s]] + centres[b, m].
 inline void check_edges(const char* op, const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx,
-                        const at::Tensor& weight, const at::Tensor& bias) {
-  TORCH_CHECK_VALUE(x.dim() >= 2 && x.is_floating_point(), op, ": x must be floating and [..., C], got ", x.sizes());
+                        const at::Tensor& weight, const at::Tensor& bias, const OptionalTensor& mean,
+                        const OptionalTensor& var) {
+  TORCH_CHECK_VALUE(x.dim() >= 2 && x.is_floating_point(), op, ": x must be floating [..., S, C], got ",
+                    x.scalar_type(), " ", x.sizes());
   const int64_t channels = x.size(-1);
   TORCH_CHECK_VALUE(centres.has_value() == idx.has_value(), op, ": centres and idx come together");
-  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == channels && bias.sizes() == weight.sizes() &&
-                        weight.scalar_type() == x.scalar_type() && bias.scalar_type() == x.scalar_type(),
-                    op, ": weight and bias must be [", channels, "] and of x's dtype");
+  TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), op, ": mean and variance come together");
+  const auto of_channels = [&](const char* name, const at::Tensor& t) {
+    TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == channels && t.scalar_type() == x.scalar_type() &&
+                          t.device() == x.device(),
+                      op, ": ", name, " must be [", channels, "] of x's dtype ", x.scalar_type(), " on x's device ",
+                      x.device(), ", got ", t.scalar_type(), " ", t.sizes(), " on ", t.device());
+  };
+  of_channels("weight", weight);
+  of_channels("bias", bias);
+  if (mean) of_channels("mean", *mean), of_channels("variance", *var);
   if (!idx) return;
   TORCH_CHECK_VALUE(x.dim() == 3 && centres->dim() == 3 && idx->dim() == 3 && centres->size(2) == channels &&
                         centres->size(0) == x.size(0) && idx->size(0) == x.size(0) &&
@@ -27,10 +36,14 @@ inline void check_edges(const char* op, const at::Tensor& x, const OptionalTenso
                     centres->sizes(), " and ", idx->sizes());
   TORCH_CHECK_VALUE(idx->scalar_type() == at::kLong || idx->scalar_type() == at::kInt, op,
                     ": idx must be int32 or int64, got ", idx->scalar_type());
+  TORCH_CHECK_VALUE(centres->device() == x.device() && idx->device() == x.device(), op,
+                    ": centres and idx must be on x's device ", x.device(), ", got ", centres->device(), " and ",
+                    idx->device());
+  TORCH_CHECK_VALUE(x.size(1) < (int64_t{1} << 31), op, ": too many points");
 }
 
 // What rows are.
-enum class Kind { kDense, kGathered, kScaled };
+enum class Kind { kDense, kGathered };
 
 // The rows of one call: groups of `samples` rows with `channels` numbers each.
 template <typename T>
@@ -38,7 +51,6 @@ struct Rows {
   const T* x;
   const T* centres = nullptr;    // null: dense, row r of x is row r
   const int32_t* idx = nullptr;  // else row r is x[idx[r]] of its cloud plus its group's centre
-  const T* factors = nullptr;    // then times its own factors, where there are any
   int64_t groups, samples, channels;
   int64_t n = 0, groups_per_cloud = 1;
 
@@ -48,12 +60,12 @@ struct Rows {
 
 // The checked, contiguous inputs of a call, and the rows that they stand for.
 struct Inputs {
-  at::Tensor x, centres, idx, factors;
-  std::vector<int64_t> groups;  // the shape before S and C
+  at::Tensor x, centres, idx;
+  std::vector<int64_t> shape;  // of the result: without S
 
   Inputs(const char* op, const at::Tensor& x_, const OptionalTensor& centres_, const OptionalTensor& idx_,
-         const at::Tensor& weight, const at::Tensor& bias, bool grouped, const OptionalTensor& factors_ = {}) {
-    check_edges(op, x_, centres_, idx_, weight, bias);
+         const at::Tensor& weight, const at::Tensor& bias, const OptionalTensor& mean, const OptionalTensor& var) {
+    check_edges(op, x_, centres_, idx_, weight, bias, mean, var);
     x = x_.contiguous();
     if (idx_) {
       centres = centres_->contiguous();
@@ -63,43 +75,45 @@ struct Inputs {
         TORCH_CHECK_INDEX(inside, op, ": an index is out of range for ", x.size(1), " points");
       }
       idx = wide.to(at::kInt);
-      groups = {idx.size(0), idx.size(1)};
-      if (factors_) {
-        factors = factors_->contiguous();
-        TORCH_CHECK_VALUE(factors.dim() == 4 && factors.sizes().slice(0, 3) == idx.sizes() &&
-                              factors.size(3) == x.size(2) && factors.scalar_type() == x.scalar_type(),
-                          op, ": factors [B, M, S, C] of x's dtype were expected, got ", factors.sizes());
-      }
+      shape = centres.sizes().vec();
     } else {
-      TORCH_CHECK_VALUE(!factors_, op, ": factors come with centres and idx");
-      TORCH_CHECK_VALUE(!grouped || x.dim() >= 3, op, ": x must be [..., S, C], got ", x.sizes());
-      groups = x.sizes().slice(0, x.dim() - (grouped ? 2 : 1)).vec();
+      shape = x.sizes().slice(0, x.dim() - 2).vec();
+      shape.push_back(x.size(-1));
     }
     TORCH_CHECK_VALUE(x.numel() > 0 && (!idx_ || idx.numel() > 0), op, ": there must be at least one row");
   }
 
+  int64_t samples() const { return idx.defined() ? idx.size(2) : x.size(-2); }
+
+  // What the forward pass handed to the backward pass, which anybody can call with anything.
+  void check_backward(const char* op, const at::Tensor& grad, const at::Tensor& chosen, const at::Tensor& which,
+                      const at::Tensor& total, bool training) const {
+    const auto of_groups = [&](const char* name, const at::Tensor& t, at::ScalarType dtype) {
+      TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef(shape) && t.scalar_type() == dtype && t.device() == x.device(), op,
+                        ": ", name, " must be ", dtype, " ", at::IntArrayRef(shape), " on ", x.device(), ", got ",
+                        t.scalar_type(), " ", t.sizes(), " on ", t.device());
+    };
+    of_groups("grad", grad, x.scalar_type());
+    of_groups("chosen", chosen, x.scalar_type());
+    of_groups("which", which, at::kInt);
+    if (training && idx.defined()) of_groups("total", total, x.scalar_type());
+    if (!which.is_cpu()) return;  // elsewhere the kernels assert it
+    const bool inside = which.min().item<int32_t>() >= 0 && which.max().item<int32_t>() < samples();
+    TORCH_CHECK_INDEX(inside, op, ": which is out of range for ", samples(), " samples");
+  }
+
   template <typename T>
-  Rows<T> rows(bool grouped) const {
-    const int64_t channels = x.size(-1);
+  Rows<T> rows() const {
     Rows<T> out{x.const_data_ptr<T>()};
-    out.channels = channels;
+    out.channels = x.size(-1), out.samples = samples();
     if (idx.defined()) {
       out.centres = centres.const_data_ptr<T>();
       out.idx = idx.const_data_ptr<int32_t>();
-      if (factors.defined()) out.factors = factors.const_data_ptr<T>();
       out.n = x.size(1), out.groups_per_cloud = idx.size(1);
-      out.groups = idx.size(0) * idx.size(1), out.samples = idx.size(2);
+      out.groups = idx.size(0) * idx.size(1);
     } else {
-      out.samples = grouped ? x.size(-2) : 1;
-      out.groups = x.numel() / channels / out.samples;
+      out.groups = x.numel() / out.channels / out.samples;
     }
-    return out;
-  }
-
-  std::vector<int64_t> shape(bool rows_too) const {
-    std::vector<int64_t> out = groups;
-    if (rows_too && idx.defined()) out.push_back(idx.size(2));
-    out.push_back(x.size(-1));
     return out;
   }
 };

@@ -30,7 +30,6 @@ template <typename T, Kind KIND, int NV>
 struct Reader {
   const T* base;
   const int32_t* idx;
-  const T* factors = nullptr;
   int64_t channels;
   Vec<T> centre[NV];
 
@@ -38,7 +37,6 @@ struct Reader {
     if constexpr (KIND != Kind::kDense) {
       base = rows.cloud(group) + c;
       idx = rows.idx + group * rows.samples;
-      if constexpr (KIND == Kind::kScaled) factors = rows.factors + group * rows.samples * channels + c;
       for (int v = 0; v < NV; ++v) centre[v] = load(rows.centres + group * channels + c + v * width<T>);
     } else {
       base = rows.x + group * rows.samples * channels + c;
@@ -49,9 +47,6 @@ struct Reader {
     if constexpr (KIND != Kind::kDense) {
       const T* from = base + idx[s] * channels;
       for (int v = 0; v < NV; ++v) y[v] = load(from + v * width<T>) + centre[v];
-      if constexpr (KIND == Kind::kScaled) {
-        for (int v = 0; v < NV; ++v) y[v] *= load(factors + s * channels + v * width<T>);
-      }
     } else {
       const T* from = base + s * channels;
       for (int v = 0; v < NV; ++v) y[v] = load(from + v * width<T>);
@@ -63,9 +58,7 @@ struct Reader {
 template <typename T, typename F>
 void specialise(const Rows<T>& rows, const F& f) {
   const bool pairs = rows.channels % (2 * width<T>) == 0;
-  if (rows.factors) {
-    pairs ? f.template operator()<Kind::kScaled, 2>() : f.template operator()<Kind::kScaled, 1>();
-  } else if (rows.idx) {
+  if (rows.idx) {
     pairs ? f.template operator()<Kind::kGathered, 2>() : f.template operator()<Kind::kGathered, 1>();
   } else {
     pairs ? f.template operator()<Kind::kDense, 2>() : f.template operator()<Kind::kDense, 1>();
@@ -101,7 +94,6 @@ std::vector<T> first_row(const Rows<T>& rows) {
   std::vector<T> out(rows.channels);
   for (int64_t c = 0; c < rows.channels; ++c) {
     out[c] = rows.idx ? rows.x[rows.idx[0] * rows.channels + c] + rows.centres[c] : rows.x[c];
-    if (rows.factors) out[c] *= rows.factors[c];
   }
   return out;
 }
@@ -115,40 +107,6 @@ void finish_statistics(const std::vector<double>& sums, const std::vector<T>& or
     const double v = sums[channels + c] / static_cast<double>(count) - shift * shift;
     var[c] = static_cast<T>(v < 0 ? 0 : v);
   }
-}
-
-// Rows in runs that are short enough for sums in T, long enough to amortise going to double.
-constexpr int64_t kRun = 256;
-
-template <typename T>
-void statistics(const Rows<T>& rows, T* mean, T* var) {
-  const std::vector<T> origin = first_row(rows);
-  std::vector<double> sums;
-  specialise(rows, [&]<Kind KIND, int NV>() {
-    sums = block_sums(rows, 2, [&](int64_t first, int64_t last, double* out) {
-      const int64_t step = std::max<int64_t>(1, kRun / rows.samples);
-      for (int64_t begin = first; begin < last; begin += step) {
-        for (int64_t c = 0; c < rows.channels; c += NV * width<T>) {
-          Vec<T> sum[NV] = {}, square[NV] = {}, y[NV], shift[NV];
-          for (int v = 0; v < NV; ++v) shift[v] = load(origin.data() + c + v * width<T>);
-          for (int64_t g = begin; g < std::min(begin + step, last); ++g) {
-            const Reader<T, KIND, NV> reader(rows, g, c);
-            for (int64_t s = 0; s < rows.samples; ++s) {
-              reader.read(s, y);
-              for (int v = 0; v < NV; ++v) {
-                const Vec<T> d = y[v] - shift[v];
-                sum[v] += d;
-                square[v] = fma(d, d, square[v]);
-              }
-            }
-          }
-          add_to<T, NV>(out + c, sum);
-          add_to<T, NV>(out + rows.channels + c, square);
-        }
-      }
-    });
-  });
-  finish_statistics(sums, origin, rows.count(), mean, var);
 }
 
 // The largest (smallest where sign is negative) row of each group, by channel; the first among equals.
@@ -202,89 +160,6 @@ void select_rows(const Rows<T>& rows, const T* sign, bool with_statistics, T* ch
   if (with_statistics) finish_statistics(sums, origin, rows.count(), mean, var);
 }
 
-template <typename T>
-inline Vec<T> activated(Vec<T> z, Vec<T> slope) {
-  return z > Vec<T>{} ? z : z * slope;
-}
-
-// out = act(y · scale + shift)
-template <typename T>
-void normalise(const Rows<T>& rows, const T* scale, const T* shift, T slope, T* out) {
-  specialise(rows, [&]<Kind KIND, int NV>() {
-    at::parallel_for(0, rows.groups, std::max<int64_t>(1, 4096 / rows.samples), [&](int64_t first, int64_t last) {
-      for (int64_t g = first; g < last; ++g) {
-        for (int64_t c = 0; c < rows.channels; c += NV * width<T>) {
-          const Reader<T, KIND, NV> reader(rows, g, c);
-          Vec<T> y[NV], a[NV], b[NV];
-          for (int v = 0; v < NV; ++v) a[v] = load(scale + c + v * width<T>), b[v] = load(shift + c + v * width<T>);
-          T* target = out + g * rows.samples * rows.channels + c;
-          for (int64_t s = 0; s < rows.samples; ++s, target += rows.channels) {
-            reader.read(s, y);
-            for (int v = 0; v < NV; ++v) {
-              store(target + v * width<T>, activated<T>(y[v] * a[v] + b[v], splat(slope)));
-            }
-          }
-        }
-      }
-    });
-  });
-}
-
-// Σ g' and Σ g' (y − mean), where g' is grad behind the activation.
-template <typename T>
-std::vector<double> slope_sums(const Rows<T>& rows, const T* grad, const T* scale, const T* shift, const T* mean,
-                               T slope) {
-  std::vector<double> sums;
-  specialise(rows, [&]<Kind KIND, int NV>() {
-    sums = block_sums(rows, 2, [&](int64_t first, int64_t last, double* out) {
-      const int64_t step = std::max<int64_t>(1, kRun / rows.samples);
-      for (int64_t begin = first; begin < last; begin += step) {
-        for (int64_t c = 0; c < rows.channels; c += NV * width<T>) {
-          Vec<T> sum[NV] = {}, moment[NV] = {}, y[NV], a[NV], b[NV], m[NV];
-          for (int v = 0; v < NV; ++v) {
-            const int64_t at = c + v * width<T>;
-            a[v] = load(scale + at), b[v] = load(shift + at), m[v] = load(mean + at);
-          }
-          for (int64_t g = begin; g < std::min(begin + step, last); ++g) {
-            const Reader<T, KIND, NV> reader(rows, g, c);
-            const T* from = grad + g * rows.samples * rows.channels + c;
-            for (int64_t s = 0; s < rows.samples; ++s, from += rows.channels) {
-              reader.read(s, y);
-              for (int v = 0; v < NV; ++v) {
-                const Vec<T> in = load(from + v * width<T>);
-                const Vec<T> behind = y[v] * a[v] + b[v] > Vec<T>{} ? in : in * splat(slope);
-                sum[v] += behind;
-                moment[v] = fma(behind, y[v] - m[v], moment[v]);
-              }
-            }
-          }
-          add_to<T, NV>(out + c, sum);
-          add_to<T, NV>(out + rows.channels + c, moment);
-        }
-      }
-    });
-  });
-  return sums;
-}
-
-// Every row's gradient is scale · g' + k0 + k1 · y. Dense rows: written to grad_x.
-template <typename T>
-void dense_backward(const Rows<T>& rows, const T* grad, const T* scale, const T* shift, const T* k0, const T* k1,
-                    T slope, T* grad_x) {
-  constexpr int64_t W = width<T>;
-  at::parallel_for(0, rows.count(), 256, [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r) {
-      const T *y = rows.x + r * rows.channels, *in = grad + r * rows.channels;
-      T* out = grad_x + r * rows.channels;
-      for (int64_t c = 0; c < rows.channels; c += W) {
-        const Vec<T> value = load(y + c), a = load(scale + c), g = load(in + c);
-        const Vec<T> behind = value * a + load(shift + c) > Vec<T>{} ? g : g * splat(slope);
-        store(out + c, fma(load(k1 + c), value, fma(a, behind, load(k0 + c))));
-      }
-    }
-  });
-}
-
 // Gathered rows: f(group, first, size, sum, row) adds the group's gradients to sum [n, size], the
 // part of one cloud's points that belongs to channels first … first + size. A task is such a part.
 constexpr int64_t kScatterBytes = 192 << 10;  // what sum may take of the L2 cache
@@ -304,32 +179,6 @@ void scatter(const Rows<T>& rows, T* grad_points, const F& f) {
       for (int64_t j = 0; j < rows.n; ++j) {
         std::copy_n(sum.data() + j * part, part, grad_points + (b * rows.n + j) * rows.channels + first);
       }
-    }
-  });
-}
-
-template <typename T>
-void gathered_backward(const Rows<T>& rows, const T* grad, const T* scale, const T* shift, const T* k0, const T* k1,
-                       T slope, T* grad_points, T* grad_centres) {
-  constexpr int64_t W = width<T>;
-  scatter(rows, grad_points, [&](int64_t g, int64_t first, int64_t part, T* sum) {
-    const int32_t* idx = rows.idx + g * rows.samples;
-    for (int64_t c = 0; c < part; c += W) {
-      const int64_t at = first + c;
-      const Reader<T, Kind::kGathered, 1> reader(rows, g, at);
-      const Vec<T> a = load(scale + at), b = load(shift + at), base = load(k0 + at), factor = load(k1 + at);
-      Vec<T> total{}, y[1];
-      const T* from = grad + g * rows.samples * rows.channels + at;
-      for (int64_t s = 0; s < rows.samples; ++s, from += rows.channels) {
-        reader.read(s, y);
-        const Vec<T> in = load(from);
-        const Vec<T> behind = y[0] * a + b > Vec<T>{} ? in : in * splat(slope);
-        const Vec<T> slope_of_row = fma(factor, y[0], fma(a, behind, base));
-        T* target = sum + idx[s] * part + c;
-        store(target, load(target) + slope_of_row);
-        total += slope_of_row;
-      }
-      store(grad_centres + g * rows.channels + at, total);
     }
   });
 }
@@ -385,40 +234,6 @@ void gathered_select_backward(const Rows<T>& rows, const T* slopes, const int32_
   });
 }
 
-// As gathered_select_backward, for rows times factors.
-template <typename T>
-void scaled_select_backward(const Rows<T>& rows, const T* slopes, const int32_t* which, const T* k0, const T* k1,
-                            T* grad_points, T* grad_centres, T* grad_factors) {
-  constexpr int64_t W = width<T>;
-  scatter(rows, grad_points, [&](int64_t g, int64_t first, int64_t part, T* sum) {
-    const int32_t* idx = rows.idx + g * rows.samples;
-    const T* cloud = rows.cloud(g) + first;
-    for (int64_t c = 0; c < part; c += W) {
-      const int64_t at = first + c;
-      const Vec<T> base = load(k0 + at), factor = load(k1 + at), centre = load(rows.centres + g * rows.channels + at);
-      Vec<T> of_centre{};
-      int64_t row = g * rows.samples * rows.channels + at;
-      for (int64_t s = 0; s < rows.samples; ++s, row += rows.channels) {
-        const Vec<T> value = load(cloud + idx[s] * rows.channels + c) + centre, times = load(rows.factors + row);
-        const Vec<T> slope = fma(factor, value * times, base), passed = slope * times;
-        T* target = sum + idx[s] * part + c;
-        store(target, load(target) + passed);
-        store(grad_factors + row, slope * value);
-        of_centre += passed;
-      }
-      store(grad_centres + g * rows.channels + at, of_centre);
-    }
-    for (int64_t c = 0; c < part; ++c) {
-      const int64_t group = g * rows.channels + first + c, s = which[group];
-      const int64_t row = (g * rows.samples + s) * rows.channels + first + c;
-      const T passed = slopes[group] * rows.factors[row];
-      grad_factors[row] += slopes[group] * (cloud[idx[s] * rows.channels + c] + rows.centres[group]);
-      sum[idx[s] * part + c] += passed;
-      grad_centres[group] += passed;
-    }
-  });
-}
-
 // ------------------------------------------------------------------------------------ the operators
 
 void check_vectors(const char* op, const at::Tensor& x) {
@@ -439,77 +254,22 @@ std::tuple<at::Tensor, at::Tensor> shares(const at::Tensor& sum, const at::Tenso
   return {(-scale * sum / count - k1 * mean).contiguous(), k1.contiguous()};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_act(const at::Tensor& x, const OptionalTensor& centres,
-                                                        const OptionalTensor& idx, const at::Tensor& weight,
-                                                        const at::Tensor& bias, const OptionalTensor& running_mean,
-                                                        const OptionalTensor& running_var, double eps, double slope) {
-  const Inputs in("norm_act", x, centres, idx, weight, bias, false);
-  check_vectors("norm_act", x);
-  at::Tensor out = at::empty(in.shape(true), x.options());
-  at::Tensor mean = running_mean ? running_mean->clone() : at::empty({x.size(-1)}, x.options());
-  at::Tensor var = running_var ? running_var->clone() : at::empty({x.size(-1)}, x.options());
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act", [&] {
-    const auto rows = in.rows<scalar_t>(false);
-    if (!running_mean) statistics(rows, mean.mutable_data_ptr<scalar_t>(), var.mutable_data_ptr<scalar_t>());
-    const auto [scale, shift] = affine(weight, bias, mean, var, eps);
-    normalise(rows, scale.const_data_ptr<scalar_t>(), shift.const_data_ptr<scalar_t>(), static_cast<scalar_t>(slope),
-              out.mutable_data_ptr<scalar_t>());
-  });
-  return {out, mean, var};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_backward(
-    const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx,
-    const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean, const at::Tensor& var, double eps,
-    double slope, bool training) {
-  const Inputs in("norm_act_backward", x, centres, idx, weight, bias, false);
-  check_vectors("norm_act_backward", x);
-  const at::Tensor slopes = grad.contiguous();
-  TORCH_CHECK_VALUE(slopes.sizes() == in.shape(true), "norm_act_backward: grad does not fit, got ", grad.sizes());
-  at::Tensor grad_x = at::empty(in.x.sizes(), x.options()), grad_centres = at::empty({0}, x.options());
-  if (in.idx.defined()) grad_centres = at::empty(in.centres.sizes(), x.options());
-  const at::Tensor sum = at::empty({x.size(-1)}, x.options()), moment = at::empty_like(sum);
-  const auto [scale, shift] = affine(weight, bias, mean, var, eps);
-  const at::Tensor &scale_ = scale, &shift_ = shift;  // a structured binding cannot be captured everywhere
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act_backward", [&] {
-    const auto rows = in.rows<scalar_t>(false);
-    const scalar_t *a = scale_.const_data_ptr<scalar_t>(), *b = shift_.const_data_ptr<scalar_t>();
-    const scalar_t* g = slopes.const_data_ptr<scalar_t>();
-    const scalar_t leak = static_cast<scalar_t>(slope);
-    const std::vector<double> sums = slope_sums(rows, g, a, b, mean.const_data_ptr<scalar_t>(), leak);
-    for (int64_t c = 0; c < rows.channels; ++c) {
-      sum.mutable_data_ptr<scalar_t>()[c] = static_cast<scalar_t>(sums[c]);
-      moment.mutable_data_ptr<scalar_t>()[c] = static_cast<scalar_t>(sums[rows.channels + c]);
-    }
-    auto [k0, k1] = shares(sum, moment, scale_, mean, var, eps, rows.count());
-    if (!training) k0.zero_(), k1.zero_();
-    if (in.idx.defined()) {
-      gathered_backward(rows, g, a, b, k0.template const_data_ptr<scalar_t>(), k1.template const_data_ptr<scalar_t>(),
-                        leak, grad_x.mutable_data_ptr<scalar_t>(), grad_centres.mutable_data_ptr<scalar_t>());
-    } else {
-      dense_backward(rows, g, a, b, k0.template const_data_ptr<scalar_t>(), k1.template const_data_ptr<scalar_t>(),
-                     leak, grad_x.mutable_data_ptr<scalar_t>());
-    }
-  });
-  return {grad_x, grad_centres, moment * at::rsqrt(var + eps), sum};
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max(
-    const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx, const OptionalTensor& factors,
+    const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx,
     const at::Tensor& weight, const at::Tensor& bias, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, double eps, double slope) {
-  const Inputs in("norm_act_max", x, centres, idx, weight, bias, true, factors);
+  const Inputs in("norm_act_max", x, centres, idx, weight, bias, running_mean, running_var);
   check_vectors("norm_act_max", x);
   const bool training = !running_mean;
-  at::Tensor chosen = at::empty(in.shape(false), x.options());
-  at::Tensor which = at::empty(in.shape(false), x.options().dtype(at::kInt));
-  at::Tensor total = training && in.idx.defined() && !factors ? at::empty_like(chosen) : at::empty({0}, x.options());
+  at::Tensor chosen = at::empty(in.shape, x.options());
+  at::Tensor which = at::empty(in.shape, x.options().dtype(at::kInt));
+  at::Tensor total = training && in.idx.defined() ? at::empty_like(chosen) : at::empty({0}, x.options());
   at::Tensor mean = running_mean ? running_mean->clone() : at::empty({x.size(-1)}, x.options());
   at::Tensor var = running_var ? running_var->clone() : at::empty({x.size(-1)}, x.options());
   // a normalisation with a negative weight turns the order round: its maximum is of the smallest
   const at::Tensor sign = at::where(weight < 0, -at::ones_like(weight), at::ones_like(weight));
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act_max", [&] {
-    select_rows(in.rows<scalar_t>(true), sign.const_data_ptr<scalar_t>(), training, chosen.mutable_data_ptr<scalar_t>(),
+    select_rows(in.rows<scalar_t>(), sign.const_data_ptr<scalar_t>(), training, chosen.mutable_data_ptr<scalar_t>(),
                 which.mutable_data_ptr<int32_t>(), total.numel() ? total.mutable_data_ptr<scalar_t>() : nullptr,
                 mean.mutable_data_ptr<scalar_t>(), var.mutable_data_ptr<scalar_t>());
   });
@@ -517,21 +277,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   return {at::leaky_relu(at::addcmul(shift, chosen, scale), slope), chosen, which, total, mean, var};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max_backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max_backward(
     const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx,
-    const OptionalTensor& factors, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& chosen,
-    const at::Tensor& which, const at::Tensor& total, const at::Tensor& mean, const at::Tensor& var, double eps,
+    const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& chosen_,
+    const at::Tensor& which_, const at::Tensor& total_, const at::Tensor& mean, const at::Tensor& var, double eps,
     double slope, bool training) {
-  const Inputs in("norm_act_max_backward", x, centres, idx, weight, bias, true, factors);
+  const Inputs in("norm_act_max_backward", x, centres, idx, weight, bias, mean, var);
   check_vectors("norm_act_max_backward", x);
-  TORCH_CHECK_VALUE(grad.sizes() == in.shape(false) && chosen.sizes() == grad.sizes() && which.sizes() == grad.sizes() &&
-                        which.scalar_type() == at::kInt && which.is_contiguous() &&
-                        (!training || !in.idx.defined() || factors || (total.sizes() == grad.sizes() && total.is_contiguous())),
-                    "norm_act_max_backward: grad does not fit, got ", grad.sizes());
+  in.check_backward("norm_act_max_backward", grad, chosen_, which_, total_, training);
+  const at::Tensor chosen = chosen_.contiguous(), which = which_.contiguous(), total = total_.contiguous();
   at::Tensor grad_x = at::empty(in.x.sizes(), x.options()), grad_centres = at::empty({0}, x.options());
-  at::Tensor grad_factors = at::empty({0}, x.options());
   if (in.idx.defined()) grad_centres = at::empty(in.centres.sizes(), x.options());
-  if (factors) grad_factors = at::empty(in.factors.sizes(), x.options());
   const auto [scale, shift] = affine(weight, bias, mean, var, eps);
   const at::Tensor behind = at::where(at::addcmul(shift, chosen, scale) > 0, grad, grad * slope);
   const int64_t channels = x.size(-1);
@@ -540,16 +296,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_
   const at::Tensor slopes = (behind * scale).contiguous();
   const at::Tensor& scale_ = scale;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act_max_backward", [&] {
-    const auto rows = in.rows<scalar_t>(true);
+    const auto rows = in.rows<scalar_t>();
     auto [k0, k1] = shares(sum, moment, scale_, mean, var, eps, rows.count());
     if (!training) k0.zero_(), k1.zero_();
     const scalar_t *base = k0.template const_data_ptr<scalar_t>(), *factor = k1.template const_data_ptr<scalar_t>();
     const scalar_t* own = slopes.const_data_ptr<scalar_t>();
-    if (factors) {
-      scaled_select_backward(rows, own, which.const_data_ptr<int32_t>(), base, factor,
-                             grad_x.mutable_data_ptr<scalar_t>(), grad_centres.mutable_data_ptr<scalar_t>(),
-                             grad_factors.mutable_data_ptr<scalar_t>());
-    } else if (in.idx.defined()) {
+    if (in.idx.defined()) {
       gathered_select_backward(rows, own, which.const_data_ptr<int32_t>(),
                                training ? total.const_data_ptr<scalar_t>() : nullptr, training, base, factor,
                                grad_x.mutable_data_ptr<scalar_t>(), grad_centres.mutable_data_ptr<scalar_t>());
@@ -558,14 +310,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_
                             grad_x.mutable_data_ptr<scalar_t>());
     }
   });
-  return {grad_x, grad_centres, grad_factors, moment * at::rsqrt(var + eps), sum};
+  return {grad_x, grad_centres, moment * at::rsqrt(var + eps), sum};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pointcmt, CPU, m) {
-  m.impl("norm_act", &norm_act);
-  m.impl("norm_act_backward", &norm_act_backward);
   m.impl("norm_act_max", &norm_act_max);
   m.impl("norm_act_max_backward", &norm_act_max_backward);
 }

@@ -47,38 +47,27 @@ template <typename T, Kind KIND>
 struct Column {
   const T* base;
   const int32_t* idx;
-  const T* factors;
   int64_t channels, n;
   T centre;
 
   __device__ __forceinline__ Column(const Rows<T>& rows, int64_t group, int64_t c)
-      : idx(nullptr), factors(nullptr), channels(rows.channels), n(rows.n), centre(T(0)) {
+      : idx(nullptr), channels(rows.channels), n(rows.n), centre(T(0)) {
     if constexpr (KIND != Kind::kDense) {
       base = rows.x + group / rows.groups_per_cloud * rows.n * rows.channels + c;
       idx = rows.idx + group * rows.samples;
       centre = rows.centres[group * rows.channels + c];
-      if constexpr (KIND == Kind::kScaled) factors = rows.factors + group * rows.samples * rows.channels + c;
     } else {
       base = rows.x + group * rows.samples * rows.channels + c;
     }
   }
   __device__ __forceinline__ int64_t point(int64_t s) const { return checked(idx[s], n); }
-  __device__ __forceinline__ T factor(int64_t s) const {
-    if constexpr (KIND == Kind::kScaled) {
-      return factors[s * channels];
-    } else {
-      return T(1);
-    }
-  }
-  // before its factor
-  __device__ __forceinline__ T value(int64_t s) const {
+  __device__ __forceinline__ T operator[](int64_t s) const {
     if constexpr (KIND == Kind::kDense) {
       return base[s * channels];
     } else {
       return base[point(s) * channels] + centre;
     }
   }
-  __device__ __forceinline__ T operator[](int64_t s) const { return value(s) * factor(s); }
 };
 
 template <typename T>
@@ -114,10 +103,10 @@ __device__ __forceinline__ double whole_sum(const double* partial, int64_t parti
   return sum;
 }
 
-// CHOOSE: the largest row of each group (smallest where weight is negative), the first among equals, and
+// The largest row of each group (smallest where weight is negative), the first among equals, and
 // the sum of the group's rows where total is given. Where partial is given: sums of all rows' differences
 // from the first row and of their squares.
-template <typename T, Kind KIND, bool CHOOSE>
+template <typename T, Kind KIND>
 __global__ void __launch_bounds__(kLanes* kGroups)
     reduce_kernel(Rows<T> rows, const T* __restrict__ weight, T* __restrict__ chosen, int32_t* __restrict__ which,
                   T* __restrict__ total, double* __restrict__ partial) {
@@ -125,7 +114,7 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   double all = 0, squares = 0;
   if (c < rows.channels) {
     const T origin = Column<T, KIND>(rows, 0, c)[0];
-    const T sign = CHOOSE && weight[c] < T(0) ? T(-1) : T(1);
+    const T sign = weight[c] < T(0) ? T(-1) : T(1);
     for_groups(rows.groups, [&](int64_t g) {
       const Column<T, KIND> column(rows, g, c);
       T sum = T(0), square = T(0), best = T(0);
@@ -135,16 +124,14 @@ __global__ void __launch_bounds__(kLanes* kGroups)
         const T y = column[s], d = y - origin;
         sum += d;
         square += d * d;
-        if (CHOOSE && (s == 0 || y * sign > best)) best = y * sign, slot = s;
+        if (s == 0 || y * sign > best) best = y * sign, slot = s;
       }
       all += static_cast<double>(sum);
       squares += static_cast<double>(square);
-      if constexpr (CHOOSE) {
-        const int64_t at = g * rows.channels + c;
-        chosen[at] = best * sign;
-        which[at] = slot;
-        if (total) total[at] = sum + static_cast<T>(rows.samples) * origin;
-      }
+      const int64_t at = g * rows.channels + c;
+      chosen[at] = best * sign;
+      which[at] = slot;
+      if (total) total[at] = sum + static_cast<T>(rows.samples) * origin;
     });
   }
   if (partial == nullptr) return;
@@ -175,52 +162,37 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   shift[c] = bias[c] - mean[c] * scale[c];
 }
 
-// out = act(y · scale + shift)
-template <typename T, Kind KIND>
+// out = act(y · scale + shift) of the chosen rows y [groups, C].
+template <typename T>
 __global__ void __launch_bounds__(kLanes* kGroups)
-    normalise_kernel(Rows<T> rows, const T* __restrict__ scale, const T* __restrict__ shift, T slope,
-                     T* __restrict__ out) {
+    normalise_kernel(const T* __restrict__ chosen, int64_t groups, int64_t channels, const T* __restrict__ scale,
+                     const T* __restrict__ shift, T slope, T* __restrict__ out) {
   const int64_t c = own_channel();
-  if (c >= rows.channels) return;
+  if (c >= channels) return;
   const T a = scale[c], b = shift[c];
-  for_groups(rows.groups, [&](int64_t g) {
-    const Column<T, KIND> column(rows, g, c);
-    T* target = out + g * rows.samples * rows.channels + c;
-#pragma unroll 4
-    for (int s = 0; s < static_cast<int>(rows.samples); ++s) {
-      target[s * rows.channels] = activated(column[s] * a + b, slope);
-    }
-  });
+  for_groups(groups, [&](int64_t g) { out[g * channels + c] = activated(chosen[g * channels + c] * a + b, slope); });
 }
 
-// Sums of g', the slope behind the activation, and of g' (y − mean); g' · scale goes to slopes if given.
-template <typename T, Kind KIND>
+// Sums of g', the slope behind the activation, and of g' (y − mean) of the chosen rows; g' · scale to slopes.
+template <typename T>
 __global__ void __launch_bounds__(kLanes* kGroups)
-    slope_sums_kernel(Rows<T> rows, const T* __restrict__ grad, const T* __restrict__ scale,
-                      const T* __restrict__ shift, const T* __restrict__ mean, T slope, T* __restrict__ slopes,
-                      double* __restrict__ partial) {
+    slope_sums_kernel(const T* __restrict__ chosen, int64_t groups, int64_t channels, const T* __restrict__ grad,
+                      const T* __restrict__ scale, const T* __restrict__ shift, const T* __restrict__ mean, T slope,
+                      T* __restrict__ slopes, double* __restrict__ partial) {
   const int64_t c = own_channel();
   double all = 0, moments = 0;
-  if (c < rows.channels) {
+  if (c < channels) {
     const T a = scale[c], b = shift[c], m = mean[c];
-    for_groups(rows.groups, [&](int64_t g) {
-      const Column<T, KIND> column(rows, g, c);
-      const int64_t first = g * rows.samples * rows.channels + c;
-      T sum = T(0), moment = T(0);
-#pragma unroll 4
-      for (int s = 0; s < static_cast<int>(rows.samples); ++s) {
-        const T y = column[s], in = grad[first + s * rows.channels];
-        const T behind = y * a + b > T(0) ? in : in * slope;
-        sum += behind;
-        moment += behind * (y - m);
-        if (slopes) slopes[first + s * rows.channels] = behind * a;
-      }
-      all += static_cast<double>(sum);
-      moments += static_cast<double>(moment);
+    for_groups(groups, [&](int64_t g) {
+      const int64_t at = g * channels + c;
+      const T y = chosen[at], behind = y * a + b > T(0) ? grad[at] : grad[at] * slope;
+      all += static_cast<double>(behind);
+      moments += static_cast<double>(behind * (y - m));
+      slopes[at] = behind * a;
     });
   }
-  block_sum(all, 0, c, rows.channels, partial);
-  block_sum(moments, 1, c, rows.channels, partial);
+  block_sum(all, 0, c, channels, partial);
+  block_sum(moments, 1, c, channels, partial);
 }
 
 // The gradients of weight and bias, and the normalisation's share in every row's slope: k0 + k1 · y.
@@ -241,82 +213,60 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   grad_bias[c] = static_cast<T>(sum);
 }
 
-// What a row's slope is made of: its own part, from the gradient behind the activation, and the shares.
+// A row's slope: the normalisation's share k0 + k1 · y, and the chosen rows' own.
 template <typename T>
 struct Slopes {
-  const T *grad, *scale, *shift;  // norm_act: [rows, C] and [C]
-  T leak;
-  const T* chosen;        // norm_act_max: the chosen rows' own slopes [groups, C]
-  const int32_t* which;   // and which row of its group each is
+  const T* chosen;       // the chosen rows' own slopes [groups, C]
+  const int32_t* which;  // and which row of its group each is
   const T *k0, *k1;
-};
+  int64_t samples;
 
-template <typename T, bool CHOSEN>
-struct Slope {
-  T a = T(0), b = T(0), base, factor, leak;
-  const Slopes<T>& all;
-
-  __device__ __forceinline__ Slope(const Slopes<T>& all, int64_t c)
-      : base(all.k0[c]), factor(all.k1[c]), leak(all.leak), all(all) {
-    if constexpr (!CHOSEN) a = all.scale[c], b = all.shift[c];
-  }
-  // the slope of row y, sample s of the group; row: where its gradient is; group: where its choice is
-  __device__ __forceinline__ T operator()(T y, int s, int64_t row, int64_t group) const {
-    const T share = base + factor * y;
-    if constexpr (CHOSEN) {
-      return all.which[group] == s ? share + all.chosen[group] : share;
-    } else {
-      const T in = all.grad[row];
-      return share + a * (y * a + b > T(0) ? in : in * leak);
-    }
+  __device__ __forceinline__ int64_t slot(int64_t group) const { return checked(which[group], samples); }
+  // of sample s of the group; group: where its choice is
+  __device__ __forceinline__ T operator()(T share, int s, int64_t group) const {
+    return slot(group) == s ? share + chosen[group] : share;
   }
 };
 
 // Of every dense row, to grad_x.
-template <typename T, bool CHOSEN>
+template <typename T>
 __global__ void __launch_bounds__(kLanes* kGroups)
     dense_backward_kernel(Rows<T> rows, Slopes<T> slopes, T* __restrict__ grad_x) {
   const int64_t c = own_channel();
   if (c >= rows.channels) return;
-  const Slope<T, CHOSEN> slope(slopes, c);
+  const T base = slopes.k0[c], factor = slopes.k1[c];
   for_groups(rows.groups, [&](int64_t g) {
     const int64_t first = g * rows.samples * rows.channels + c, group = g * rows.channels + c;
 #pragma unroll 4
     for (int s = 0; s < static_cast<int>(rows.samples); ++s) {
       const int64_t row = first + s * rows.channels;
-      grad_x[row] = slope(rows.x[row], s, row, group);
+      grad_x[row] = slopes(base + factor * rows.x[row], s, group);
     }
   });
 }
 
-// Of every gathered row: their sums to grad_centres and, where it is given, added to grad_points; those of
-// its factors to grad_factors.
-template <typename T, Kind KIND, bool CHOSEN>
+// Of every gathered row: their sums to grad_centres and, where it is given, added to grad_points.
+template <typename T>
 __global__ void __launch_bounds__(kLanes* kGroups)
     gathered_backward_kernel(Rows<T> rows, Slopes<T> slopes, bool training, T* __restrict__ grad_points,
-                             T* __restrict__ grad_centres, T* __restrict__ grad_factors) {
+                             T* __restrict__ grad_centres) {
   const int64_t c = own_channel();
   if (c >= rows.channels) return;
-  const Slope<T, CHOSEN> slope(slopes, c);
+  const T base = slopes.k0[c], factor = slopes.k1[c];
   for_groups(rows.groups, [&](int64_t g) {
-    const Column<T, KIND> column(rows, g, c);
+    const Column<T, Kind::kGathered> column(rows, g, c);
     const int64_t group = g * rows.channels + c;
     T* target = grad_points ? grad_points + g / rows.groups_per_cloud * rows.n * rows.channels + c : nullptr;
-    if (CHOSEN && KIND == Kind::kGathered && !training) {  // nothing but the chosen row's own slope
+    if (!training) {  // nothing but the chosen row's own slope
       const T own = slopes.chosen[group];
-      if (target) gpuAtomicAddNoReturn(target + column.point(slopes.which[group]) * rows.channels, own);
+      if (target) gpuAtomicAddNoReturn(target + column.point(slopes.slot(group)) * rows.channels, own);
       grad_centres[group] = own;
       return;
     }
     T sum = T(0);
 #pragma unroll 4
     for (int s = 0; s < static_cast<int>(rows.samples); ++s) {
-      const int64_t row = (g * rows.samples + s) * rows.channels + c;
-      T of_row = slope(column[s], s, row, group);
-      if constexpr (KIND == Kind::kScaled) {
-        grad_factors[row] = of_row * column.value(s);
-        of_row *= column.factor(s);
-      }
+      const T of_row = slopes(base + factor * column[s], s, group);
       if (target) gpuAtomicAddNoReturn(target + column.point(s) * rows.channels, of_row);
       sum += of_row;
     }
@@ -325,22 +275,19 @@ __global__ void __launch_bounds__(kLanes* kGroups)
 }
 
 // grad_points without atomics: each point adds up its edges, order[start[p] … start[p + 1]), in their order.
-template <typename T, Kind KIND, bool CHOSEN>
+template <typename T>
 __global__ void __launch_bounds__(kLanes* kGroups)
     segment_kernel(Rows<T> rows, Slopes<T> slopes, const int64_t* __restrict__ order,
                    const int64_t* __restrict__ start, int64_t points, T* __restrict__ grad_points) {
   const int64_t c = own_channel();
   if (c >= rows.channels) return;
-  const Slope<T, CHOSEN> slope(slopes, c);
+  const T base = slopes.k0[c], factor = slopes.k1[c];
   for_groups(points, [&](int64_t p) {
     const T x = rows.x[p * rows.channels + c];
     T sum = T(0);
     for (int64_t at = start[p]; at < start[p + 1]; ++at) {
       const int64_t edge = order[at], group = edge / rows.samples * rows.channels + c;
-      const int s = static_cast<int>(edge % rows.samples);
-      const int64_t row = edge * rows.channels + c;
-      const T factor = KIND == Kind::kScaled ? rows.factors[row] : T(1);
-      sum += factor * slope((x + rows.centres[group]) * factor, s, row, group);
+      sum += slopes(base + factor * (x + rows.centres[group]), static_cast<int>(edge % rows.samples), group);
     }
     grad_points[p * rows.channels + c] = sum;
   });
@@ -351,20 +298,11 @@ __global__ void __launch_bounds__(kLanes* kGroups)
 // Calls f with the rows' kind, as a type.
 template <typename T, typename F>
 void specialise(const Rows<T>& rows, const F& f) {
-  if (rows.factors) {
-    f(std::integral_constant<Kind, Kind::kScaled>{});
-  } else if (rows.idx) {
+  if (rows.idx) {
     f(std::integral_constant<Kind, Kind::kGathered>{});
   } else {
     f(std::integral_constant<Kind, Kind::kDense>{});
   }
-}
-
-template <typename T>
-Rows<T> dense_rows(const at::Tensor& x) {
-  Rows<T> rows{x.const_data_ptr<T>()};
-  rows.channels = x.size(-1), rows.samples = 1, rows.groups = x.numel() / rows.channels;
-  return rows;
 }
 
 at::Tensor partial_sums(const at::Tensor& x, int64_t partials) {
@@ -405,160 +343,93 @@ std::tuple<at::Tensor, at::Tensor> shares(const at::Tensor& partial, const at::T
   return {share, of_affine};
 }
 
-template <typename T, bool CHOSEN, Kind KIND>
+template <typename T>
 void backward(const Inputs& in, const Rows<T>& rows, const Slopes<T>& slopes, bool training, at::Tensor& grad_x,
-              at::Tensor& grad_centres, at::Tensor& grad_factors) {
+              at::Tensor& grad_centres) {
   const dim3 all = grid(rows.channels, rows.groups);
-  if constexpr (KIND == Kind::kDense) {
+  if (!rows.idx) {
     grad_x = at::empty(in.x.sizes(), in.x.options());
-    launch(dense_backward_kernel<T, CHOSEN>, all, block(), 0, rows, slopes, grad_x.mutable_data_ptr<T>());
-  } else {
-    if (rows.factors) grad_factors = at::empty(in.factors.sizes(), in.x.options());
-    grad_centres = at::empty(in.centres.sizes(), in.x.options());
-    const bool ordered = at::globalContext().deterministicAlgorithms();
-    grad_x = ordered ? at::empty(in.x.sizes(), in.x.options()) : at::zeros(in.x.sizes(), in.x.options());
-    T* const target = grad_x.mutable_data_ptr<T>();
-    launch(gathered_backward_kernel<T, KIND, CHOSEN>, all, block(), 0, rows, slopes, training,
-           ordered ? nullptr : target, grad_centres.mutable_data_ptr<T>(), grad_factors.mutable_data_ptr<T>());
-    if (!ordered) return;
-    const int64_t batch = in.x.size(0), points = batch * rows.n;
-    const std::tuple<at::Tensor, at::Tensor> sorted = edges_by_point(in.idx, batch, rows.n);
-    launch(segment_kernel<T, KIND, CHOSEN>, grid(rows.channels, points), block(), 0, rows, slopes,
-           std::get<0>(sorted).template const_data_ptr<int64_t>(), std::get<1>(sorted).template const_data_ptr<int64_t>(),
-           points, target);
+    launch(dense_backward_kernel<T>, all, block(), 0, rows, slopes, grad_x.mutable_data_ptr<T>());
+    return;
   }
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_act(const at::Tensor& x, const OptionalTensor& centres,
-                                                        const OptionalTensor& idx, const at::Tensor& weight,
-                                                        const at::Tensor& bias, const OptionalTensor& running_mean,
-                                                        const OptionalTensor& running_var, double eps, double slope) {
-  const Inputs in("norm_act", x, centres, idx, weight, bias, false);
-  const c10::cuda::CUDAGuard guard(x.device());
-  at::Tensor out = at::empty(in.shape(true), x.options()), affine;
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act", [&] {
-    const auto rows = in.rows<scalar_t>(false);
-    specialise(rows, [&](auto kind) {
-      at::Tensor partial;
-      if (!running_mean) {
-        const dim3 blocks = grid(rows.channels, rows.groups, kPartials);
-        partial = partial_sums(x, blocks.y);
-        launch(reduce_kernel<scalar_t, kind.value, false>, blocks, block(), 0, rows, nullptr, nullptr, nullptr,
-               nullptr, partial.mutable_data_ptr<double>());
-      }
-      affine = normalisation(rows, partial, weight, bias, running_mean, running_var, eps);
-      const scalar_t* scale = affine.const_data_ptr<scalar_t>() + 2 * rows.channels;
-      launch(normalise_kernel<scalar_t, kind.value>, grid(rows.channels, rows.groups), block(), 0, rows, scale,
-             scale + rows.channels, static_cast<scalar_t>(slope), out.mutable_data_ptr<scalar_t>());
-    });
-  });
-  return {out, affine.select(0, 0).clone(), affine.select(0, 1).clone()};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_backward(
-    const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx,
-    const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean, const at::Tensor& var, double eps,
-    double slope, bool training) {
-  const Inputs in("norm_act_backward", x, centres, idx, weight, bias, false);
-  const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor in_grad = grad.contiguous();
-  TORCH_CHECK_VALUE(in_grad.sizes() == in.shape(true), "norm_act_backward: grad does not fit, got ", grad.sizes());
-  at::Tensor grad_x, grad_centres = at::empty({0}, x.options()), none = at::empty({0}, x.options()), of_affine;
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act_backward", [&] {
-    const auto rows = in.rows<scalar_t>(false);
-    const at::Tensor affine = normalisation(rows, {}, weight, bias, mean, var, eps);
-    const scalar_t *centre = affine.const_data_ptr<scalar_t>(), *scale = centre + 2 * rows.channels;
-    const scalar_t *shift = scale + rows.channels, *g = in_grad.const_data_ptr<scalar_t>();
-    const scalar_t leak = static_cast<scalar_t>(slope);
-    const dim3 blocks = grid(rows.channels, rows.groups, kPartials);
-    const at::Tensor partial = partial_sums(x, blocks.y);
-    specialise(rows, [&](auto kind) {
-      launch(slope_sums_kernel<scalar_t, kind.value>, blocks, block(), 0, rows, g, scale, shift, centre, leak,
-             nullptr, partial.mutable_data_ptr<double>());
-    });
-    const std::tuple<at::Tensor, at::Tensor> both =
-        shares<scalar_t>(partial, affine, eps, rows.groups * rows.samples, training);
-    of_affine = std::get<1>(both);
-    const scalar_t* k0 = std::get<0>(both).template const_data_ptr<scalar_t>();
-    const Slopes<scalar_t> slopes{g, scale, shift, leak, nullptr, nullptr, k0, k0 + rows.channels};
-    specialise(rows, [&](auto kind) {
-      if constexpr (kind.value != Kind::kScaled) {
-        backward<scalar_t, false, kind.value>(in, rows, slopes, training, grad_x, grad_centres, none);
-      }
-    });
-  });
-  return {grad_x, grad_centres, of_affine.select(0, 0).clone(), of_affine.select(0, 1).clone()};
+  grad_centres = at::empty(in.centres.sizes(), in.x.options());
+  const bool ordered = at::globalContext().deterministicAlgorithms();
+  grad_x = ordered ? at::empty(in.x.sizes(), in.x.options()) : at::zeros(in.x.sizes(), in.x.options());
+  T* const target = grad_x.mutable_data_ptr<T>();
+  launch(gathered_backward_kernel<T>, all, block(), 0, rows, slopes, training, ordered ? nullptr : target,
+         grad_centres.mutable_data_ptr<T>());
+  if (!ordered) return;
+  const int64_t batch = in.x.size(0), points = batch * rows.n;
+  const std::tuple<at::Tensor, at::Tensor> sorted = edges_by_point(in.idx, batch, rows.n);
+  launch(segment_kernel<T>, grid(rows.channels, points), block(), 0, rows, slopes,
+         std::get<0>(sorted).template const_data_ptr<int64_t>(), std::get<1>(sorted).template const_data_ptr<int64_t>(),
+         points, target);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max(
-    const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx, const OptionalTensor& factors,
+    const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx,
     const at::Tensor& weight, const at::Tensor& bias, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, double eps, double slope) {
-  const Inputs in("norm_act_max", x, centres, idx, weight, bias, true, factors);
+  const Inputs in("norm_act_max", x, centres, idx, weight, bias, running_mean, running_var);
   const c10::cuda::CUDAGuard guard(x.device());
   const bool training = !running_mean;
-  at::Tensor out = at::empty(in.shape(false), x.options()), chosen = at::empty_like(out), affine;
-  at::Tensor which = at::empty(in.shape(false), x.options().dtype(at::kInt));
-  at::Tensor total = training && in.idx.defined() && !factors ? at::empty_like(chosen) : at::empty({0}, x.options());
+  at::Tensor out = at::empty(in.shape, x.options()), chosen = at::empty_like(out), affine;
+  at::Tensor which = at::empty(in.shape, x.options().dtype(at::kInt));
+  at::Tensor total = training && in.idx.defined() ? at::empty_like(chosen) : at::empty({0}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act_max", [&] {
-    const auto rows = in.rows<scalar_t>(true);
+    const auto rows = in.rows<scalar_t>();
     const dim3 blocks = grid(rows.channels, rows.groups, training ? kPartials : 65535);
     const at::Tensor partial = training ? partial_sums(x, blocks.y) : at::Tensor(), w = weight.contiguous();
     specialise(rows, [&](auto kind) {
-      launch(reduce_kernel<scalar_t, kind.value, true>, blocks, block(), 0, rows, w.const_data_ptr<scalar_t>(),
+      launch(reduce_kernel<scalar_t, kind.value>, blocks, block(), 0, rows, w.const_data_ptr<scalar_t>(),
              chosen.mutable_data_ptr<scalar_t>(), which.mutable_data_ptr<int32_t>(),
              total.numel() ? total.mutable_data_ptr<scalar_t>() : nullptr,
              training ? partial.mutable_data_ptr<double>() : nullptr);
     });
     affine = normalisation(rows, partial, weight, bias, running_mean, running_var, eps);
-    const auto selected = dense_rows<scalar_t>(chosen);
     const scalar_t* scale = affine.const_data_ptr<scalar_t>() + 2 * rows.channels;
-    launch(normalise_kernel<scalar_t, Kind::kDense>, grid(rows.channels, selected.groups), block(), 0, selected, scale,
-           scale + rows.channels, static_cast<scalar_t>(slope), out.mutable_data_ptr<scalar_t>());
+    launch(normalise_kernel<scalar_t>, grid(rows.channels, rows.groups), block(), 0,
+           chosen.const_data_ptr<scalar_t>(), rows.groups, rows.channels, scale, scale + rows.channels,
+           static_cast<scalar_t>(slope), out.mutable_data_ptr<scalar_t>());
   });
   return {out, chosen, which, total, affine.select(0, 0).clone(), affine.select(0, 1).clone()};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max_backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_act_max_backward(
     const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& centres, const OptionalTensor& idx,
-    const OptionalTensor& factors, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& chosen,
-    const at::Tensor& which, const at::Tensor& total, const at::Tensor& mean, const at::Tensor& var, double eps,
+    const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& chosen_,
+    const at::Tensor& which_, const at::Tensor& total_, const at::Tensor& mean, const at::Tensor& var, double eps,
     double slope, bool training) {
-  const Inputs in("norm_act_max_backward", x, centres, idx, weight, bias, true, factors);
+  const Inputs in("norm_act_max_backward", x, centres, idx, weight, bias, mean, var);
   const c10::cuda::CUDAGuard guard(x.device());
-  TORCH_CHECK_VALUE(grad.sizes() == in.shape(false) && chosen.sizes() == grad.sizes() && chosen.is_contiguous() &&
-                        which.sizes() == grad.sizes() && which.scalar_type() == at::kInt && which.is_contiguous(),
-                    "norm_act_max_backward: grad does not fit, got ", grad.sizes());
+  in.check_backward("norm_act_max_backward", grad, chosen_, which_, total_, training);
+  const at::Tensor chosen = chosen_.contiguous(), which = which_.contiguous();
   const at::Tensor in_grad = grad.contiguous();
-  at::Tensor grad_x, grad_centres = at::empty({0}, x.options()), grad_factors = at::empty({0}, x.options());
+  at::Tensor grad_x, grad_centres = at::empty({0}, x.options());
   at::Tensor own = at::empty_like(chosen), of_affine;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm_act_max_backward", [&] {
-    const auto rows = in.rows<scalar_t>(true), selected = dense_rows<scalar_t>(chosen);
+    const auto rows = in.rows<scalar_t>();
     const at::Tensor affine = normalisation(rows, {}, weight, bias, mean, var, eps);
     const scalar_t *centre = affine.const_data_ptr<scalar_t>(), *scale = centre + 2 * rows.channels;
-    const dim3 blocks = grid(rows.channels, selected.groups, kPartials);
+    const dim3 blocks = grid(rows.channels, rows.groups, kPartials);
     const at::Tensor partial = partial_sums(x, blocks.y);
-    launch(slope_sums_kernel<scalar_t, Kind::kDense>, blocks, block(), 0, selected, in_grad.const_data_ptr<scalar_t>(), scale,
-           scale + rows.channels, centre, static_cast<scalar_t>(slope), own.mutable_data_ptr<scalar_t>(),
-           partial.mutable_data_ptr<double>());
+    launch(slope_sums_kernel<scalar_t>, blocks, block(), 0, chosen.const_data_ptr<scalar_t>(), rows.groups,
+           rows.channels, in_grad.const_data_ptr<scalar_t>(), scale, scale + rows.channels, centre,
+           static_cast<scalar_t>(slope), own.mutable_data_ptr<scalar_t>(), partial.mutable_data_ptr<double>());
     const std::tuple<at::Tensor, at::Tensor> both =
         shares<scalar_t>(partial, affine, eps, rows.groups * rows.samples, training);
     of_affine = std::get<1>(both);
     const scalar_t* k0 = std::get<0>(both).template const_data_ptr<scalar_t>();
-    const Slopes<scalar_t> slopes{nullptr, nullptr, nullptr, scalar_t(0), own.const_data_ptr<scalar_t>(),
-                                  which.const_data_ptr<int32_t>(), k0, k0 + rows.channels};
-    specialise(rows, [&](auto kind) {
-      backward<scalar_t, true, kind.value>(in, rows, slopes, training, grad_x, grad_centres, grad_factors);
-    });
+    const Slopes<scalar_t> slopes{own.const_data_ptr<scalar_t>(), which.const_data_ptr<int32_t>(), k0,
+                                  k0 + rows.channels, rows.samples};
+    backward(in, rows, slopes, training, grad_x, grad_centres);
   });
-  return {grad_x, grad_centres, grad_factors, of_affine.select(0, 0).clone(), of_affine.select(0, 1).clone()};
+  return {grad_x, grad_centres, of_affine.select(0, 0).clone(), of_affine.select(0, 1).clone()};
 }
 
 }  // namespace
 
 POINTCMT_CUDA_LIBRARY(m) {
-  m.impl("norm_act", &norm_act);
-  m.impl("norm_act_backward", &norm_act_backward);
   m.impl("norm_act_max", &norm_act_max);
   m.impl("norm_act_max_backward", &norm_act_max_backward);
 }

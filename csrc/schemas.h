@@ -29,19 +29,13 @@ inline void define_schemas(torch::Library& m) {
   m.def("three_interpolate_weight_backward(Tensor grad, Tensor features, Tensor idx) -> Tensor");
   // edges
   m.def(
-      "norm_act(Tensor x, Tensor? centres, Tensor? idx, Tensor weight, Tensor bias, Tensor? running_mean, "
-      "Tensor? running_var, float eps, float slope) -> (Tensor out, Tensor mean, Tensor var)");
-  m.def(
-      "norm_act_backward(Tensor grad, Tensor x, Tensor? centres, Tensor? idx, Tensor weight, Tensor bias, "
-      "Tensor mean, Tensor var, float eps, float slope, bool training) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "norm_act_max(Tensor x, Tensor? centres, Tensor? idx, Tensor? factors, Tensor weight, Tensor bias, Tensor? running_mean, "
+      "norm_act_max(Tensor x, Tensor? centres, Tensor? idx, Tensor weight, Tensor bias, Tensor? running_mean, "
       "Tensor? running_var, float eps, float slope) -> "
       "(Tensor out, Tensor chosen, Tensor which, Tensor total, Tensor mean, Tensor var)");
   m.def(
-      "norm_act_max_backward(Tensor grad, Tensor x, Tensor? centres, Tensor? idx, Tensor? factors, Tensor weight, Tensor bias, "
+      "norm_act_max_backward(Tensor grad, Tensor x, Tensor? centres, Tensor? idx, Tensor weight, Tensor bias, "
       "Tensor chosen, Tensor which, Tensor total, Tensor mean, Tensor var, float eps, float slope, "
-      "bool training) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool training) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 }  // namespace pointcmt

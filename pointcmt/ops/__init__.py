@@ -1,7 +1,7 @@
 """Point-cloud operators: compiled kernels where they were built, PyTorch twins everywhere else."""
 
 from pointcmt.ops._deferred import check_deferred
-from pointcmt.ops.edges import norm_act, norm_act_max
+from pointcmt.ops.edges import norm_act_max
 from pointcmt.ops.emd import EmdStatistics, emd, emd_statistics
 from pointcmt.ops.grouping import (
     gather_points,
@@ -27,7 +27,6 @@ __all__ = [
     "group_points",
     "group_relative",
     "knn",
-    "norm_act",
     "norm_act_max",
     "query_and_group",
     "three_interpolate",

@@ -37,8 +37,6 @@ COMPILED_OPS = frozenset(
         "group_relative",
         "group_relative_backward",
         "knn",
-        "norm_act",
-        "norm_act_backward",
         "norm_act_max",
         "norm_act_max_backward",
         "three_interpolate",

@@ -109,15 +109,15 @@ from pointcmt import ops
 from pointcmt.ops import _extension
 from pointcmt.recipes.doctor import trouble
 
-_extension._COMPILED["cpu"] -= {"knn", "norm_act"}
+_extension._COMPILED["cpu"] -= {"knn", "norm_act_max"}
 xyz = torch.rand(1, 9, 3)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     ops.knn(xyz, xyz, 2), ops.knn(xyz, xyz, 2)
     ops.furthest_point_sample(xyz, 3)
 [found] = [str(w.message) for w in caught if w.category is RuntimeWarning]
-assert "older than its sources and lack knn, norm_act" in found and "pip install" in found, found
-assert any("lack knn, norm_act" in error for error in trouble()[0])
+assert "older than its sources and lack knn, norm_act_max" in found and "pip install" in found, found
+assert any("lack knn, norm_act_max" in error for error in trouble()[0])
 """
 
 
