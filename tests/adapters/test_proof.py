@@ -1,4 +1,4 @@
-"""No mistake of an adapter gets past its check because a fresh network hides it; the check leaves no trace."""
+"""No mistake of an adapter gets past its check because a fresh network hides it; no trace is left."""
 
 from __future__ import annotations
 
