@@ -196,21 +196,9 @@ def test_starting_from_weights_takes_what_fits(runs):
 
 
 def test_a_student_starts_from_a_pre_trained_network(runs, tmp_path, capsys):
-    new = [
-        "train",
-        "--out",
-        tmp_path / "r",
-        *TOY,
-        *DATA,
-        *CPU,
-        "--method",
-        "none",
-        "--epochs",
-        1,
-        "--lr",
-        1e-9,
-    ]
-    run(*new, "--weight-decay", 0, "--init", runs / "crosspoint")
+    new = ["train", "--out", tmp_path / "r", *TOY, *DATA, *CPU, "--method", "none", "--epochs", 1]
+    new += ["--lr", 1e-9, "--weight-decay", 0]
+    run(*new, "--init", runs / "crosspoint")
     assert "as they were made: none" in capsys.readouterr().out
     assert read(tmp_path / "r")["initialised"] == 8
     weights = load_file(tmp_path / "r" / "student.safetensors")
