@@ -44,7 +44,8 @@ class Register:
     """Network of --method cmignet: a run folder of train-registration or its .safetensors; default: the small
     one that comes with the package."""
     voxel: float | None = None
-    """Length that the clouds are thinned to; default: a hundredth of the larger one's diagonal."""
+    """Length that the clouds are thinned to; default: a hundredth of the larger one's diagonal, and at least
+    twice the distance between neighbours."""
 
 
 class Cloud(NamedTuple):
