@@ -37,7 +37,8 @@ class Evaluate:
     """Accuracy of a trained student or teacher on the test shapes."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of train or train-teacher; or a student's or teacher's .safetensors file alone."""
+    """Run folder of train, train-teacher or train-registration; or a student's or teacher's .safetensors file
+    alone."""
     checkpoint: Literal["final", "best"] = "final"
     """The weights after the last epoch, or of the best epoch (results.json says best by what)."""
     student: str | None = None
@@ -133,11 +134,32 @@ def described(path: Path, checkpoint: str = "final") -> tuple[Path, str, dict[st
     return file, kind, config["config"]
 
 
+def _registration(options: Evaluate, quiet: bool) -> dict[str, Any]:
+    """Figures of a run of train-registration, whose task is another."""
+    from pointcmt.recipes.train_registration import evaluate_run
+
+    figures = evaluate_run(
+        options.run,
+        read_json(options.run / "config.json"),
+        options.machine,
+        options.split,
+        options.checkpoint,
+        options.batch_size,
+        quiet,
+    )
+    if options.json is not None:
+        write_json(options.json, figures)
+    return figures
+
+
 def evaluate(options: Evaluate, quiet: bool = False) -> dict[str, Any]:
     """Measure, print a table per class (unless ``quiet``), and return ``oa``, ``macc``, ``classes``,
     ``votes`` and ``shapes``."""
     if options.votes < 1:
         raise ValueError(f"--votes is {options.votes}; expected at least 1")
+    recorded = options.run / "config.json"
+    if recorded.is_file() and read_json(recorded).get("command") == "train-registration":
+        return _registration(options, quiet)
     file, kind, config = described(options.run, options.checkpoint)
     accelerator = make_accelerator(options.machine)
     data: DataOptions = restore(DataOptions(), config.get("data") or {}, f"{file}: data")

@@ -41,7 +41,8 @@ class Register:
     picture: Path | None = None
     """Draw before, after and the correspondences to this file (.png)."""
     model: Path | None = None
-    """Network of --method cmignet: a run folder of train-registration, or its .safetensors."""
+    """Network of --method cmignet: a run folder of train-registration, or its .safetensors; default: the
+    small one that comes with the package."""
     voxel: float | None = None
     """Length that the clouds are thinned to; default: a hundredth of the larger one's diagonal, and at least
     twice the distance between neighbours."""
@@ -88,8 +89,10 @@ def read_cloud(path: Path) -> Cloud:
         if len(mesh.triangles):
             o3d.utility.random.seed(0)
             return _cloud(mesh.sample_points_uniformly(SURFACE_POINTS, use_triangle_normal=True))
-        if suffix == ".obj":
-            return _filled(Cloud(np.asarray(mesh.vertices)), path)
+        if suffix == ".obj":  # open3d reads none of its vertices where there is no face
+            lines = (line.split() for line in path.read_text(errors="replace").splitlines())
+            vertices = [line[1:4] for line in lines if line[:1] == ["v"] and len(line) >= 4]
+            return _filled(Cloud(np.array(vertices, dtype=np.float64).reshape(-1, 3)), path)
     if suffix == ".xyz":
         first = next((line for line in path.read_text().splitlines() if line.strip()), "")
         found = o3d.io.read_point_cloud(str(path), format="xyzn" if len(first.split()) == 6 else "xyz")

@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from pointcmt.data import PointDataset
+from pointcmt.recipes.config import restore
 from pointcmt.recipes.engine import (
     LoopOptions,
     MachineOptions,
@@ -27,6 +29,7 @@ from pointcmt.recipes.run import RunFolder
 from pointcmt.registration import (
     CMIGNet,
     LossWeights,
+    Pair,
     PairBatch,
     PairBatches,
     PairOptions,
@@ -44,7 +47,8 @@ from pointcmt.tasks.registration import (
 )
 
 BASELINE_VOXEL = 0.05
-"""What the baselines thin shapes in the unit sphere to."""
+"""What the baselines thin shapes in the unit sphere to, where they are that dense."""
+NO_SYMMETRIC = " (no symmetric classes)"
 
 
 @dataclass
@@ -71,7 +75,8 @@ class NetworkOptions:
     weighting: bool = True
     """Weigh correspondences by their credibility."""
 
-    def make(self) -> CMIGNet:
+    def make(self, points: int) -> CMIGNet:
+        """A network for clouds of so many points."""
         return CMIGNet(
             views=self.views,
             keypoints=self.keypoints,
@@ -82,6 +87,7 @@ class NetworkOptions:
             mask=self.mask,
             credibility=self.weighting,
             size=self.view_size,
+            points=points,
         )
 
 
@@ -162,22 +168,29 @@ def predict_poses(model: CMIGNet, pairs: ShapePairs, batch_size: int, device: An
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
+def baseline_voxel(pairs: Sequence[Pair]) -> float:
+    """The voxel of the baselines: features need neighbours, so not below twice the points' distance."""
+    spacing = np.median([np.median(cKDTree(p.source).query(p.source, 2)[0][:, 1]) for p in pairs[:16]])
+    return max(BASELINE_VOXEL, 2 * float(spacing))
+
+
 def compare(
     model: CMIGNet | None, pairs: ShapePairs, baselines: Sequence[str], batch_size: int, device: Any
 ) -> dict[str, dict[str, float]]:
     """Figures of the network and the baselines on all pairs, and on those of classes with a defined pose.
 
     Returns:
-        method → figures; a second row ``… (no symmetric)`` where the set has symmetric classes.
+        method → figures; a second row ``… (no symmetric classes)`` where the set has symmetric classes.
     """
     every = [pairs.pair(index) for index in range(len(pairs))]
     truth = (np.stack([p.rotation for p in every]), np.stack([p.translation for p in every]))
+    voxel = baseline_voxel(every)
     poses: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     if model is not None:
         found = predict_poses(model, pairs, batch_size, device)
         poses["CMIGNet"] = found["rotation"], found["translation"]
     for name in ("nothing", *baselines):
-        motions = np.stack([run_baseline(name, p.source, p.target, BASELINE_VOXEL) for p in every])
+        motions = np.stack([run_baseline(name, p.source, p.target, voxel) for p in every])
         poses[name] = motions[:, :3, :3], motions[:, :3, 3]
     complete = pairs.complete(range(len(pairs))).numpy()
     defined = without_symmetric(pairs.labels, pairs.dataset.class_names)
@@ -190,7 +203,7 @@ def compare(
                 for i, p in enumerate(every)
             ]
         )  # fmt: skip
-        for suffix, keep in (("", np.ones(len(every), bool)), (" (no symmetric)", defined)):
+        for suffix, keep in (("", np.ones(len(every), bool)), (NO_SYMMETRIC, defined)):
             if suffix and (keep.all() or not keep.any()):
                 continue
             rows[name + suffix] = registration_metrics(
@@ -205,9 +218,16 @@ def mean_overlap(pairs: ShapePairs) -> float:
 
 
 def show_comparison(rows: dict[str, dict[str, float]], pairs: ShapePairs, what: str) -> None:
-    """Print the protocol and the table."""
-    title = f"{what}, {len(pairs)} pairs, mean overlap {mean_overlap(pairs):.3f}; {pairs.options.describe()}"
-    console.print(metrics_table(rows, title))
+    """Print the protocol and the figures: of all classes, and without symmetric ones where there are any."""
+    protocol = f"mean overlap {mean_overlap(pairs):.3f}; {pairs.options.describe()}"
+    for suffix in ("", NO_SYMMETRIC):
+        chosen = {
+            name.removesuffix(suffix): row
+            for name, row in rows.items()
+            if name.endswith(NO_SYMMETRIC) == bool(suffix)
+        }
+        if chosen:
+            console.print(metrics_table(chosen, f"{what}, {len(pairs)} pairs{suffix}, {protocol}"))
 
 
 def train_registration(options: TrainRegistration) -> dict[str, Any]:
@@ -226,7 +246,7 @@ def train_registration(options: TrainRegistration) -> dict[str, Any]:
         say(f"{run.path} is finished", accelerator.is_main_process)
         return done
     seed_everything(options.loop.seed)
-    network = options.network.make()
+    network = options.network.make(parts.train.kept)
     chooser, chosen, words = parts.best()
 
     def step(model: nn.Module, batch: Any, done: float) -> dict[str, Tensor]:
@@ -238,7 +258,10 @@ def train_registration(options: TrainRegistration) -> dict[str, Any]:
     def evaluate(model: Any) -> dict[str, float]:
         # every process measures all pairs: they are few, and the figures are then equal
         poses = predict_poses(model, chosen, options.loop.batch_size, accelerator.device)
-        return {f"{chooser}_{name}": value for name, value in registration_metrics(**poses).items()}  # type: ignore[arg-type]
+        figures = registration_metrics(
+            poses["rotation"], poses["translation"], poses["true_rotation"], poses["true_translation"]
+        )
+        return {f"{chooser}_{name}": value for name, value in figures.items()}
 
     task = Task(
         step,
@@ -270,6 +293,45 @@ def train_registration(options: TrainRegistration) -> dict[str, Any]:
         )
         show_comparison(results["test"], parts.test, "unseen categories" if options.unseen else "test shapes")
     return run.finish(results)
+
+
+def evaluate_run(
+    folder: Path,
+    described: dict[str, Any],
+    machine: MachineOptions,
+    split: str = "test",
+    checkpoint: str = "final",
+    batch_size: int = 32,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Figures of a finished run's network beside its baselines, as ``train_registration`` printed them.
+
+    Args:
+        folder: the run folder.
+        described: its config.json.
+        machine: where to run.
+        split: test, heldout or train.
+        checkpoint: final or best.
+        batch_size: pairs at once.
+        quiet: print nothing.
+
+    Raises:
+        ValueError: the run has no such part.
+    """
+    config = described["config"]
+    options = PairOptions(**config["pairs"])
+    data: DataOptions = restore(DataOptions(), config["data"], f"{folder}: data")
+    parts, _ = make_parts(data, options, config["unseen"], data.data_seed)
+    pairs = {"test": parts.test, "heldout": parts.heldout, "train": parts.train}[split]
+    if pairs is None:
+        raise ValueError(f"--split {split}: the run has no such shapes (it was trained with --holdout 0)")
+    device = make_accelerator(machine).device
+    name = "best" if checkpoint == "best" else "registration"
+    model = CMIGNet.load(folder / f"{name}.safetensors").to(device)
+    rows = compare(model, pairs, config["baselines"], batch_size, device)
+    if not quiet:
+        show_comparison(rows, pairs, f"{split} shapes" + (", unseen categories" if config["unseen"] else ""))
+    return {"split": split, "protocol": options.describe(), "overlap": mean_overlap(pairs), "methods": rows}
 
 
 def save_registration(model: Any, path: Path) -> None:

@@ -25,7 +25,7 @@ RANSAC_TRIALS, RANSAC_CONFIDENCE = 100_000, 0.999
 def need(module: str, package: str | None = None) -> Any:
     """An optional library, or an ImportError that says how to get it."""
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
     except ImportError as error:
         package = package or module
         system = ""
@@ -36,6 +36,9 @@ def need(module: str, package: str | None = None) -> Any:
         raise ImportError(
             f"this needs {package}, which the extra brings: pip install 'pointcmt[registration]'.{system}"
         ) from error
+    if module == "open3d":  # what it warns of is said here, with the clouds' names
+        found.utility.set_verbosity_level(found.utility.VerbosityLevel.Error)
+    return found
 
 
 def point_cloud(points: np.ndarray, normals: np.ndarray | None = None) -> Any:
@@ -63,7 +66,9 @@ def described(points: np.ndarray, voxel: float) -> tuple[Any, Any]:
 def mutual_matches(a: Any, b: Any) -> np.ndarray:
     """Rows int64 [m, 2] of two clouds whose features are each other's nearest."""
     registration = need("open3d").pipelines.registration
-    return np.asarray(registration.correspondences_from_features(a, b, True)).reshape(-1, 2).astype(np.int64)
+    # a ratio of 0: else open3d gives all nearest ones where few are mutual
+    pairs = np.asarray(registration.correspondences_from_features(a, b, True, 0.0))
+    return pairs.reshape(-1, 2).astype(np.int64)
 
 
 def nothing(source: np.ndarray, target: np.ndarray, voxel: float) -> np.ndarray:

@@ -124,6 +124,8 @@ class CMIGNet(nn.Module):
         rig: name of the cameras. size: pixels of a view's side.
         k: neighbours in the encoder.
         heads: of the attention.
+        points: of the clouds it is trained on. Any number is taken, but features depend on the density:
+            ``pointcmt register`` draws as many.
 
     Raises:
         ValueError: options out of range.
@@ -143,15 +145,23 @@ class CMIGNet(nn.Module):
         size: int = 64,
         k: int = 20,
         heads: int = 4,
+        points: int = 768,
     ) -> None:
         super().__init__()
         if images not in ("observed", "canonical", "none"):
             raise ValueError(f"images={images!r}; expected 'observed', 'canonical' or 'none'")
-        if keypoints < 3 or iterations < 1 or k < 1 or not 0 < width <= 4 or size < 8 or heads < 1:
+        if (
+            min(keypoints, points) < 3
+            or iterations < 1
+            or k < 1
+            or not 0 < width <= 4
+            or size < 8
+            or heads < 1
+        ):
             raise ValueError(
                 f"keypoints={keypoints}, iterations={iterations}, k={k}, width={width}, size={size}, "
-                f"heads={heads}: expected at least 3 keypoints, 1 iteration, 1 neighbour, 8 pixels and 1 "
-                "head, and a width in (0, 4]"
+                f"heads={heads}: expected at least 3 keypoints and points, 1 iteration, "
+                "1 neighbour, 8 pixels and 1 head, and a width in (0, 4]"
             )
         self.config: dict[str, Any] = {
             "views": views,
@@ -166,6 +176,7 @@ class CMIGNet(nn.Module):
             "size": size,
             "k": k,
             "heads": heads,
+            "points": points,
         }
         self.keypoints, self.iterations, self.use_credibility = keypoints, iterations, credibility
         self.images = images

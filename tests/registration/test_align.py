@@ -103,8 +103,6 @@ def test_a_network_is_asked_in_its_own_scale():
     torch.manual_seed(0)
     model = CMIGNet(width=0.06, keypoints=32, iterations=1, size=16)
     source, target = 7 * bumpy(2000), 7 * apply(bumpy(2000, seed=1))
-    with pytest.raises(ValueError, match="train one"):
-        align(source, target, "cmignet")
     found = align(source, target, "cmignet", model=model)
     assert np.linalg.det(found.motion[:3, :3]) == pytest.approx(1, abs=1e-5)
     assert found.correspondences.shape == (32, 2, 3) and found.weights.max() == pytest.approx(1)
@@ -190,7 +188,8 @@ def test_every_baseline_gives_a_motion(name):
     near = np.eye(4)
     near[:3, :3] = Rotation.from_euler("z", 4, degrees=True).as_matrix()
     source, target = bumpy(), apply(bumpy(seed=1), near)
-    motion = run_baseline(name, source, target, 0.07)
-    assert motion.shape == (4, 4)
-    # global methods on a smooth, nearly round cloud: roughly right, and not the motion the other way
-    assert errors(motion, near, source)[0] < {"nothing": 4.1, "fgr": 10, "kiss": 10}.get(name, 3)
+    degrees, apart = errors(run_baseline(name, source, target, 0.07), near, source)
+    # ICP starts 4 degrees away and arrives; the global ones find the pose from features, to some degrees
+    assert degrees < {"nothing": 4.01, "icp": 1.0, "gicp": 1.0}.get(name, 10.0) and apart < 0.1
+    if name == "nothing":
+        assert degrees > 3.99
