@@ -26,7 +26,7 @@ class Case:
         codebase: owner/name of the public repository.
         label: the class, as the table shows it.
         marker: a file of the checkout that tells the codebase; ``find`` looks for it.
-        adapter: name of the adapter that must be found.
+        adapter: name of the adapter that must be found; of those that are not ``unprepared``.
         build: makes the network, inside :func:`tests.third_party.sandbox.checkout`.
         paths: folders to put on ``sys.path``.
         stubs: packages imported there but not needed here.

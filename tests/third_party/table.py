@@ -67,8 +67,8 @@ def classes(rows: list[Row]) -> str:
     devices = " and ".join(sorted({"a CPU" if row.device == "cpu" else "a GPU" for row in rows}))
     lines = [
         f"{len(rows)} classes of {codebases} codebases, on {devices}: {len(free)} need no help, "
-        f"{len(unknown)} of them through the generic adapter; {sum(bool(row.failure) for row in rows)} do not "
-        f"pass; {len(local)} have local features.",
+        f"{len(unknown)} of them through the generic adapter; {sum(bool(row.failure) for row in rows)} do "
+        f"not pass; {len(local)} have local features.",
         "",
         "| codebase | class | classifier | local features | help needed |",
         "|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Public classifiers that pointcmt has no adapter of: whatever they need is what a new user's network needs."""
+"""Public classifiers that pointcmt has no adapter of: they stand for the network that a user brings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TOKENS = {
 
 
 def _case(codebase: str, label: str, marker: str, build: Callable[[], nn.Module], **rest: Any) -> Case:
-    common: Mapping[str, Any] = {"adapter": "generic", "layout": "", "unprepared": True}
+    common: Mapping[str, Any] = {"adapter": "", "layout": "", "unprepared": True}
     return Case(codebase=codebase, label=label, marker=marker, build=build, **{**common, **rest})
 
 
@@ -56,7 +56,6 @@ def _transformers() -> Iterator[Case]:
         lambda: load("models.act:PointTransformer")(
             Config(_TOKENS, embed_dim=384, transfer_type="full", type="full")
         ),
-        adapter="point-mae",
     )
     yield _case(
         "CGuangyan-BIT/PointGPT",
@@ -69,7 +68,7 @@ def _transformers() -> Iterator[Case]:
         "PointTransformer (fine-tuning)",
         "models/ReCon.py",
         lambda: load("models.transformer:PointTransformer")(
-            Config(_TOKENS, embed_dim=384, type="full", transfer_type="full")
+            Config(_TOKENS, trans_dim=384, embed_dim=384, type="full", transfer_type="full")
         ),
         stubs={"clip": {"clip": None}},
     )
@@ -89,6 +88,7 @@ def _convolutions() -> Iterator[Case]:
         "PointConvDensityClsSsg",
         "model/pointconv.py",
         lambda: load("model.pointconv:PointConvDensityClsSsg")(num_classes=40),
+        stubs={"sklearn.neighbors.kde": {"KernelDensity": None}},
     )
     yield _case(
         "cszyzhang/riconv2",
@@ -207,7 +207,6 @@ def _edge_convolutions() -> Iterator[Case]:
         "DGCNN",
         "models/DGCNN.py",
         lambda: load("models.DGCNN:DGCNN")(_args(**_EDGES)),
-        adapter="dgcnn",
         hard_codes_cuda=True,
     )
     yield _case(
@@ -215,7 +214,6 @@ def _edge_convolutions() -> Iterator[Case]:
         "DGCNN_cls",
         "model.py",
         lambda: load("model:DGCNN_cls")(_args(**_EDGES)),
-        adapter="dgcnn",
         hard_codes_cuda=True,
     )
     yield _case(
@@ -334,7 +332,7 @@ UNPREPARED: tuple[Case, ...] = (
 
 def geometric_cases() -> Iterator[Case]:
     """Networks of PyTorch Geometric's own parts: those that need none of its compiled companions."""
-    yield _case("pyg-team/pytorch_geometric", "MLP, max pooling, MLP", "", geometric_pointnet, layout="data")
+    yield _case("pyg-team/pytorch_geometric", "MLP, max pooling, MLP", "", geometric_pointnet)
 
 
 def geometric_pointnet() -> nn.Module:
