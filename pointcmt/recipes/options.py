@@ -75,11 +75,17 @@ def image_splits(root: Path, data: DataOptions, size: int, channels: int) -> Spl
 
 
 def matching_images(
-    root: Path, part: PointDataset, split: Split, size: int | None, channels: int
+    root: Path,
+    part: PointDataset,
+    split: Split,
+    size: int | None,
+    channels: int,
+    class_names: Sequence[str] | None = None,
 ) -> MultiViewImages:
-    """The images below ``root`` of the shapes in ``part``, in its order."""
+    """The images below ``root`` of the shapes in ``part``, in its order; ``class_names`` if it has none."""
+    names = list(class_names or part.class_names)
     return MultiViewImages(
-        root, split, size=size, in_chans=channels, shape_ids=part.shape_ids, class_names=part.class_names
+        root, split, size=size, in_chans=channels, shape_ids=part.shape_ids, class_names=names
     )
 
 
