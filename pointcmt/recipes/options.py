@@ -98,7 +98,8 @@ class ViewOptions:
     size: int = 128
     """Height and width of a view in pixels."""
     channels: tuple[str, ...] = ("depth",)
-    """What a view shows: depth, density, normal; several are stacked."""
+    """What a view shows: depth, near (depth turned round, for pretrained encoders), density, normal, shaded;
+    several are stacked."""
     splat: float = 0.0
     """Radius of a point in pixels."""
     up: Literal["auto", "x", "y", "z"] = "auto"

@@ -71,6 +71,9 @@ class MethodOptions:
     """Part of the run after which FE is off."""
     ce_until: float = 1.0
     """Part of the run after which CE is off."""
+    ce_ramp: float = 0.0
+    """Part of the run in which CE's weight rises from nearly none to the whole: with --fe-until, CE comes in
+    as FE goes."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Weights of all objectives over their part of the run: constant, or falling to zero."""
 
@@ -195,6 +198,8 @@ def check_options(options: Train) -> None:
             f"--unlabelled-objectives {wrong[0]} needs labels, which clouds without labels have none of: "
             "give it in --objectives, which are of the labelled clouds"
         )
+    if not 0 <= method.ce_ramp <= 1:
+        raise ValueError(f"--ce-ramp is {method.ce_ramp}; expected a part of the run in [0, 1]")
     if method.unlabelled_ratio < 0 or not 0 <= method.unlabelled_ramp <= 1:
         raise ValueError(
             f"--unlabelled-ratio is {method.unlabelled_ratio} and --unlabelled-ramp {method.unlabelled_ramp}"
@@ -366,6 +371,7 @@ def train(options: Train) -> dict[str, Any]:
                     adapter=adapter,
                     objectives=objectives,
                     guard=guard,
+                    points=adapter.arrange(sample),
                     unlabelled=others,
                 )
             )
@@ -487,7 +493,9 @@ def taught_step(plain_step: Any, take: Take, cmt: PointCMT, method: MethodOption
     """A training step whose loss has the objectives' in it, their weights following the schedule."""
     until = {"feature_enhancement": method.fe_until, "classifier_enhancement": method.ce_until}
     objectives: list[Any] = [*cmt.objectives, *cmt.unlabelled]
-    rises = [0.0] * len(cmt.objectives) + [method.unlabelled_ramp] * len(cmt.unlabelled)
+    ramps = {"classifier_enhancement": method.ce_ramp}
+    rises = [ramps.get(objective.name, 0.0) for objective in objectives[: len(cmt.objectives)]]
+    rises += [method.unlabelled_ramp] * len(cmt.unlabelled)
     weights = [objective.weight for objective in objectives]
 
     def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
