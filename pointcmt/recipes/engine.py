@@ -167,7 +167,10 @@ def learning_rate(options: LoopOptions, step: int, steps: int, per_epoch: int) -
     return options.lr * 0.5 * (1 + float(np.cos(np.pi * min(1.0, done))))
 
 
-def make_optimizer(options: LoopOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    options: LoopOptions, parameters: list[nn.Parameter] | list[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """The optimizer of parameters, or of groups of them whose ``rate`` is a factor of the learning rate."""
     if options.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=options.lr, weight_decay=options.weight_decay)
     if options.optimizer == "adamw":
@@ -221,6 +224,7 @@ def fit(
     *,
     extras: Trained | None = None,
     observe: Callable[[dict[str, float]], object] | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` to the end, from the beginning or from where the run folder stands.
 
@@ -236,6 +240,7 @@ def fit(
         extras: what else is trained and resumed; never part of the checkpoint. Where there are several
             processes it keeps its own parameters equal on them.
         observe: told the metrics of each evaluation, and on resuming those of the last one.
+        rates: factors of the learning rate, by how the names of the model's parameters begin; others have 1.
 
     Returns:
         ``last`` and ``best`` metrics with their epochs, what best was chosen by, epochs and seconds.
@@ -245,7 +250,9 @@ def fit(
     """
     check_loop(options)
     with answering(machine.timeout):
-        return _Loop(model, task, batches, save, options, machine, accelerator, run, extras, observe).go()
+        return _Loop(
+            model, task, batches, save, options, machine, accelerator, run, extras, observe, rates or {}
+        ).go()
 
 
 @dataclass
@@ -260,6 +267,7 @@ class _Loop:
     run: RunFolder
     extras: Trained | None
     observe: Callable[[dict[str, float]], object] | None
+    rates: Mapping[str, float]
 
     def __post_init__(self) -> None:
         options, accelerator = self.options, self.accelerator
@@ -275,11 +283,21 @@ class _Loop:
             else None
         )
         self.wrapped, self.optimizer = accelerator.prepare(
-            self.model, make_optimizer(options, self.parameters)
+            self.model, make_optimizer(options, self.groups() if self.rates else self.parameters)
         )
         self.first, self.spent = 0, 0.0
         self.best: dict[str, Any] | None = None
         self.metrics: dict[str, float] = {}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameters by their factor of the learning rate, those of factor 1 first."""
+        named = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        found: dict[float, list[nn.Parameter]] = {1.0: []}
+        for parameter in self.parameters:
+            name = named.get(id(parameter), "")
+            rate = next((rate for start, rate in self.rates.items() if name.startswith(start)), 1.0)
+            found.setdefault(rate, []).append(parameter)
+        return [{"params": those, "rate": rate} for rate, those in found.items() if those]
 
     @property
     def shown(self) -> nn.Module:
@@ -414,7 +432,9 @@ class _Loop:
             step = epoch * self.per_epoch + number // options.accumulate
             moves = (number + 1) % options.accumulate == 0 or number + 1 == usable
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(options, step, self.steps, self.per_epoch)
+                group["lr"] = learning_rate(options, step, self.steps, self.per_epoch) * group.get(
+                    "rate", 1.0
+                )
             # gradients cross processes only on the step that moves the optimizer
             with contextlib.nullcontext() if moves else accelerator.no_sync(self.wrapped):
                 with accelerator.autocast():
