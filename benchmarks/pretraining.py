@@ -5,9 +5,9 @@
     python -m benchmarks.pretraining --config … --out … --keep          # copies the records that there are
 
 Every piece (one pre-training, or one measure of one network) leaves a record when it ends, and one that has a
-record is not done again; a piece that was killed goes on where its run folder stands. The row of the baseline
-is not pre-trained: random frozen features where features are measured, training from scratch where training
-goes on. Nothing is chosen on a test set: C by cross-validation on training shapes, the last epoch of each run.
+record is not done again; a piece that was killed goes on where its run folder stands. The row of the
+baseline is not pre-trained: random frozen features where features are measured, training from scratch where
+training goes on. Nothing is chosen on a test set: C by cross-validation on training shapes, the last epoch.
 
 In the folder: ``plan.json``, the resolved configuration; ``records/STUDENT/METHOD/SEED/MEASURE.json``;
 ``networks/`` and ``cells/`` are run folders. :func:`section` makes the part of docs/results.md.

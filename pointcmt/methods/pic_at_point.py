@@ -56,7 +56,7 @@ class PicAtPoint(CrossModalTraining):
         hidden_points: whether points that the cloud's own surface hides ``"count"``, as in the paper, or are
             ``"skip"``-ped.
         local_points: at most so many local features of each cloud in a step, drawn by chance: the loss
-            has the same mean, and a network with one per point (DGCNN) costs less; None: all, as in the paper.
+            has the same mean, and networks with one per point (DGCNN) cost less; None: all, as in the paper.
         temperature: τ of both terms, which the paper does not say; 0.1 is CrossPoint's.
         hidden: width of all heads.
         out_features: size of the common spaces.
