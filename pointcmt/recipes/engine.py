@@ -172,8 +172,8 @@ def make_optimizer(
     parameters: Iterable[nn.Parameter],
     rates: Mapping[nn.Parameter, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer, with a group of parameters for each peak learning rate in ``rates``; the first is of those
-    that are not in it and have ``options.lr``."""
+    """The optimizer, with a group of parameters for each peak learning rate in ``rates``; the first is of
+    those that are not in it and have ``options.lr``."""
     by_rate: dict[float, list[nn.Parameter]] = {options.lr: []}
     for parameter in parameters:
         by_rate.setdefault((rates or {}).get(parameter, options.lr), []).append(parameter)
