@@ -75,8 +75,7 @@ class Aggregation(nn.Module):
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.convs = _shared_mlp(in_channels + 3, channels, channels)
-        self.convs[-1].append(nn.ReLU())
+        self.convs = _shared_mlp(in_channels + 3, channels, channels, last=True)
 
     def forward(self, xyz: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """[B, N, 3] and [B, N, in_channels] -> the origin [B, 1, 3] and the feature [B, 1, channels]."""
@@ -84,13 +83,14 @@ class Aggregation(nn.Module):
         return xyz.new_zeros(len(xyz), 1, 3), blocks.highest(self.convs(blocks.image(x)))
 
 
-def _shared_mlp(*channels: int) -> nn.Sequential:
-    """Layers from ``channels[0]`` to ``channels[-1]``, the last one without activation."""
+def _shared_mlp(*channels: int, last: bool = False) -> nn.Sequential:
+    """Layers from ``channels[0]`` to ``channels[-1]``; the last one has its activation where ``last``."""
     layers = [
         blocks.Layer(nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
         for before, after in pairwise(channels)
     ]
-    del layers[-1][2]
+    if not last:
+        del layers[-1][2]
     return nn.Sequential(*layers)
 
 
