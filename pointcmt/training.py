@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -453,11 +453,24 @@ class CrossModalTraining:
         self._entered("classify()")
         return self._classify(feature)
 
-    def parameters(self) -> Iterator[nn.Parameter]:
+    def parameters(self, side: Literal["both", "points", "images"] = "both") -> Iterator[nn.Parameter]:
         """What this context trains beside the student: the objectives' heads and connectors, and the teacher
-        where it is trained. For the optimizer; complete on entering."""
+        where it is trained. For the optimizer; complete on entering.
+
+        Args:
+            side: only what projects ``"images"`` (heads, and the teacher), or only the rest, ``"points"``:
+                for parameter groups with a learning rate each.
+        """
+        images = set() if self._train_teacher is False else {id(p) for p in self.teacher.parameters()}
+        for objective in self._objectives():
+            for name in objective.image_side:
+                images |= {id(parameter) for parameter in getattr(objective, name).parameters()}
         for module in self._trained_modules().values():
-            yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
+            for parameter in module.parameters():
+                if parameter.requires_grad and (
+                    side == "both" or (id(parameter) in images) == (side == "images")
+                ):
+                    yield parameter
 
     def state_dict(self) -> dict[str, Tensor]:
         """What this context trains, with its buffers: for a checkpoint of the run."""

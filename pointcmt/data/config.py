@@ -53,6 +53,9 @@ class DataOptions:
     where the clouds then lie elsewhere."""
     data_up: Literal["auto", "x", "y", "z"] = "auto"
     """Which axis of the clouds points up; auto takes what the data set records, else guesses and says so."""
+    voxel: float | None = None
+    """Rooms are thinned to a point for each cube of this edge, in the data's unit; 0: not; default: as is
+    usual for the data set."""
     skip_broken: bool = False
     """Leave out files of one's own that cannot be read, and say how many; else the first is an error."""
 
@@ -98,6 +101,7 @@ class DataOptions:
             "cache_dir": self.data_cache,
             "up": None if self.data_up == "auto" else self.data_up,
             "variant": self.variant,
+            "voxel": self.voxel,
             "skip_broken": self.skip_broken,
         }
         assert arguments.keys() == ARGUMENTS.keys()
@@ -147,7 +151,8 @@ class DataOptions:
     def settle(self, made: PointDataset) -> list[str]:
         """Give ``made`` an up axis where it has none; returns what a user should know of units and axis."""
         problems = []
-        frame = frame_of(made.view_points).problem() if len(made) else None
+        # rooms are in their own unit, and no views are made of them
+        frame = frame_of(made.view_points).problem() if len(made) and made.rooms is None else None
         if frame is not None:
             problems.append(f"{self.data}: {frame}")
         guess = guess_up(made.points, made.labels)

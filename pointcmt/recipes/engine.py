@@ -13,7 +13,7 @@ import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -168,15 +168,22 @@ def learning_rate(options: LoopOptions, step: int, steps: int, per_epoch: int) -
 
 
 def make_optimizer(
-    options: LoopOptions, parameters: list[nn.Parameter] | list[dict[str, Any]]
+    options: LoopOptions,
+    parameters: Iterable[nn.Parameter],
+    rates: Mapping[nn.Parameter, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer of parameters, or of groups of them whose ``rate`` is a factor of the learning rate."""
+    """The optimizer, with a group of parameters for each peak learning rate in ``rates``; the first is of
+    those that are not in it and have ``options.lr``."""
+    by_rate: dict[float, list[nn.Parameter]] = {options.lr: []}
+    for parameter in parameters:
+        by_rate.setdefault((rates or {}).get(parameter, options.lr), []).append(parameter)
+    groups = [{"params": some, "lr": lr, "factor": lr / options.lr} for lr, some in by_rate.items() if some]
     if options.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=options.lr, weight_decay=options.weight_decay)
+        return torch.optim.Adam(groups, lr=options.lr, weight_decay=options.weight_decay)
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
+        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
     return torch.optim.SGD(
-        parameters, lr=options.lr, weight_decay=options.weight_decay, momentum=0.9, nesterov=True
+        groups, lr=options.lr, weight_decay=options.weight_decay, momentum=0.9, nesterov=True
     )
 
 
@@ -223,8 +230,8 @@ def fit(
     run: RunFolder,
     *,
     extras: Trained | None = None,
+    rates: Mapping[nn.Parameter, float] | None = None,
     observe: Callable[[dict[str, float]], object] | None = None,
-    rates: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` to the end, from the beginning or from where the run folder stands.
 
@@ -239,8 +246,8 @@ def fit(
         run: the folder that is written: state.pt, metrics.jsonl, last.safetensors, best.safetensors.
         extras: what else is trained and resumed; never part of the checkpoint. Where there are several
             processes it keeps its own parameters equal on them.
+        rates: peak learning rate of parameters that have another than ``options.lr``; the schedule is one.
         observe: told the metrics of each evaluation, and on resuming those of the last one.
-        rates: factors of the learning rate, by how the names of the model's parameters begin; others have 1.
 
     Returns:
         ``last`` and ``best`` metrics with their epochs, what best was chosen by, epochs and seconds.
@@ -251,7 +258,7 @@ def fit(
     check_loop(options)
     with answering(machine.timeout):
         return _Loop(
-            model, task, batches, save, options, machine, accelerator, run, extras, observe, rates or {}
+            model, task, batches, save, options, machine, accelerator, run, extras, rates, observe
         ).go()
 
 
@@ -266,8 +273,8 @@ class _Loop:
     accelerator: Accelerator
     run: RunFolder
     extras: Trained | None
+    rates: Mapping[nn.Parameter, float] | None
     observe: Callable[[dict[str, float]], object] | None
-    rates: Mapping[str, float]
 
     def __post_init__(self) -> None:
         options, accelerator = self.options, self.accelerator
@@ -283,21 +290,11 @@ class _Loop:
             else None
         )
         self.wrapped, self.optimizer = accelerator.prepare(
-            self.model, make_optimizer(options, self.groups() if self.rates else self.parameters)
+            self.model, make_optimizer(options, self.parameters, self.rates)
         )
         self.first, self.spent = 0, 0.0
         self.best: dict[str, Any] | None = None
         self.metrics: dict[str, float] = {}
-
-    def groups(self) -> list[dict[str, Any]]:
-        """The parameters by their factor of the learning rate, those of factor 1 first."""
-        named = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        found: dict[float, list[nn.Parameter]] = {1.0: []}
-        for parameter in self.parameters:
-            name = named.get(id(parameter), "")
-            rate = next((rate for start, rate in self.rates.items() if name.startswith(start)), 1.0)
-            found.setdefault(rate, []).append(parameter)
-        return [{"params": those, "rate": rate} for rate, those in found.items() if those]
 
     @property
     def shown(self) -> nn.Module:
@@ -431,10 +428,9 @@ class _Loop:
         for number, batch in enumerate(itertools.islice(self.batches.epoch(epoch), usable)):
             step = epoch * self.per_epoch + number // options.accumulate
             moves = (number + 1) % options.accumulate == 0 or number + 1 == usable
+            rate = learning_rate(options, step, self.steps, self.per_epoch)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(options, step, self.steps, self.per_epoch) * group.get(
-                    "rate", 1.0
-                )
+                group["lr"] = rate * group.get("factor", 1.0)  # runs of before have no factor
             # gradients cross processes only on the step that moves the optimizer
             with contextlib.nullcontext() if moves else accelerator.no_sync(self.wrapped):
                 with accelerator.autocast():

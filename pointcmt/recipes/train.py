@@ -19,7 +19,7 @@ from pointcmt.adapters import INPUT_LAYOUTS, Adapter, find_adapter
 from pointcmt.checkpoint import read_about, save_module, seen_before
 from pointcmt.data import Augmentation, FeatureCache, PointDataset
 from pointcmt.data.unlabelled import apart_from, loose_clouds, without_labels
-from pointcmt.methods import PointCMT
+from pointcmt.methods import PointCMT, unused_parameters
 from pointcmt.objectives import ClassifierEnhancement, Objective
 from pointcmt.recipes.batches import Batch, Batches, WithUnlabelled, batches_of
 from pointcmt.recipes.build import StudentOptions, adapter_of, make_objectives, make_student, split_weights
@@ -130,6 +130,9 @@ class Train:
     init: Path | None = None
     """Start from the weights of a run of pretrain or train, or of a file, wherever name and shape are equal:
     fine-tuning."""
+    head_lr: float | None = None
+    """Peak learning rate of the student's head, the layers behind the encoder's feature, which a pre-trained
+    network has new; default: --lr, as everything else."""
     loop: LoopOptions = field(default_factory=lambda: LoopOptions(epochs=200))
     machine: MachineOptions = field(default_factory=MachineOptions)
     resume: bool = False
@@ -183,6 +186,8 @@ def check(options: Train) -> None:
 def check_options(options: Train) -> None:
     """Raise a ValueError for a value that makes no sense, whatever the teacher is."""
     check_loop(options.loop)
+    if options.head_lr is not None and not options.head_lr > 0:
+        raise ValueError(f"--head-lr is {options.head_lr}; expected a positive learning rate")
     if options.augment_scale < 1:
         raise ValueError(f"--augment-scale is {options.augment_scale}; expected 1 or more")
     if not 0 <= options.label_smoothing < 1:
@@ -305,6 +310,9 @@ def train(options: Train) -> dict[str, Any]:
     adapter = adapter_of(student, options.student, sample)
     if adapter.input_layout != find_adapter(student, options.student.adapter).input_layout:
         options.student.layout = adapter.input_layout
+    rates = {}
+    if options.head_lr is not None:
+        rates = dict.fromkeys(unused_parameters(student, adapter.arrange(sample), adapter), options.head_lr)
     run = RunFolder.start(
         accelerator, options.out, options, command="train", inputs=inputs, resume=options.resume
     )
@@ -389,7 +397,7 @@ def train(options: Train) -> dict[str, Any]:
             task.step = taught_step(plain_step, take, cmt, method)
         outcome = fit(
             student, task, training, save, options.loop, options.machine, accelerator, run,
-            extras=cmt, observe=observe,
+            extras=cmt, rates=rates, observe=observe,
         )  # fmt: skip
 
     results: dict[str, Any] = {

@@ -191,7 +191,9 @@ def train_teacher(options: TrainTeacher) -> dict[str, Any]:
 
     if accelerator.is_main_process:
         write_json(run.path / "shapes.json", {name: part.shape_ids for name, part in splits.parts().items()})
-    rates = {"backbone.": options.backbone_lr} if 0 < options.backbone_lr < 1 else None
+    rates = {}
+    if 0 < options.backbone_lr < 1:
+        rates = dict.fromkeys(teacher.backbone.parameters(), options.backbone_lr * options.loop.lr)
     outcome = fit(teacher, task, training, save, options.loop, options.machine, accelerator, run, rates=rates)
     if accelerator.is_main_process:
         save(teacher, run.path / "teacher.safetensors")
