@@ -76,7 +76,11 @@ def row(repetition: int, found: dict[str, Any]) -> dict[str, Any]:
         "taught OA %": mean_sd(found["taught"]),
         "difference": interval_text(interval),
         "core seconds": round(found["core seconds"]),
-        "OA by seed": {name: found[name] for name in ("plain", "taught")},
+        "OA by seed": {
+            "teacher": [found["teacher"]],
+            "plain": found["plain"],
+            "taught": found["taught"],
+        },
     }
 
 
