@@ -1,4 +1,4 @@
-# make demo   the main job on embedded synthetic shapes: teacher, generator, plain and PointCMT student, report
+# make demo   few labels, many clouds without, on embedded shapes: teacher, plain and taught students, report
 # make test   set-up, lint, and the whole suite
 # make bench  speed, as ratios against peers measured in the same run; REPOS=folder of checkouts of the public
 #             repositories and MODELNET40=folder of its clouds add the peers and the data that need them

@@ -79,6 +79,7 @@ def features_of(
     images: Path | None = None,
     batch_size: int = 32,
     workers: int = 0,
+    test: bool = True,
 ) -> dict[str, tuple[Path, FeatureCache]]:
     """The teacher's features of every part of ``splits``, and of its clouds without labels: opened, or built
     first where they are absent.
@@ -94,6 +95,7 @@ def features_of(
         images: folder of images, for a teacher of images; matched to the shapes by their ids. Not needed
             where the features are there.
         batch_size, workers: for building.
+        test: those of the test shapes too.
 
     Raises:
         ValueError: features that are there were made from other images.
@@ -104,6 +106,8 @@ def features_of(
     parts = dict(splits.parts())
     if splits.unlabelled is not None:
         parts["unlabelled"] = splits.unlabelled
+    if not test:
+        del parts["test"]
     for name, part in parts.items():
         path = folder / f"{name}-{part.fingerprint()[:16]}-{teacher_fingerprint[:16]}.safetensors"
         device = accelerator.device

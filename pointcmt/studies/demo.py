@@ -40,10 +40,10 @@ class Demo:
     """Seed of the first students and of the teacher; the others count on from it."""
     data: DataOptions = field(
         default_factory=lambda: DataOptions(
-            num_points=256, view_points=1024, per_class=60, labels_per_class=6, test_per_class=100
+            num_points=256, view_points=1024, per_class=60, labels_per_class=5, test_per_class=50
         )
     )
-    views: ViewOptions = field(default_factory=lambda: ViewOptions(size=32))
+    views: ViewOptions = field(default_factory=lambda: ViewOptions(size=32, channels=("depth", "normal")))
     backbone_options: tuple[str, ...] = (
         "width=0.5",
         "layers=(1, 1, 1)",
@@ -51,9 +51,9 @@ class Demo:
         "stem_stride=4",
     )
     """Arguments of the teacher's backbone (simpleview_resnet), as NAME=VALUE."""
-    teacher_epochs: int = 80
+    teacher_epochs: int = 60
     """Epochs of the teacher."""
-    epochs: int = 80
+    epochs: int = 60
     """Epochs of each student."""
     batch_size: int = 16
     """Labelled shapes in a step."""
@@ -67,7 +67,11 @@ class Demo:
     )
     method: MethodOptions = field(
         default_factory=lambda: MethodOptions(
-            fe_weight=0, ce_weight=0, objectives=("soft_labels=1",), guard="none"
+            fe_weight=0,
+            ce_weight=0,
+            objectives=("soft_labels=1",),
+            unlabelled_objectives=("soft_labels=3",),
+            guard="none",
         )
     )
     machine: MachineOptions = field(default_factory=MachineOptions)
@@ -102,7 +106,7 @@ def demo(options: Demo) -> dict[str, Any]:
                     optimizer="adamw",
                     lr=3e-3,
                     warmup=1,
-                    eval_every=20,
+                    eval_every=60,
                     seed=options.first_seed,
                 ),
                 machine=machine,
@@ -125,7 +129,7 @@ def demo(options: Demo) -> dict[str, Any]:
                             lr=5e-3,
                             warmup=1,
                             seed=seed,
-                            eval_every=20,
+                            eval_every=30,
                         ),
                         machine=machine,
                         resume=True,

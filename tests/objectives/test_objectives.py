@@ -130,6 +130,20 @@ def test_soft_labels(temperature):
         SoftLabels(temperature=0)
 
 
+def test_soft_labels_of_a_teacher_that_is_sure():
+    student, teacher, _ = states(8)
+    teacher = teacher._replace(logits=teacher.logits * torch.tensor([[0.1], [9.0], [0.1], [9.0]]))
+    kept = torch.tensor([1, 3])
+    some = SoftLabels(confidence=0.9)(student, teacher)
+    assert (teacher.logits.softmax(1).amax(1) > 0.9).tolist() == [False, True, False, True]
+    those = SoftLabels()(
+        student._replace(logits=student.logits[kept]), teacher.map(lambda value: value[kept])
+    )
+    assert some.item() == pytest.approx(those.item() / 2)
+    with pytest.raises(ValueError, match="confidence is 1"):
+        SoftLabels(confidence=1.0)
+
+
 def test_feature_l2():
     student, teacher, _ = states(5)
     pairs = zip(student.feature.flatten().tolist(), teacher.feature.flatten().tolist(), strict=True)
