@@ -102,7 +102,7 @@ class MMPoint(CrossModalTraining):
             copies=2,
             train_teacher=train_images,
         )
-        self.augment = augment
+        self.augment, self.views_per_step = augment, views
 
     def loss(self, *, views: Tensor | Views | None = None, image_features: Any = None) -> Tensor:
         return super().loss(views=changed_images(views, self.augment), image_features=image_features)
