@@ -22,6 +22,7 @@ from pointcmt.objectives.base import Objective, Sizes
 from pointcmt.ops._deferred import deferred
 from pointcmt.schedules import Guard
 from pointcmt.types import ImageFeatures, StudentState, TeacherOutput, Views
+from pointcmt.views.sampling import draw_cameras, project_chosen
 
 # after so many steps in which a head got gradients and did not move, its optimizer is asked about
 _STEPS_TO_MOVE = 10
@@ -99,7 +100,10 @@ class CrossModalTraining:
             weight 0 is skipped; where all are, the teacher does not run.
         report: what the adapter's check measured; None before it.
         sizes: of features, for the objectives' heads; None outside.
+        views_per_step: how many views of each shape :meth:`project` draws; None: all of the rig.
     """
+
+    views_per_step: int | None = None
 
     def __init__(
         self,
@@ -412,6 +416,23 @@ class CrossModalTraining:
         self._losses = losses
         assert total is not None
         return total
+
+    def project(self, points: Tensor) -> Views:
+        """Views of clouds [B, N, 3] with their cameras, as the image encoder was trained on: so many of its
+        rig's, drawn by chance for each shape, as the method takes in a step (:attr:`views_per_step`).
+
+        Raises:
+            ValueError: an encoder that does not know how to make its images of points, or fewer cameras.
+        """
+        spec = getattr(self.teacher, "view_spec", None)
+        if spec is None:
+            raise ValueError(
+                f"the image encoder ({type(self.teacher).__name__}) does not say how its images are made of "
+                "points: make it with view_spec=, or give loss() views of your own"
+            )
+        if self.views_per_step is None:
+            return spec.project(points, cameras=True)
+        return project_chosen(spec, points, draw_cameras(len(points), spec.num_views, self.views_per_step))
 
     @property
     def weights(self) -> dict[str, float]:

@@ -52,6 +52,8 @@ class CrossPoint(CrossModalTraining):
     is chosen.
     """
 
+    views_per_step = 1
+
     def __init__(
         self,
         images: nn.Module,

@@ -102,7 +102,7 @@ class MMPoint(CrossModalTraining):
             copies=2,
             train_teacher=train_images,
         )
-        self.augment = augment
+        self.augment, self.views_per_step = augment, views
 
     def loss(
         self,

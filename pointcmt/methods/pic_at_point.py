@@ -22,17 +22,14 @@ class PicAtPoint(CrossModalTraining):
         with PicAtPoint(images, network, points=sample) as pre:
             optimizer = Adam([*network.parameters(), *pre.parameters()])
             for points in loader:
-                cameras = draw_cameras(len(points), 20)
-                views = project_chosen(images.view_spec, points, cameras)
+                views = pre.project(points)
                 points, motion = change.with_motion(points)
                 network(points)
                 loss = pre.loss(views=moved(views, motion))
 
-    Here, as in the paper, with one view by chance of a rig's twenty per shape and step
-    (``pointcmt.views.sampling``), and with clouds that are turned
-    (``pointcmt.data.contrastive.CloudAugmentation``) and their cameras with them (``pointcmt.views.cells``).
-    ``views=images.project(points, cameras=True)`` takes all views of the clouds as they are. The paper's
-    learning rates, 1e-3 and for the images' heads 5e-5::
+    Here, as in the paper, with one view by chance of a rig's twenty per shape and step, and with clouds that
+    are turned (``change``, a ``pointcmt.data.contrastive.CloudAugmentation``) and their cameras with them
+    (``pointcmt.views.cells.moved``). The paper's learning rates, 1e-3 and for the images' heads 5e-5::
 
         optimizer = Adam(
             [
@@ -72,6 +69,8 @@ class PicAtPoint(CrossModalTraining):
     correspondence", ACML 2024. The ablation with normals needs nothing here: give a network that takes
     [B, N, 6] such points.
     """
+
+    views_per_step = 1
 
     def __init__(
         self,
