@@ -264,6 +264,30 @@ def test_the_side_studies_are_sound(name):
     assert "none" in made.methods and "hard" in made.tests
 
 
+@pytest.mark.parametrize("name", ["unlabelled", "unlabelled-details", "losses", "students", "princeton"])
+def test_the_studies_of_what_images_add_are_sound(name):
+    made = study.read_study(Path(__file__).resolve().parents[2] / f"benchmarks/configs/{name}.yaml")
+    assert "none" in made.methods and len(made.seeds) >= 3 and next(iter(made.students)) == "pointnet2"
+    assert all(method.guard == "none" for method in made.methods.values() if method.method != "none")
+    with_others = [n for n, m in made.methods.items() if m.method != "none" and m.unlabelled_ratio]
+    few = made.data.labels_per_class
+    if name in ("unlabelled", "students"):
+        assert few == 20 and with_others and "hard" in made.tests
+        assert (
+            made.views
+            == study.read_study(Path(__file__).resolve().parents[2] / "benchmarks/configs/cpu.yaml").views
+        )
+    elif name in ("unlabelled-details", "losses"):
+        # as many held out as labelled, to choose by
+        assert (few or made.data.per_class, made.data.holdout) == (40, 0.5)
+        assert bool(with_others and few) == (name == "unlabelled-details")
+    else:
+        assert made.data.dataset == "princeton36" and made.train["images"] == "runs/princeton/princeton36"
+    if name in ("students", "princeton"):
+        assert len(made.students) == 4 and len(made.seeds) >= 5
+        assert {"FE", "CE", "FE+CE", "Hinton", "SRRL", "FE+CE+Hinton"} <= made.methods.keys()
+
+
 def test_the_paired_interval_against_the_textbook():
     # n = 5, t(0.975, 4) = 2.776; differences 1 … 5: mean 3, sd 1.5811
     mean, half = paired_interval(np.array([1.0, 2, 3, 4, 5]))
