@@ -106,7 +106,7 @@ class PrincetonShapes(PointDataset):
 
         def sample() -> np.ndarray:
             clouds = np.empty((len(rows), wanted, 3), dtype=np.float32)
-            for cloud, row, name in zip(clouds, rows, ids, strict=True):
+            for cloud, row, name in zip(clouds, rows.tolist(), ids, strict=True):
                 corners, faces = mesh_of(pack, row, f"{path}, {name}")
                 cloud[:] = sample_surface(corners, faces, wanted, draws(seed, name), f"{path}, {name}")[:, :3]
             return clouds

@@ -295,6 +295,27 @@ def test_the_paired_interval_against_the_textbook():
     assert paired_interval(np.array([1.0])) is None
 
 
+def test_what_stands_among_many_comparisons():
+    # Holm: 0.01 < 0.05/4, 0.016 < 0.05/3, and 0.03 > 0.05/2 ends it, though 0.04 < 0.05/1
+    assert tables.holm([0.04, 0.01, 0.03, 0.016]) == [False, True, False, True]
+    assert tables.holm([0.049]) == [True] and tables.holm([]) == []
+    # t = 3 / (1.5811 / sqrt 5) = 4.243 with 4 degrees of freedom
+    assert tables.p_value(np.array([1.0, 2, 3, 4, 5])) == pytest.approx(0.01324, abs=1e-4)
+    assert tables.p_value(np.array([2.0, 2.0])) == 0 and tables.p_value(np.array([0.0, 0.0])) == 1
+    assert tables.p_value(np.array([1.0])) == 1
+    assert tables.interval_text((4.0, 1.0), True) == "**+4.00 ± 1.00** †"
+    assert tables.interval_text((0.5, 1.0), True) == "+0.50 ± 1.00"
+    records = [record("net", "none", None, seed, 50 + seed) for seed in range(4)]
+    for method, gains in (("sure", (9.0, 9.1, 8.9, 9.2)), ("hardly", (1, 2, 0.2, 1)), ("not", (1, -1, 0, 1))):
+        records += [record("net", method, "t", s, 50 + s + gain) for s, gain in enumerate(gains)]
+    rows = rows_of(records, ["net"], ["none", "sure", "hardly", "not"], ["t"])
+    headings, lines = table_of(rows, ["test"])
+    said = {line[1]: line[headings.index("difference")] for line in lines[1:]}
+    assert said["sure"].endswith("** †") and said["not"][0] != "*"
+    # 0.067 by itself
+    assert tables.p_value(np.array([1, 2, 0.2, 1])) > 0.05 and "†" not in said["hardly"]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
