@@ -18,6 +18,28 @@ _DATASETS = {
     "vertices_q": (2, "u"), "faces": (2, "u"), "vertex_offset": (1, "i"), "face_offset": (1, "i"),
     "lo": (2, "f"), "step": (1, "f"), "cls": (1, "S"), "split": (1, "i"), "id": (1, "i"),
 }  # fmt: skip
+_COURSE = {"label69": (1, "i"), "names69": (1, "S")}
+
+
+def mesh_of(pack: dict[str, np.ndarray], row: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices float32 [n, 3] and triangles int64 [m, 3] of one mesh of the pack.
+
+    Raises:
+        ValueError: faces that name vertices that are not there.
+    """
+    vertices = slice(*pack["vertex_offset"][row : row + 2])
+    faces = pack["faces"][slice(*pack["face_offset"][row : row + 2])].astype(np.int64)
+    corners = pack["vertices_q"][vertices] * float(pack["step"][row]) + pack["lo"][row]
+    if len(faces) and faces.max() >= len(corners):
+        raise ValueError(f"{where}: faces name vertices beyond the {len(corners)} there are")
+    return corners, faces
+
+
+def read_pack(root: str | Path, course: bool = False) -> tuple[Path, dict[str, np.ndarray]]:
+    """The pack's file and its arrays; with ``course`` the 69 classes of a course too."""
+    path, wanted = Path(root) / _FILE, {**_DATASETS, **(_COURSE if course else {})}
+    arrays, _ = read_datasets(path, wanted)
+    return path, dict(zip(wanted, arrays, strict=True))
 
 
 @register_dataset("princeton", matches=lambda root: (root / _FILE).is_file(), layout=_FILE)
@@ -34,6 +56,8 @@ class PrincetonShapes(PointDataset):
         num_points: N.
         level: parts of the class path, 1 (animal, building, …) to 4.
         shared: leave out classes that are not in both splits.
+        course: in place of the official classes the 36 of a university course's 69 that have at least three
+            meshes in either split; other meshes are left out, and ``level`` and ``shared`` say nothing.
         per_class, seed, dense_points, cache_dir, up: as in :class:`~pointcmt.data.ModelNet40`.
 
     Raises:
@@ -49,6 +73,7 @@ class PrincetonShapes(PointDataset):
         *,
         level: int = 2,
         shared: bool = True,
+        course: bool = False,
         per_class: int | None = None,
         seed: int = 0,
         dense_points: int | None = None,
@@ -58,12 +83,19 @@ class PrincetonShapes(PointDataset):
         check_split(split)
         if num_points < 1 or level < 1:
             raise ValueError(f"num_points {num_points} and level {level}: expected at least 1")
-        path = Path(root) / _FILE
-        arrays, _ = read_datasets(path, _DATASETS)
-        pack = dict(zip(_DATASETS, arrays, strict=True))
-        classes = np.array(["/".join(name.decode().split("/")[:level]) for name in pack["cls"]])
+        path, pack = read_pack(root, course)
         in_test = pack["split"] == 1
-        names = sorted(set(classes[~in_test]) & set(classes[in_test]) if shared else set(classes))
+        if course:
+            known, course_names = pack["label69"], [name.decode() for name in pack["names69"]]
+            classes = np.array(["" if label < 0 else course_names[label] for label in known])
+            names = [
+                name
+                for name in sorted(course_names)
+                if min((classes[~in_test] == name).sum(), (classes[in_test] == name).sum()) >= 3
+            ]
+        else:
+            classes = np.array(["/".join(name.decode().split("/")[:level]) for name in pack["cls"]])
+            names = sorted(set(classes[~in_test]) & set(classes[in_test]) if shared else set(classes))
         rows = np.flatnonzero((in_test == (split == "test")) & np.isin(classes, names))
         labels = np.searchsorted(names, classes[rows])
         if per_class is not None:
@@ -74,18 +106,13 @@ class PrincetonShapes(PointDataset):
 
         def sample() -> np.ndarray:
             clouds = np.empty((len(rows), wanted, 3), dtype=np.float32)
-            for cloud, row, name in zip(clouds, rows, ids, strict=True):
-                vertices = slice(*pack["vertex_offset"][row : row + 2])
-                faces = pack["faces"][slice(*pack["face_offset"][row : row + 2])].astype(np.int64)
-                corners = pack["vertices_q"][vertices] * float(pack["step"][row]) + pack["lo"][row]
-                if len(faces) and faces.max() >= len(corners):
-                    raise ValueError(
-                        f"{path}, {name}: faces name vertices beyond the {len(corners)} there are"
-                    )
+            for cloud, row, name in zip(clouds, rows.tolist(), ids, strict=True):
+                corners, faces = mesh_of(pack, row, f"{path}, {name}")
                 cloud[:] = sample_surface(corners, faces, wanted, draws(seed, name), f"{path}, {name}")[:, :3]
             return clouds
 
-        settings = f"princeton1-{split}-{level}-{shared}-{per_class}-{wanted}-{seed}"
+        kind = "course" if course else f"{level}-{shared}"
+        settings = f"princeton1-{split}-{kind}-{per_class}-{wanted}-{seed}"
         clouds = cached_array(cache_dir, settings, [path], sample)
         points, dense = in_unit_sphere(clouds[:, :num_points], clouds if dense_points else None)
         flat = [names[label].replace("/", "-") for label in labels]
@@ -99,3 +126,39 @@ class PrincetonShapes(PointDataset):
             up=up,
         )
         self.root, self.split = Path(root), split
+
+
+@register_dataset("princeton36", layout=_FILE)
+def princeton36(
+    root: Path,
+    split: Split,
+    num_points: int,
+    per_class: int | None = None,
+    seed: int = 0,
+    dense_points: int | None = None,
+    cache_dir: Path | None = None,
+    up: Up | None = None,
+) -> PrincetonShapes:
+    """The 36 classes with enough members, of the course's 69."""
+    return PrincetonShapes(
+        root, split, num_points, course=True, per_class=per_class, seed=seed, dense_points=dense_points,
+        cache_dir=cache_dir, up=up,
+    )  # fmt: skip
+
+
+@register_dataset("princeton-coarse", layout=_FILE)
+def princeton_coarse(
+    root: Path,
+    split: Split,
+    num_points: int,
+    per_class: int | None = None,
+    seed: int = 0,
+    dense_points: int | None = None,
+    cache_dir: Path | None = None,
+    up: Up | None = None,
+) -> PrincetonShapes:
+    """The official classes at their coarsest level: animal, building, furniture …"""
+    return PrincetonShapes(
+        root, split, num_points, level=1, per_class=per_class, seed=seed, dense_points=dense_points,
+        cache_dir=cache_dir, up=up,
+    )  # fmt: skip
