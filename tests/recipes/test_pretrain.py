@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from pointcmt.recipes.few_shot import episode
 from pointcmt.recipes.networks import encode, find_weights, load_network, start_from
 from pointcmt.recipes.probe import linear_svm
 from pointcmt.recipes.run import read_metrics
+from pointcmt.views import pixels_of
 from tests.pretraining_toys import LOCAL, Network, adapter
 
 TOY = ["--student", "tests.pretraining_toys:made", "--adapter", "toy"]
@@ -149,6 +151,89 @@ def test_ablations(ablation, tmp_path):
         assert "heldout_cell" in results["last"] and "heldout_retrieval" not in results["last"]
     if "--holdout" in ablation:
         assert "train_retrieval" in results["last"]
+
+
+# ---- stored pictures, and normals
+
+
+@pytest.fixture(scope="module")
+def meshes(tmp_path_factory) -> Path:
+    """Boxes of many sizes, far from the origin."""
+    root = tmp_path_factory.mktemp("meshes")
+    draw = np.random.default_rng(0)
+    corners = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
+    faces = ["0 1 3 2", "4 6 7 5", "0 4 5 1", "2 3 7 6", "0 2 6 4", "1 5 7 3"]
+    for split, count in (("train", 6), ("test", 1)):
+        for name in ("flat", "tall"):
+            folder = root / name / split
+            folder.mkdir(parents=True)
+            for number in range(count):
+                sides = draw.uniform(20, 60, 3) * ([1, 1, 0.2] if name == "flat" else [1, 1, 3])
+                points = corners * sides + draw.uniform(-500, 500, 3)
+                rows = [" ".join(f"{x:.4f}" for x in point) for point in points]
+                text = ["OFF", "8 6 0", *rows, *(f"4 {face}" for face in faces)]
+                (folder / f"{name}_{number:04d}.off").write_text("\n".join(text) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def rendered(meshes, tmp_path_factory) -> Path:
+    pytest.importorskip("pyvista", reason="pyvista is not installed: pip install 'pointcmt[mesh]'")
+    out = tmp_path_factory.mktemp("images")
+    run("render-views", meshes, "--out", out, "--rig", "simpleview", "--size", 32)
+    return out
+
+
+STORED = ["--num-points", "48", "--up", "z", "--data-up", "z", "--holdout", "0.3", *TOY, *CPU, *SMALL]
+
+
+def test_stored_pictures_show_the_points_where_their_cameras_say(meshes, rendered, tmp_path):
+    options = pretrain.Pretrain(tmp_path, data=networks.DataOptions(str(meshes), num_points=48, data_up="z"))
+    options.images.images, options.views.size = rendered, 32
+    clouds = networks.clouds_of(options.data, "train")
+    stored = pretrain.source_of(options, clouds, options.views.spec("z"), 3, torch.device("cpu"))
+    rows, cameras = torch.tensor([5, 0, 9]), torch.tensor([[0, 3], [4, 1], [2, 5]])
+    views = stored.take(rows, cameras)
+    assert views.images.shape == (3, 2, 3, 32, 32) and views.view_matrix.shape == (3, 2, 4, 4)
+    points = torch.from_numpy(clouds.points[rows])
+    pixels, _ = pixels_of(points, views.view_matrix, views.projection_matrix)
+    place = (pixels * 32).long().clamp(0, 31)
+    for shape in range(3):
+        for view in range(2):
+            column, row = place[shape, view].unbind(-1)
+            shown = views.images[shape, view, 0, row, column] < 0.99  # the ground is white
+            assert shown.float().mean() > 0.9
+    run("pretrain", "--data", meshes, "--images", rendered, "--out", tmp_path / "run", *STORED)
+    assert read(tmp_path / "run")["views"] == {"images": "stored", "size": 16}
+
+
+def test_stored_pictures_without_the_right_cameras(meshes, rendered, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(rendered, images)
+    words = ["pretrain", "--data", str(meshes), "--images", str(images), *STORED]
+    files = sorted((images / "train").rglob("*_cameras.json"))
+    for file, other in zip(files, [*files[1:], files[0]], strict=True):
+        shutil.copy(rendered / other.relative_to(images), file)
+    assert main([*words, "--out", str(tmp_path / "a")]) == 1
+    assert "are not of these clouds. Render the very meshes" in capsys.readouterr().err.replace("\n", " ")
+    for file in files:
+        file.unlink()
+    assert main([*words, "--out", str(tmp_path / "b")]) == 1
+    assert "render-views` writes it with the images" in capsys.readouterr().err.replace("\n", " ")
+    run(*words, "--out", tmp_path / "c", "--method", "crosspoint")  # needs no cameras
+    assert main([*words, "--out", str(tmp_path / "d"), "--hidden-points", "skip"]) == 1
+    assert "which points a stored picture shows is not known" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_with_normals(meshes, tmp_path, capsys):
+    network = ["--student", "pointnet2", "--width", "0.125", "--student-options", "in_channels=6"]
+    words = ["--data", meshes, "--num-points", "48", "--data-up", "z", *network, "--normals"]
+    small = [*CPU, *SMALL[: SMALL.index("--epochs")], "--epochs", 1, "--up", "z", "--holdout", 0.3]
+    run("pretrain", "--out", tmp_path / "run", *words, *small, "--batch-size", 8)
+    assert load_file(tmp_path / "run" / "network.safetensors")["sa1.mlp_convs.0.weight"].shape[1] == 6
+    run("probe", tmp_path / "run", *words, "--device", "cpu", "--c", 1, "--folds", 2)
+    assert main(["pretrain", "--out", str(tmp_path / "no"), "--normals", *TOY, *DATA, *CPU]) == 1
+    assert "data set 'synthetic' has no --normals" in capsys.readouterr().err.replace("\n", " ")
 
 
 # ---- weights
