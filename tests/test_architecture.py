@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "heads": set(),
     "objectives": {"ops", "heads", "views"},
     "views": {"ops", "checkpoint"},
-    "data": {"views", "checkpoint"},
+    "data": {"views", "checkpoint", "ops"},
     "students": {"ops"},
     "tasks": set(),
     "pictures": {"checkpoint"},

@@ -57,6 +57,7 @@ ARGUMENTS = {
     "cache_dir": "Path or None: keeps what is slow to make",
     "up": "'x', 'y', 'z' or None: the axis that points up, where the user says it",
     "variant": "str: variant of ScanObjectNN",
+    "voxel": "float or None: edge of the cubes that rooms are thinned to",
     "skip_broken": "bool: leave out what cannot be read, and say so",
 }
 

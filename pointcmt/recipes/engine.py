@@ -172,12 +172,12 @@ def make_optimizer(
     parameters: Iterable[nn.Parameter],
     rates: Mapping[nn.Parameter, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer, with a group of parameters for each peak learning rate in ``rates``, in the order of
-    ``parameters``; those that are not in it have ``options.lr``."""
-    by_rate: dict[float, list[nn.Parameter]] = {}
+    """The optimizer, with a group of parameters for each peak learning rate in ``rates``; the first is of
+    those that are not in it and have ``options.lr``."""
+    by_rate: dict[float, list[nn.Parameter]] = {options.lr: []}
     for parameter in parameters:
         by_rate.setdefault((rates or {}).get(parameter, options.lr), []).append(parameter)
-    groups = [{"params": some, "lr": lr, "factor": lr / options.lr} for lr, some in by_rate.items()]
+    groups = [{"params": some, "lr": lr, "factor": lr / options.lr} for lr, some in by_rate.items() if some]
     if options.optimizer == "adam":
         return torch.optim.Adam(groups, lr=options.lr, weight_decay=options.weight_decay)
     if options.optimizer == "adamw":

@@ -347,3 +347,34 @@ print(plain, faults())
     if plain < 20 * 100:
         pytest.skip(f"the C library keeps freed memory as it is: {plain} page faults")
     assert kept < plain / 10
+
+
+def test_parts_of_a_network_have_rates_of_their_own(tmp_path):
+    accelerator = make_accelerator(MachineOptions(device="cpu"))
+    loop = LoopOptions(epochs=2, batch_size=12, optimizer="sgd", lr=0.1, weight_decay=0, schedule="constant")
+    run = RunFolder.start(accelerator, tmp_path, Config(loop), command="train", resume=False)
+    seed_everything(0)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    before = [layer.weight.detach().clone() for layer in model]
+
+    def step(model, batch, done):
+        return {"loss": sum(layer.weight.sum() for layer in model)}  # a gradient of one everywhere
+
+    task = Task(step, lambda model: {"x": 0.0}, Figure("x", "highest", "x"))
+    batches = Batches(clouds(), 12, accelerator.device, 0)
+    machine = MachineOptions(device="cpu", tensorboard=False, progress=False)
+    fit(
+        model,
+        task,
+        batches,
+        lambda m, p: None,
+        loop,
+        machine,
+        accelerator,
+        run,
+        rates={model[0].weight: 0.25 * loop.lr},
+    )
+    moved = [(old - layer.weight).detach() for old, layer in zip(before, model, strict=True)]
+    assert (moved[1] > 0.1).all()
+    torch.testing.assert_close(moved[0], 0.25 * moved[1])
+    assert [record["lr"] for record in read_metrics(tmp_path)] == [0.1, 0.1]
