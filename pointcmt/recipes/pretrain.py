@@ -31,8 +31,9 @@ from pointcmt.recipes.engine import (
     make_accelerator,
     seed_everything,
 )
-from pointcmt.recipes.networks import clouds_of, encode
+from pointcmt.recipes.networks import clouds_of, encode, frozen_features
 from pointcmt.recipes.options import DataOptions, ViewOptions, parse_assignments
+from pointcmt.recipes.pretrain_pictures import SHAPES, VIEWS, draw_features, draw_similarity
 from pointcmt.recipes.progress import console, say, warn
 from pointcmt.recipes.run import RunFolder, find_checkpoint
 from pointcmt.tasks import Figure, Task
@@ -222,6 +223,7 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
         "num_points": options.data.num_points,
         "method": options.contrast.method,
     }
+    before = frozen_features(network, adapter, watched, device, options.loop.batch_size)
     with method as pre:
         pictures = Pictures(encoder, sources[0], options)
         watch = Watch(options, pre, adapter, watched, part, sources[1], device, main)
@@ -262,6 +264,8 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
                 "smaller pictures (--size), fewer --views-per-step, or --precision bf16, and another --out"
             ) from error
         chance = chances(pre)
+        if main:
+            watch.draw(network, before, run.path)
     for parameter in untouched:
         parameter.requires_grad_(True)
     if main:
@@ -658,6 +662,7 @@ class Watch:
         show: bool,
     ) -> None:
         self.pre, self.adapter, self.part, self.source, self.show = pre, adapter, part, source, show
+        self.shapes = shapes
         self.batches = Batches(shapes, options.loop.batch_size, device)
         self.change = cloud_augmentation(options, source.up)
         self.count = options.contrast.views()
@@ -691,16 +696,7 @@ class Watch:
                 points = batch.inputs
                 if self.pre.copies > 1:
                     points = torch.cat([self.change(batch.inputs, drawn) for _ in range(self.pre.copies)])
-                found = encode(model, self.adapter, points)
-                state = StudentState(
-                    found.global_,
-                    None,
-                    None,
-                    found.local,
-                    found.centers,
-                    copies=self.pre.copies,
-                    global_=found.global_,
-                )
+                state = self._state(model, points, self.pre.copies)
                 if self.pairing is not None:
                     pairs.append(self.pairing.embed(state, said))
                 if self.local is not None:
@@ -722,6 +718,36 @@ class Watch:
                 f"who guesses has the losses {losses}, and {self.part}_retrieval {100 / self.batches.n:.2g} %"
             )
         return metrics
+
+    def _state(self, model: nn.Module, points: Tensor, copies: int) -> StudentState:
+        found = encode(model, self.adapter, points)
+        return StudentState(
+            found.global_, None, None, found.local, found.centers, copies=copies, global_=found.global_
+        )
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module, before: np.ndarray, folder: Path) -> None:
+        """Writes ``features.png`` and, of Pic@Point, ``similarity.png``.
+
+        Args:
+            model: in eval mode.
+            before: features [n, D] of the shapes before pre-training.
+            folder: of the run.
+        """
+        shapes = self.shapes
+        after = frozen_features(model, self.adapter, shapes, self.batches.device, self.batches.batch_size)
+        draw_features(before, after, shapes.labels, shapes.class_names, folder / "features.png")
+        if self.local is None:
+            return
+        rows = torch.linspace(0, len(shapes) - 1, min(SHAPES, len(shapes))).long()
+        places = torch.linspace(0, self.source.num_views - 1, min(VIEWS, self.source.num_views)).long()
+        views = self.source.take(rows, places.expand(len(rows), -1))
+        points = torch.from_numpy(shapes.points[rows.numpy()]).to(self.batches.device)
+        with in_eval_mode(self.pre.objectives, self.pre.teacher):
+            said = self.pre.teacher(views.images, per_view=True, maps=True)._replace(views=views)
+            names = [shapes.shape_ids[row] for row in rows.tolist()]
+            state = self._state(model, points, 1)
+            draw_similarity(self.local, state, said, names, self.source.up, folder / "similarity.png")
 
 
 def chances(pre: CrossModalTraining) -> dict[str, float]:

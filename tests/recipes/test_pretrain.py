@@ -17,11 +17,14 @@ from pointcmt.adapters import register_adapter, unregister_adapter
 from pointcmt.cli import main
 from pointcmt.data.dataset import PointDataset
 from pointcmt.methods import freeze_unused
-from pointcmt.recipes import networks, pretrain
+from pointcmt.recipes import networks, pretrain, pretrain_pictures
 from pointcmt.recipes.few_shot import episode
 from pointcmt.recipes.networks import encode, find_weights, load_network, start_from
+from pointcmt.recipes.pretrain_pictures import draw_features, draw_similarity
 from pointcmt.recipes.probe import linear_svm
 from pointcmt.recipes.run import read_metrics
+from pointcmt.studies.report import write_report
+from pointcmt.types import StudentState, TeacherOutput, Views
 from pointcmt.views import pixels_of
 from tests.pretraining_toys import LOCAL, Network, adapter
 
@@ -79,6 +82,46 @@ def test_a_run_saves_just_the_network_and_says_what_it_did(method, runs):
     assert results["not_trained"] == sum(
         p.numel() for part in (network.hidden, network.head) for p in part.parameters()
     )
+
+
+def test_pictures_of_what_is_similar_are_in_the_report(runs):
+    assert (runs / "pic-at-point" / "similarity.png").stat().st_size > 10_000
+    assert not (runs / "crosspoint" / "similarity.png").exists()  # it has no local features
+    page = write_report(runs).read_text()
+    assert page.count("What pre-training finds similar") == 1
+    assert "3 runs" in page and "Comparison" not in page
+
+
+def test_the_similarities_that_are_drawn():
+    local = torch.nn.functional.normalize(
+        torch.tensor([[[[1.0, 0], [0, 1], [1, 1]]], [[[0, 1.0], [1, 0], [-1, 0]]]]), dim=-1
+    )
+    cells = torch.eye(2).reshape(1, 1, 2, 1, 2).repeat(2, 1, 1, 1, 1)
+
+    class Heads:
+        def embed_cells(self, state, said):
+            return local, cells
+
+    centers = torch.tensor([[[2.0, 0, 0], [1, 0, 0], [0, 0, 0]], [[0.0, 0, 0], [1, 0, 0], [3, 0, 0]]])
+    state = StudentState(torch.zeros(2, 1), None, None, None, centers)
+    said = TeacherOutput(torch.zeros(2, 1), views=Views(torch.zeros(2, 1, 1, 4, 4)))
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain_pictures, "save_similarity", lambda *values: seen.update(enumerate(values)))
+        draw_similarity(Heads(), state, said, ["a", "b"], "z", Path())
+    assert seen[1] == [0, 2]  # the outermost points
+    np.testing.assert_allclose(seen[2], [[1, 0, 0.5**0.5], [0, -1, 1]], atol=1e-6)
+    np.testing.assert_allclose(seen[3], [[0, 1, -1], [-1, 0, -(0.5**0.5)]], atol=1e-6)
+    np.testing.assert_allclose(seen[5], [[[[1, 0]]], [[[-1, 0]]]], atol=1e-6)
+
+
+def test_features_are_laid_out(tmp_path):
+    draw = np.random.default_rng(0)
+    labels = np.repeat(np.arange(2), 6)
+    features = draw.normal(size=(12, 5)) + 9 * labels[:, None]
+    assert draw_features(features[:4], features[:4], labels[:4], ["a", "b"], tmp_path / "no.png") is None
+    path = draw_features(features, features, labels, ["a", "b"], tmp_path / "yes.png")
+    assert path is not None and path.stat().st_size > 5000
 
 
 def test_the_last_network_is_the_one_that_is_saved(runs):
