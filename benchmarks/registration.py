@@ -146,6 +146,7 @@ class Study:
             network=NetworkOptions(**{**self.network, **changes.get("network", {})}),
             losses=LossWeights(**{**self.losses, **changes.get("losses", {})}),
             baselines=(),
+            drawn=0,
             loop=LoopOptions(**{**self.loop, "seed": cell.seed}),
             machine=MachineOptions(device="cpu", tensorboard=False),
             resume=True,

@@ -1,8 +1,9 @@
 """What does CMIGNet cost beside RANSAC on FPFH, and how much memory does its training take?
 
-Time is that of the processor over all threads (``time.process_time``), in turns, over the same pairs of 1,024
-points before the crop (768 after it) of the embedded shapes. Memory is the peak of the resident set of a child
-process that trains two steps, less the peak that it had with all code loaded (a step of a tiny network).
+Time is that of the processor over all threads (``time.process_time``), in turns, over the same pairs of
+1,024 points before the crop (768 after it) of the embedded shapes. Memory is the peak of the resident set of
+a child process that trains two steps, less the peak that it had with all code loaded (a step of a tiny
+network).
 
     python -m benchmarks.registration_cost
 """
