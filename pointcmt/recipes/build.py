@@ -206,8 +206,8 @@ def split_objectives(
     for pair in pairs:
         first, *rest = pair.split(",")
         ((name, weight),) = parse_assignments([first], option).items()
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(f"{option} {name}={weight}: expected a number as weight")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < 1e30:
+            raise ValueError(f"{option} {name}={weight}: expected a finite number as weight")
         if name in found:
             raise ValueError(f"{option} names {name} twice; give each objective once")
         found[name] = float(weight), parse_assignments(rest, option)

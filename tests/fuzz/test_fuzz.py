@@ -22,8 +22,11 @@ def test_damaged_files_are_read_rightly_or_refused_by_name():
     assert {"read", "refused"} <= {one["how"] for _, one in said}
 
 
-# a crash of the library that read register's clouds; a file without its name; a list that named a file twice
-@pytest.mark.parametrize("number", [6, 46, 160, 483, 557, 1728, 1876])
+# a crash of the library that read register's clouds; files without their name; a list that named a file
+# twice; cameras of NaN; a weight beyond all floats; a network that does not say how many classes it has
+@pytest.mark.parametrize(
+    "number", [6, 46, 160, 483, 557, 1728, 1876, 4989, 14980, 17332, 23085, 31765, 50283]
+)
 def test_cases_that_were_wrong(number, tmp_path, seeds):
     assert run_case(number, tmp_path / "case", seeds)["wrong"] == ""
 
