@@ -189,7 +189,7 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
     images = options.images.images
     accelerator = make_accelerator(options.machine)
     main, device = accelerator.is_main_process, accelerator.device
-    clouds = clouds_of(options.data, "train")
+    clouds = clouds_of(options.data, "train", labelled=False)
     train, watched, part = without_labels(
         clouds, options.data.holdout, options.watch_shapes, options.data.data_seed
     )

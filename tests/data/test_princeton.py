@@ -43,6 +43,10 @@ def test_parts_follow_their_points() -> None:
 
 def test_official_split_and_coarser_classes(tmp_path: Path) -> None:
     root = folder("psb", "psb_meshes.h5")
+    course = PrincetonShapes(root, "train", 32, course=True, per_class=1)
+    assert course.num_classes == 36 == len(course) and {"AircraftBuoyant", "Car"} <= set(course.class_names)
+    named = DataOptions(str(root), "princeton36", num_points=16, test_per_class=3).build("test", 3)
+    assert named.class_names == course.class_names and len(named) == 36 * 3
     train = PrincetonShapes(root, "train", 32, per_class=2, cache_dir=tmp_path)
     test = PrincetonShapes(root, "test", 32, level=1, per_class=3, dense_points=48)
     assert (
