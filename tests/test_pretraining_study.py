@@ -87,6 +87,10 @@ def test_pieces_are_done_once_and_what_there_is_must_stay_as_it_was(tmp_path):
     assert scratch["initialised"] == 0 and not (out / "records/toy/none/0/pretrain.json").exists()
     assert not list(out.rglob("state.pt"))
     pretraining.run(plan, pieces, out, machine)  # nothing is left to do: without the adapter it would fail
+    kept = json.loads((out / "plan.json").read_text())
+    del kept["data"]["normals"], kept["students"]["toy"]["layout"]  # of a version that did not have them
+    pretraining.write_json(out / "plan.json", kept)
+    pretraining.run(plan, pieces, out, machine)
     other = pretraining.read_plan(written(tmp_path, train={"loop": {"lr": 1e-2}}))
     with pytest.raises(ValueError, match="a configuration with other train"):
         pretraining.run(other, pieces, out, machine)
