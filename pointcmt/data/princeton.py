@@ -63,10 +63,10 @@ class PrincetonShapes(PointDataset):
         num_points: N.
         level: parts of the class path, 1 (animal, building, …) to 4.
         shared: leave out classes that are not in both splits.
-        normals: items are [N, 6] with the unit normals of the faces.
-        normalize: scale into the unit sphere; False leaves the coordinates of the meshes.
         course: in place of the official classes the 36 of a university course's 69 that have at least three
             meshes in either split; other meshes are left out, and ``level`` and ``shared`` say nothing.
+        normals: items are [N, 6] with the unit normals of the faces.
+        normalize: scale into the unit sphere; False leaves the coordinates of the meshes.
         per_class, seed, dense_points, cache_dir, up: as in :class:`~pointcmt.data.ModelNet40`.
 
     Raises:
@@ -82,9 +82,9 @@ class PrincetonShapes(PointDataset):
         *,
         level: int = 2,
         shared: bool = True,
+        course: bool = False,
         normals: bool = False,
         normalize: bool = True,
-        course: bool = False,
         per_class: int | None = None,
         seed: int = 0,
         dense_points: int | None = None,
@@ -94,7 +94,8 @@ class PrincetonShapes(PointDataset):
         check_split(split)
         if num_points < 1 or level < 1:
             raise ValueError(f"num_points {num_points} and level {level}: expected at least 1")
-        path, pack, names, rows, labels = _listed(root, split, level, shared, course)
+        path = Path(root) / _FILE
+        pack, names, rows, labels = _listed(path, split, level, shared, course)
         if per_class is not None:
             chosen = class_rows(labels, per_class, seed)
             rows, labels = rows[chosen], labels[chosen]
@@ -128,44 +129,6 @@ class PrincetonShapes(PointDataset):
             up=up,
         )
         self.root, self.split = Path(root), split
-
-
-def meshes_of(
-    root: Path, split: Split, level: int = 2, shared: bool = True, course: bool = False
-) -> dict[Path, Callable[[], tuple[np.ndarray, np.ndarray]]]:
-    """``<split>/<class>/<name>`` of each mesh of a split, and what gives its vertices [n, 3] and triangles
-    [m, 3]; names as in ``PrincetonShapes.shape_ids``.
-
-    Args:
-        root, split, level, shared, course: as of :class:`PrincetonShapes`.
-    """
-    path, pack, names, rows, labels = _listed(root, split, level, shared, course)
-    ids = [f"m{number}" for number in pack["id"][rows]]
-    return {
-        Path(split, names[label].replace("/", "-"), name): partial(mesh_of, pack, row, f"{path}, {name}")
-        for row, label, name in zip(rows.tolist(), labels.tolist(), ids, strict=True)
-    }
-
-
-def _listed(
-    root: str | Path, split: Split, level: int, shared: bool, course: bool
-) -> tuple[Path, dict[str, np.ndarray], list[str], np.ndarray, np.ndarray]:
-    """The pack's file and arrays, the class names, and rows and labels of a split's meshes."""
-    path, pack = read_pack(root, course)
-    in_test = pack["split"] == 1
-    if course:
-        known, course_names = pack["label69"], [name.decode() for name in pack["names69"]]
-        classes = np.array(["" if label < 0 else course_names[label] for label in known])
-        names = [
-            name
-            for name in sorted(course_names)
-            if min((classes[~in_test] == name).sum(), (classes[in_test] == name).sum()) >= 3
-        ]
-    else:
-        classes = np.array(["/".join(name.decode().split("/")[:level]) for name in pack["cls"]])
-        names = sorted(set(classes[~in_test]) & set(classes[in_test]) if shared else set(classes))
-    rows = np.flatnonzero((in_test == (split == "test")) & np.isin(classes, names))
-    return path, pack, names, rows, np.searchsorted(names, classes[rows])
 
 
 @register_dataset("princeton36", layout=_FILE)
@@ -206,3 +169,43 @@ def princeton_coarse(
         root, split, num_points, level=1, per_class=per_class, normals=normals,
         normalize=normalize, seed=seed, dense_points=dense_points, cache_dir=cache_dir, up=up,
     )  # fmt: skip
+
+
+def meshes_of(
+    root: Path, split: Split, level: int = 2, shared: bool = True, course: bool = False
+) -> dict[Path, Callable[[], tuple[np.ndarray, np.ndarray]]]:
+    """``<split>/<class>/<name>`` of each mesh of a split, and what gives its vertices [n, 3] and triangles
+    [m, 3]; names as in ``PrincetonShapes.shape_ids``.
+
+    Args:
+        root, split, level, shared, course: as of :class:`PrincetonShapes`.
+    """
+    path = root / _FILE
+    pack, names, rows, labels = _listed(path, split, level, shared, course)
+    return {
+        Path(split, names[label].replace("/", "-"), f"m{pack['id'][row]}"): partial(
+            mesh_of, pack, row, f"{path}, m{pack['id'][row]}"
+        )
+        for row, label in zip(rows.tolist(), labels.tolist(), strict=True)
+    }
+
+
+def _listed(
+    path: Path, split: Split, level: int, shared: bool, course: bool
+) -> tuple[dict[str, np.ndarray], list[str], np.ndarray, np.ndarray]:
+    """The pack's arrays, the class names, and rows and labels of a split's meshes."""
+    pack = read_pack(path.parent, course)[1]
+    in_test = pack["split"] == 1
+    if course:
+        known, course_names = pack["label69"], [name.decode() for name in pack["names69"]]
+        classes = np.array(["" if label < 0 else course_names[label] for label in known])
+        names = [
+            name
+            for name in sorted(course_names)
+            if min((classes[~in_test] == name).sum(), (classes[in_test] == name).sum()) >= 3
+        ]
+    else:
+        classes = np.array(["/".join(name.decode().split("/")[:level]) for name in pack["cls"]])
+        names = sorted(set(classes[~in_test]) & set(classes[in_test]) if shared else set(classes))
+    rows = np.flatnonzero((in_test == (split == "test")) & np.isin(classes, names))
+    return pack, names, rows, np.searchsorted(names, classes[rows])

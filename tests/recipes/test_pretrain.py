@@ -134,9 +134,9 @@ def test_no_label_and_no_test_shape_is_looked_at(runs, tmp_path, monkeypatch):
     asked = []
     whole = networks.clouds_of
 
-    def scrambled(data, split):
+    def scrambled(data, split, **more):
         asked.append(split)
-        found = whole(data, split)
+        found = whole(data, split, **more)
         found.labels = np.roll(found.labels, 7)
         return found
 
