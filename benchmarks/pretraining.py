@@ -342,6 +342,17 @@ def section(folder: Path) -> str:
         f"`{study.baseline}`, paired by seed, with the 95 % t-interval (bold: it excludes zero). "
         "Cost: core-minutes of one pre-training."
     ]
+    fewest = min(
+        len(study.minutes(student, method))
+        for student in study.there("students")
+        for method in study.there("methods", student=student)
+        if method != study.baseline
+    )
+    if fewest < len(study.plan["seeds"]):
+        parts += [
+            f"The study is not finished: a row has as few as {fewest} of {len(study.plan['seeds'])} seeds, and "
+            "a figure of one seed has no interval and shows no difference. The command above goes on with it."
+        ]
     return "\n\n".join(part for part in parts if part)
 
 

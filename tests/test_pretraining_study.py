@@ -121,7 +121,28 @@ def test_the_page_says_what_the_records_say(tmp_path):
     assert "9 records, 18 core-minutes" in page and "pre-training of 7 steps" in page
     which = "excludes" if abs(mean) > half else "includes"
     assert f"probe: CrossPoint, {mean:+.2f} ± {half:.2f} over `none`; the interval {which} zero." in page
+    assert "as few as 3 of 2 seeds" not in page and "is not finished" not in page
     assert "labels" not in page.split("### toy")[1]  # no record, no column
+
+
+def test_a_study_that_is_not_finished_says_so(tmp_path):
+    plan = pretraining.read_plan(written(tmp_path))
+    pretraining.write_json(tmp_path / "plan.json", pretraining.resolved(plan))
+    for method, measure in (("none", "probe"), ("CrossPoint", "probe"), ("CrossPoint", "pretrain")):
+        path = tmp_path / "records/toy" / method / "0" / f"{measure}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "student": "toy",
+            "method": method,
+            "seed": 0,
+            "measure": measure,
+            "value": 50.0,
+            "steps": 7,
+        }
+        record |= {"cpu_seconds": 60.0, "environment": {"cores": 2, "processor": "A Processor"}}
+        path.write_text(json.dumps(record))
+    page = pretraining.section(tmp_path)
+    assert "as few as 1 of 2 seeds" in page and "±" not in page.split("OA in %")[0]
 
 
 def test_records_in_the_repository_are_of_the_plan():
