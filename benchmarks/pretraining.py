@@ -351,7 +351,8 @@ def section(folder: Path) -> str:
     if fewest < len(study.plan["seeds"]):
         parts += [
             f"The study is not finished: a row has as few as {fewest} of {len(study.plan['seeds'])} seeds, "
-            "and a figure of one seed has no interval and shows no difference. The command above goes on with it."
+            "and a figure of one seed has no interval and shows no difference. The command above goes on "
+            "with it."
         ]
     return "\n\n".join(part for part in parts if part)
 
