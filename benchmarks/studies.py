@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import pretraining
 from benchmarks._harness import RESULTS, ROOT, as_markdown, as_text
 from pointcmt.studies.charts import Row, save_robustness, save_rows
 from pointcmt.studies.robustness import curves
@@ -508,6 +509,8 @@ def page() -> str:
     parts = [HEAD.rstrip(), *(section(study) for study in kept)]
     if not kept:
         parts.append("There are no records of a study here yet.")
+    if (RESULTS / "pretraining" / "plan.json").exists():
+        parts.append(pretraining.section(RESULTS / "pretraining"))
     parts += runs_of_commands()
     text = RESULTS / "notes.md"
     parts += [fill(text.read_text()).strip()] if text.exists() else []

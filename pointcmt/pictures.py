@@ -226,5 +226,7 @@ def save_embedding(
         axes.set_yticks([])
         tidy(axes)
     if len(shown) <= 20:
-        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right", fontsize=7, frameon=False)
+        figure.legend(
+            *grid[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7, frameon=False
+        )
     return save_figure(figure, path)

@@ -383,7 +383,7 @@ def test_probe_has_both_figures_the_protocol_and_random_weights_beside(runs, tmp
     rows = result["rows"]
     assert list(rows) == [str(runs / "crosspoint"), "random weights"]
     for row in rows.values():
-        assert 0 <= row["oa"] <= 100 and row["c"] in (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
+        assert 0 <= row["oa"] <= 100 and row["c"] in (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
         assert row["fixed_c"] == 0.01 and row["feature_size"] == LOCAL
     assert result["protocol"]["points"] == 48 and result["protocol"]["train"] == 48
     run("probe", "--student", "pointnet2", "--width", 0.125, *DATA, "--device", "cpu", "--c", 0.1)
