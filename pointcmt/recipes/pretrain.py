@@ -481,7 +481,7 @@ def make_step(
             points, motion = change.with_motion(batch.inputs)
         else:
             points, motion = torch.cat([change(batch.inputs) for _ in range(pre.copies)]), None
-        model(adapter.arrange(points))
+        adapter.call(model, points)
         loss = pre.loss(**pictures.take(batch.index, motion))
         return {"loss": loss, **pre.loss_tensors}
 
