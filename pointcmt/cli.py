@@ -39,7 +39,7 @@ SUMMARY = {
     "train-generator": "stage II: the generator that turns the teacher's features into clouds",
     "cache-features": "compute the teacher's features of all shapes once (train does it where needed)",
     "train": "stage III: a student, plain or with PointCMT",
-    "pretrain": "no labels: pictures of the clouds teach a network (Pic@Point, MM-Point, CrossPoint)",
+    "pretrain": "no labels: pictures of the clouds teach a network (Pic@Point, MM-Point, CrossPoint, dense)",
     "probe": "what a network's frozen features are worth: a linear SVM, beside random weights",
     "few-shot": "what they are worth with few labels: K-way N-shot, beside random weights",
     "segment": "a class for each point, of parts and scenes: train, evaluate, use on your own clouds",

@@ -8,6 +8,7 @@ from pointcmt.objectives.info_nce import GlobalInfoNCE, IntraModalInfoNCE, Multi
 from pointcmt.objectives.local_info_nce import LocalInfoNCE, local_info_nce
 from pointcmt.objectives.nst import NeuronSelectivityTransfer
 from pointcmt.objectives.nt_xent import CrossModalNTXent, IntraModalNTXent, nt_xent
+from pointcmt.objectives.pixel_features import PixelFeatures
 from pointcmt.objectives.soft_labels import SoftLabels
 from pointcmt.objectives.srrl import SoftmaxRegression
 
@@ -23,6 +24,7 @@ __all__ = [
     "MultiViewInfoNCE",
     "NeuronSelectivityTransfer",
     "Objective",
+    "PixelFeatures",
     "Sizes",
     "SoftLabels",
     "SoftmaxRegression",

@@ -1,4 +1,5 @@
-"""Pre-training of a network by pictures, without labels: Pic@Point, MM-Point, CrossPoint."""
+"""Pre-training of a network by pictures, without labels: Pic@Point, MM-Point, CrossPoint, dense
+distillation."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ from pointcmt.adapters.registry import Adapter, find_adapter
 from pointcmt.checkpoint import save_module
 from pointcmt.data import PointDataset, subset
 from pointcmt.data.contrastive import CloudAugmentation
-from pointcmt.methods import CrossPoint, MMPoint, PicAtPoint, freeze_unused
-from pointcmt.objectives import LocalInfoNCE
+from pointcmt.methods import CrossPoint, DenseDistillation, MMPoint, PicAtPoint, freeze_unused
+from pointcmt.objectives import LocalInfoNCE, PixelFeatures
 from pointcmt.recipes.batches import Batch, Batches
-from pointcmt.recipes.build import StudentOptions, make_student
+from pointcmt.recipes.build import StudentOptions, make_student, segmenter_options
 from pointcmt.recipes.config import plain, write_json
 from pointcmt.recipes.engine import (
     LoopOptions,
@@ -44,16 +45,17 @@ from pointcmt.views.augmentation import ViewAugmentation, crosspoint_level, view
 from pointcmt.views.cells import moved
 from pointcmt.views.sampling import draw_cameras, project_chosen
 
-METHODS = ("pic-at-point", "mm-point", "crosspoint")
+METHODS = ("pic-at-point", "mm-point", "crosspoint", "dense")
 
 
 @dataclass
 class ContrastOptions:
     """Which method, and its ablations."""
 
-    method: Literal["pic-at-point", "mm-point", "crosspoint"] = "pic-at-point"
+    method: Literal["pic-at-point", "mm-point", "crosspoint", "dense"] = "pic-at-point"
     """pic-at-point: each point finds its cell in a picture, each cloud its picture. mm-point: two augmented
-    copies of each cloud and several pictures at once. crosspoint: two copies and one picture."""
+    copies of each cloud and several pictures at once. crosspoint: two copies and one picture. dense: each
+    point learns the picture's features at its pixels; for networks with a feature for each point."""
     temperature: float = 0.1
     """Of all terms."""
     local_weight: float = 1.0
@@ -66,36 +68,56 @@ class ContrastOptions:
     """mm-point, crosspoint: copies and pictures; 0 leaves it out."""
     pose: bool = True
     """pic-at-point: the head for points is told where the camera is."""
-    hidden_points: Literal["count", "skip"] = "count"
-    """pic-at-point: points that the cloud's own surface hides count, as in the paper, or are skipped."""
+    hidden_points: Literal["auto", "count", "skip"] = "auto"
+    """pic-at-point, dense: points that the cloud's own surface hides count, or are skipped; auto: count for
+    pic-at-point, as in the paper, and skip for dense."""
     local_points: int | None = None
-    """pic-at-point: at most so many local features of each cloud in a step, drawn by chance; default: all, as
-    in the paper. Where the network has one per point, a few make the step much cheaper."""
+    """pic-at-point, dense: at most so many local features of each cloud in a step, drawn by chance; default:
+    all, as in the paper. Where the network has one per point, a few make the step much cheaper."""
     head_width: int = 512
     """pic-at-point: width of the heads and of the common spaces."""
     views_per_step: int | None = None
-    """Pictures of each shape in a step; default: 1, and 4 for mm-point."""
+    """Pictures of each shape in a step; default: 1, and 4 for mm-point and dense, as far as there are."""
     shared_head: bool = False
     """mm-point: one pair of heads for all pictures."""
     image_levels: int | None = None
     """mm-point: levels of change of the pictures from weak to strong (up to 4), spread over them; 0: none.
     crosspoint: its own change, or 0: none. Default: 4, and 1."""
+    pictures: Literal["auto", "stored", "projected"] = "auto"
+    """Real pictures that the data set has, with their cameras; or pictures of the points; auto: real ones
+    where there are."""
     augment_points: bool = True
-    """Turn the clouds about the up axis (pic-at-point), or all of CrossPoint's changes (mm-point,
+    """Turn the clouds about the up axis (pic-at-point, dense), or all of CrossPoint's changes (mm-point,
     crosspoint)."""
     train_images: Literal["auto", "yes", "no"] = "auto"
-    """Train the image encoder too; auto: not for pic-at-point."""
+    """Train the image encoder too; auto: not for pic-at-point and dense."""
+
+    def by_points(self) -> bool:
+        """Whether points are looked for in pictures, so that a picture may not be cropped or turned."""
+        return self.method in ("pic-at-point", "dense")
 
     def trains_images(self) -> bool:
-        return self.train_images == "yes" or (self.train_images == "auto" and self.method != "pic-at-point")
+        return self.train_images == "yes" or (self.train_images == "auto" and not self.by_points())
 
-    def views(self) -> int:
-        default = 4 if self.method == "mm-point" else 1
+    def views(self, there: int | None = None) -> int:
+        """Pictures of each shape in a step, of ``there`` that there are."""
+        default = 4 if self.method in ("mm-point", "dense") else 1
+        if self.method == "dense" and there is not None:
+            default = min(default, there)
         return default if self.views_per_step is None else self.views_per_step
 
     def levels(self) -> int:
-        default = {"pic-at-point": 0, "mm-point": 4, "crosspoint": 1}[self.method]
+        default = {"pic-at-point": 0, "mm-point": 4, "crosspoint": 1, "dense": 0}[self.method]
         return default if self.image_levels is None else self.image_levels
+
+    def hidden(self) -> Literal["count", "skip"]:
+        if self.hidden_points == "auto":
+            return "skip" if self.method == "dense" else "count"
+        return self.hidden_points
+
+    def maps(self) -> bool:
+        """Whether feature maps are needed."""
+        return self.method == "dense" or (self.method == "pic-at-point" and self.local_weight > 0)
 
 
 @dataclass
@@ -148,7 +170,13 @@ def check(options: Pretrain) -> None:
         )
     if images.pretrained and images.encoder_weights is not None:
         raise ValueError("--pretrained and --encoder-weights both say where the weights come from: give one")
-    if contrast.method == "pic-at-point" and contrast.levels():
+    if contrast.method == "dense" and contrast.trains_images():
+        raise ValueError(
+            "--method dense takes features that stand still: an encoder that is trained with it would put "
+            "out "
+            "a constant. Leave out --train-images yes"
+        )
+    if contrast.by_points() and contrast.levels():
         raise ValueError(
             "--image-levels crops and flips pictures, after which a point is in another cell: use it with "
             "--method mm-point or crosspoint"
@@ -175,17 +203,21 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
     accelerator = make_accelerator(options.machine)
     main, device = accelerator.is_main_process, accelerator.device
     clouds = clouds_of(options.data, "train")
+    stored = uses_stored(options, clouds)
     train, watched, part = without_labels(
         clouds, options.data.holdout, options.watch_shapes, options.data.data_seed
     )
     inputs = {"data": clouds.fingerprint()}
-    encoder, spec = make_encoder(options, clouds.up, main)
+    encoder, spec = make_encoder(options, clouds.up, main, stored)
     encoder.to(device).train(options.contrast.trains_images())
     if options.images.encoder is not None or options.images.encoder_weights is not None:
         inputs["encoder"] = encoder.fingerprint()
 
     seed_everything(options.loop.seed)
-    network = make_student(options.student, clouds.num_classes).to(device)
+    # a network for parts or scenes is built as pointcmt segment builds it, so that its weights fit there
+    options.student = segmenter_options(options.student, clouds, clouds.points.shape[2])
+    classes = len(clouds.part_names) or clouds.num_classes if is_segmenter(options) else clouds.num_classes
+    network = make_student(options.student, classes).to(device)
     adapter = find_adapter(network, options.student.adapter)
     sample = torch.from_numpy(train.points[: min(4, len(train))]).to(device)
     run = RunFolder.start(
@@ -202,7 +234,7 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
     method = make_method(options, encoder, network, adapter, adapter.arrange(sample), spec)
     config = {
         "student": plain(options.student),
-        "num_classes": clouds.num_classes,
+        "num_classes": classes,
         "classes": list(clouds.class_names),
         "num_points": options.data.num_points,
         "method": options.contrast.method,
@@ -254,8 +286,8 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
             "student": options.student.student,
             "adapter": adapter.name,
             "encoder": encoder_words(options),
-            "views": spec.describe(),
-            "views_per_step": options.contrast.views(),
+            "views": "stored" if stored else spec.describe(),
+            "views_per_step": pictures.count,
             "losses_at_chance": chance,
             "parameters": count_parameters(network),
             "not_trained": sum(parameter.numel() for parameter in untouched),
@@ -263,6 +295,35 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
             "seed": options.loop.seed,
         }
     )
+
+
+def is_segmenter(options: Pretrain) -> bool:
+    """Whether the network is one for parts or scenes of this package."""
+    return options.student.student.endswith(("_part", "_scene"))
+
+
+def uses_stored(options: Pretrain, clouds: PointDataset) -> bool:
+    """Whether real pictures of the data set are used.
+
+    Raises:
+        ValueError: they are asked for, and there are none.
+    """
+    wanted = options.contrast.pictures
+    if wanted == "stored" and clouds.stored_views is None:
+        raise ValueError("--pictures stored: the data set has no pictures with cameras; use projected")
+    return clouds.stored_views is not None and wanted != "projected"
+
+
+def pictures_of(
+    data: PointDataset, stored: bool, spec: ViewSpec, clouds: Tensor, rows: Tensor, cameras: Tensor
+) -> Views:
+    """Pictures of the clouds in ``rows`` int64 [B] by the cameras int64 [B, V]: the data set's own, or made
+    of the points ``clouds`` [n, N, 3]."""
+    points = clouds[rows.to(clouds.device)]
+    if stored:
+        assert data.stored_views is not None
+        return data.stored_views.take(rows, cameras, points)
+    return project_chosen(spec, points, cameras)
 
 
 def without_labels(
@@ -288,8 +349,11 @@ def without_labels(
 # ---- the image encoder
 
 
-def make_encoder(options: Pretrain, up: str | None, show: bool) -> tuple[ImageTeacher, ViewSpec]:
-    """The image encoder, and how its pictures are made of points whose recorded axis is ``up``."""
+def make_encoder(
+    options: Pretrain, up: str | None, show: bool, stored: bool = False
+) -> tuple[ImageTeacher, ViewSpec]:
+    """The image encoder, and how its pictures are made of points whose recorded axis is ``up``; of ``stored``
+    pictures, which have three colours, they are not made."""
     images, spec = options.images, options.views.spec(up)
     if images.encoder is not None:
         encoder = ImageTeacher.load(find_checkpoint(images.encoder, "teacher"))
@@ -305,11 +369,11 @@ def make_encoder(options: Pretrain, up: str | None, show: bool) -> tuple[ImageTe
     encoder = ImageTeacher(
         num_classes=None,
         backbone=images.backbone,
-        in_chans=spec.num_channels,
+        in_chans=3 if stored else spec.num_channels,
         feature_dim=None,
         pretrained=images.pretrained if images.encoder_weights is None else images.encoder_weights,
         backbone_options=parse_assignments(images.backbone_options, "--backbone-options"),
-        view_spec=spec,
+        view_spec=None if stored else spec,
     )
     if not (images.pretrained or images.encoder_weights or options.contrast.trains_images()):
         warn(
@@ -346,6 +410,16 @@ def make_method(
 ) -> CrossModalTraining:
     """The context of the method, not yet entered."""
     contrast = options.contrast
+    if contrast.method == "dense":
+        return DenseDistillation(
+            encoder,
+            network,
+            points=points,
+            adapter=adapter,
+            hidden_points=contrast.hidden(),
+            local_points=contrast.local_points,
+            hidden=contrast.head_width,
+        )
     if contrast.method == "pic-at-point":
         return PicAtPoint(
             encoder,
@@ -355,7 +429,7 @@ def make_method(
             local_weight=contrast.local_weight,
             global_weight=contrast.global_weight,
             pose=contrast.pose,
-            hidden_points=contrast.hidden_points,
+            hidden_points=contrast.hidden(),
             local_points=contrast.local_points,
             hidden=contrast.head_width,
             out_features=contrast.head_width,
@@ -417,11 +491,15 @@ class Pictures:
         device: torch.device,
         options: Pretrain,
     ) -> None:
-        self.encoder, self.spec = encoder, spec
+        self.encoder, self.spec, self.data = encoder, spec, data
+        self.stored = uses_stored(options, data)
         self.clouds = torch.from_numpy(np.ascontiguousarray(data.view_points)).to(device)
-        self.count, self.total = options.contrast.views(), spec.num_views
-        self.maps = options.contrast.method == "pic-at-point" and options.contrast.local_weight > 0
-        self.points = self.maps and options.contrast.hidden_points == "skip"
+        self.total = (
+            data.stored_views.images.shape[1] if self.stored and data.stored_views else spec.num_views
+        )
+        self.count = options.contrast.views(self.total)
+        self.maps = options.contrast.maps()
+        self.points = self.maps and options.contrast.hidden() == "skip"
         self.kept: list[tuple[TeacherOutput, Views]] | None = None
         frozen = not (options.contrast.trains_images() or options.contrast.levels())
         if frozen and options.cache_gb > 0 and self.total <= options.loop.epochs * self.count:
@@ -436,7 +514,7 @@ class Pictures:
         [B, 4, 4] since."""
         cameras = draw_cameras(len(index), self.total, self.count)
         if self.kept is None:
-            views = project_chosen(self.spec, self.clouds[index], cameras)
+            views = pictures_of(self.data, self.stored, self.spec, self.clouds, index, cameras)
             return {"views": views if motion is None else moved(views, motion)}
         rows = index.cpu()
         places = [(int(row) // 16, int(row) % 16) for row in rows]
@@ -461,7 +539,8 @@ class Pictures:
     def _say(self, rows: Tensor) -> tuple[TeacherOutput, Views]:
         """What the encoder says of all views of some shapes, on the CPU, and the views without their
         images."""
-        views = self.spec.project(self.clouds[rows.to(self.clouds.device)], cameras=True)
+        every = torch.arange(self.total).expand(len(rows), -1)
+        views = pictures_of(self.data, self.stored, self.spec, self.clouds, rows, every)
         encoder = self.encoder.to(self.clouds.device).eval()
         said = encoder(views.images, per_view=True, maps=self.maps)
         views = views._replace(images=views.images.new_empty(*views.images.shape[:3], 0, 0))
@@ -492,7 +571,7 @@ def cloud_augmentation(options: Pretrain, up: Any) -> CloudAugmentation:
     """What is done to the clouds of a step."""
     if not options.contrast.augment_points:
         return CloudAugmentation()
-    if options.contrast.method == "pic-at-point":
+    if options.contrast.by_points():
         return CloudAugmentation.pic_at_point(up)
     return CloudAugmentation.crosspoint(up)
 
@@ -508,7 +587,8 @@ class Watch:
     * ``retrieval``: in % of the shapes, the right picture (or copy) is the most similar of all;
     * ``alignment``, the mean squared distance of the right pairs on the unit sphere, and ``uniformity``, the
       log of the mean of exp(−2 d²) over pairs of clouds: both the lower the better (Wang and Isola 2020);
-    * ``cell``: in % of the local features, the right cell is the most similar of its picture.
+    * ``cell``: in % of the local features, the right cell is the most similar of its picture;
+    * ``pixels``: of dense distillation, the mean cosine in % of points with the features at their pixels.
 
     Args:
         options: of the run.
@@ -536,32 +616,45 @@ class Watch:
         self.batches = Batches(shapes, options.loop.batch_size, device)
         self.clouds = torch.from_numpy(np.ascontiguousarray(shapes.view_points)).to(device)
         self.change = cloud_augmentation(options, spec.up)
-        self.count = options.contrast.views()
+        self.data, self.stored = shapes, uses_stored(options, shapes)
+        self.total = (
+            shapes.stored_views.images.shape[1] if self.stored and shapes.stored_views else spec.num_views
+        )
+        self.count = options.contrast.views(self.total)
         self.pairing: Any = next((o for o in pre.objectives if hasattr(o, "embed")), None)
-        self.local = next((o for o in pre.objectives if isinstance(o, LocalInfoNCE)), None)
+        self.local: LocalInfoNCE | PixelFeatures | None = next(
+            (o for o in pre.objectives if isinstance(o, LocalInfoNCE | PixelFeatures)), None
+        )
+        self.found = "pixels" if isinstance(self.local, PixelFeatures) else "cell"
 
     @property
     def name(self) -> str:
-        """The metric that stands for all: ``retrieval``, or ``cell`` where only points are compared."""
-        return f"{self.part}_{'cell' if self.pairing is None else 'retrieval'}"
+        """The metric that stands for all: ``retrieval``, or ``cell`` or ``pixels`` where only points are
+        compared."""
+        return f"{self.part}_{self.found if self.pairing is None else 'retrieval'}"
 
     @property
     def means(self) -> str:
         """What choosing by it means."""
-        what = "points find their cells" if self.pairing is None else "clouds find their pictures or copies"
+        if self.pairing is not None:
+            what = "clouds find their pictures or copies"
+        else:
+            what = "points find their cells" if self.found == "cell" else "points say what their pixels do"
         shapes = "training shapes that were held out" if self.part == "heldout" else "some training shapes"
         return f"how often {what}, of {shapes}; no label and no test shape is looked at"
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
         drawn = torch.Generator().manual_seed(0)  # the same copies at every epoch
-        encoder, total = self.pre.teacher, self.spec.num_views
+        encoder, total = self.pre.teacher, self.total
         pairs: list[tuple[Tensor, Tensor]] = []
         cells: list[tuple[float, int]] = []
         with in_eval_mode(self.pre.objectives, encoder):
             for batch in self.batches.epoch():
                 cameras = batch.index.cpu()[:, None] + torch.arange(self.count) * (total // self.count)
-                views = project_chosen(self.spec, self.clouds[batch.index], cameras % total)
+                views = pictures_of(
+                    self.data, self.stored, self.spec, self.clouds, batch.index, cameras % total
+                )
                 said = encoder(views.images, per_view=True, maps=self.local is not None)
                 said = said._replace(views=views)
                 points = batch.inputs
@@ -590,13 +683,13 @@ class Watch:
             metrics[f"{self.part}_uniformity"] = float(torch.pdist(ours).square().mul(-2).exp().mean().log())
         if cells:
             shapes = sum(count for _, count in cells)
-            metrics[f"{self.part}_cell"] = sum(value * count for value, count in cells) / shapes
+            metrics[f"{self.part}_{self.found}"] = sum(value * count for value, count in cells) / shapes
         if self.show:
             self.show = False
             losses = ", ".join(f"{name} {value:.2f}" for name, value in chances(self.pre).items())
-            say(
-                f"who guesses has the losses {losses}, and {self.part}_retrieval {100 / self.batches.n:.2g} %"
-            )
+            if self.pairing is not None:
+                losses += f", and {self.part}_retrieval {100 / self.batches.n:.2g} %"
+            say(f"who guesses has the losses {losses or f'pixels 1, and {self.part}_pixels 0 %'}")
         return metrics
 
 

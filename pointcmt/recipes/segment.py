@@ -24,7 +24,13 @@ from pointcmt.data import Augmentation, PointDataset, vote_scale
 from pointcmt.data.contrastive import CloudAugmentation
 from pointcmt.data.labelled import LabelledCloud, never_there, read_labelled, write_labelled
 from pointcmt.pictures import label_colours, save_segmentation
-from pointcmt.recipes.build import StudentOptions, check_named_by_file, find_factory, make_student
+from pointcmt.recipes.build import (
+    StudentOptions,
+    check_kind,
+    check_named_by_file,
+    make_student,
+    segmenter_options,
+)
 from pointcmt.recipes.config import plain, read_json, restore, write_json
 from pointcmt.recipes.engine import (
     LoopOptions,
@@ -47,15 +53,6 @@ from pointcmt.types import Batch
 FIELDS = ("normals", "colors", "features")
 """What networks may see beside coordinates, in the order of ``Batch.inputs``."""
 
-# of the networks of this package, which arguments follow from the data
-_ARGUMENTS = {
-    "pointnet2_part": ("in_channels", "categories"),
-    "pointnet2_scene": ("in_channels",),
-    "dgcnn_part": ("categories",),
-    "dgcnn_scene": ("in_channels",),
-    "pointnext_part": ("in_channels", "categories"),
-    "pointnext_scene": ("in_channels",),
-}
 _SHOWN = 6  # clouds in the picture, and files of coloured clouds
 
 
@@ -140,36 +137,6 @@ def segment(options: Segment) -> dict[str, Any]:
 
 
 # ---- the network
-
-
-def segmenter_options(options: StudentOptions, data: PointDataset, channels: int) -> StudentOptions:
-    """The options with what follows from the data: which network, its channels and categories."""
-    parts = data.category is not None
-    made = copy.deepcopy(options)
-    if made.student == "auto":
-        made.student = "pointnet2_part" if parts else "pointnet2_scene"
-    given = parse_assignments(made.student_options, "--student-options")
-    known = {"in_channels": channels, "categories": data.num_classes}
-    if made.student in _ARGUMENTS:
-        if ("categories" in _ARGUMENTS[made.student]) != parts:
-            raise ValueError(
-                f"--student {made.student} is for {'scenes' if parts else 'parts'}, and the data has "
-                f"{'parts of shapes' if parts else 'one set of classes for all clouds'}: give "
-                f"{made.student.rpartition('_')[0]}_{'part' if parts else 'scene'}"
-            )
-        if made.student == "pointnext_scene" and channels == 3:
-            given.setdefault("coordinates", True)
-        for name in _ARGUMENTS[made.student]:
-            given.setdefault(name, known[name])
-    made.student_options = tuple(f"{name}={value!r}" for name, value in given.items())
-    return made
-
-
-def make_segmenter(options: StudentOptions, num_classes: int) -> nn.Module:
-    """Build the network; a factory with no ``num_classes`` is asked for the wrong thing later, in the
-    adapter."""
-    find_factory(options.student)  # an unknown name is said before anything else
-    return make_student(options, num_classes)
 
 
 def segmenter_adapter(
@@ -296,10 +263,13 @@ def train(options: Segment) -> dict[str, Any]:
     fields = input_fields(data, options.inputs)
     sample = data.batch(np.arange(min(4, len(data)))).to(device)
     channels = sample_inputs(sample, fields).shape[2]
+    if options.student.student == "auto":
+        options.student.student = "pointnet2_scene" if data.category is None else "pointnet2_part"
     options.student = segmenter_options(options.student, data, channels)
+    check_kind(options.student.student, data.category is not None)
     inputs = {"data": splits.fingerprint()}
     seed_everything(options.loop.seed)
-    network = make_segmenter(options.student, len(data.part_names)).to(device)
+    network = make_student(options.student, len(data.part_names)).to(device)
     taken: list[str] = []
     if options.init is not None:
         inputs["init"] = hashlib.sha256(find_weights(options.init).read_bytes()).hexdigest()
@@ -492,7 +462,7 @@ def load_segmenter(path: Path, options: StudentOptions | None = None) -> Used:
         check_configuration({"student": (own.width, own.feature_dim, config["num_classes"])}, where)
 
     def build(**_: Any) -> nn.Module:
-        return make_segmenter(own, config["num_classes"])
+        return make_student(own, config["num_classes"])
 
     build.__name__ = own.student
     network = load_module(file, "segmenter", build, check)
