@@ -119,6 +119,45 @@ def summary(study: Kept) -> str:
     )
 
 
+def demo_summary(record: Mapping[str, Any]) -> str:
+    """The demo, repeated with other seeds and shapes (:mod:`benchmarks.demo`), for the README."""
+    rows, notes_ = record["rows"], record["notes"]
+    seeds = [row["OA by seed"] for row in rows]
+    lines = [
+        [name, mean_sd([value for row in seeds for value in row[key]])]
+        for name, key in (
+            ("image teacher", "teacher"),
+            ("plain student", "plain"),
+            ("student that its images taught", "taught"),
+        )
+    ]
+    few, rest = notes_["labelled shapes"], notes_["shapes without labels"]
+    return (
+        f"`make demo`: {few} labelled synthetic shapes, {rest} without labels; the teacher learns from "
+        f"images of the same {few}, made of the points. {len(rows)} repetitions, each with other shapes, "
+        f"another teacher and {notes_['students of each kind']} seeds (`python -m benchmarks.demo`):\n\n"
+        + markdown(["", "OA %, mean ± standard deviation over all seeds"], lines)
+        + f"\n{demo_verdict(record)}"
+    )
+
+
+def demo_verdict(record: Mapping[str, Any]) -> str:
+    """How sure the demo's gain is, in two sentences."""
+    gains = [
+        np.array(row["OA by seed"]["taught"]) - np.array(row["OA by seed"]["plain"]) for row in record["rows"]
+    ]
+    means = [float(gain.mean()) for gain in gains]
+    intervals = [paired_interval(gain) for gain in gains]
+    above = sum(one is not None and one[0] - one[1] > 0 for one in intervals)
+    least = int(np.argmin(means))
+    smallest = interval_text(intervals[least]).replace("*", "")
+    return (
+        f"Taught minus plain: {np.mean(means):+.1f} points on average over the repetitions, from "
+        f"{min(means):+.1f} to {max(means):+.1f}. The 95 % interval over the seeds of one repetition is "
+        f"above zero in {above} of {len(gains)} (that of the smallest gain: {smallest})."
+    )
+
+
 def section(study: Kept) -> str:
     """One study as a part of the page."""
     title, _, text = study.about.strip().partition("\n")
@@ -463,6 +502,8 @@ def runs_of_commands() -> list[str]:
         rows = [{k: v for k, v in row.items() if k != "OA by seed"} for row in record["rows"]]
         text = f"{record['question']} `{record['notes']['command']}`, on {where}, {record['date'][:10]}:"
         parts.append(f"{text}\n\n{as_markdown(rows)}")
+        if path.stem == "runs-demo":
+            parts.append(demo_verdict(record))
     return ["## Single commands", *parts] if parts else []
 
 

@@ -44,10 +44,15 @@ def section(record: Mapping[str, Any], heading: bool = True) -> str:
 
 
 def results() -> str:
-    """The README's table: the study on the CPU, where there is one."""
-    if not (RESULTS / "cpu" / "study.json").exists():
-        return "There are no records of a study here yet."
-    return studies.summary(studies.Kept(RESULTS / "cpu"))
+    """The README's tables: the demo again and again, then the studies on the CPU, where there are any."""
+    demo = RESULTS / "runs-demo.json"
+    parts = [studies.demo_summary(json.loads(demo.read_text()))] if demo.exists() else []
+    parts += [
+        studies.summary(studies.Kept(RESULTS / name))
+        for name in ("unlabelled", "cpu")
+        if (RESULTS / name / "study.json").exists()
+    ]
+    return "\n\n".join(parts) or "There are no records of a study here yet."
 
 
 def main() -> int:

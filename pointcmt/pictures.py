@@ -18,7 +18,12 @@ from pointcmt.checkpoint import atomic_write
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 COLOURS = {"teacher": "#d9822b", "none": "#7b8794", "pointcmt": "#0b7a75", "generator": "#7c5cbf"}
 OTHERS = ("#2f6fb0", "#b0413e", "#5a8f29", "#a05a9c")
-LABELS = {"teacher": "image teacher", "none": "plain student", "pointcmt": "PointCMT student"}
+LABELS = {
+    "teacher": "image teacher",
+    "none": "plain student",
+    "pointcmt": "PointCMT student",
+    "soft_labels and unlabelled clouds": "taught student",
+}
 
 
 def colour(role: str, position: int = 0) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -16,6 +16,7 @@ from pointcmt.data.checks import frame_of, guess_up
 from pointcmt.data.dataset import PointDataset, Split, class_rows, holdout, in_unit_sphere, subset
 from pointcmt.data.multiview import MultiViewImages
 from pointcmt.data.registry import ARGUMENTS, DatasetEntry, find_dataset, recognise
+from pointcmt.data.unlabelled import without_labels
 
 
 @dataclass
@@ -34,6 +35,9 @@ class DataOptions:
     """Points per shape that views are projected from; default: those that the student sees."""
     per_class: int | None = None
     """Training shapes per class; default: all."""
+    labels_per_class: int | None = None
+    """So many training shapes of each class are labelled, held-out ones included, as if --per-class said it;
+    the others of the training set (or of --per-class) are clouds without labels, which train may use."""
     test_per_class: int | None = None
     """Test shapes per class; default: all."""
     data_cache: Path | None = None
@@ -169,6 +173,18 @@ class DataOptions:
     def _load(self) -> Splits[PointDataset]:
         if not 0 <= self.holdout < 1:
             raise ValueError(f"--holdout is {self.holdout}; expected a part of the training shapes in [0, 1)")
+        if self.labels_per_class is not None:
+            labelled = replace(self, per_class=self.labels_per_class, labels_per_class=None).load()
+            every = self.build("train", self.per_class)
+            known = {name for part in (labelled.train, labelled.heldout) if part for name in part.shape_ids}
+            rest = np.array([name not in known for name in every.shape_ids])
+            if not rest.any():
+                raise ValueError(
+                    f"--labels-per-class {self.labels_per_class} leaves no training shape without a label: "
+                    "give fewer, or leave it out"
+                )
+            every.up = labelled.train.up
+            return replace(labelled, unlabelled=without_labels(subset(every, rest)))
         test = self.part("test")
         assert test is not None
         if not self.holdout:
@@ -250,6 +266,8 @@ class Splits(Generic[Shapes]):
     train: Shapes
     heldout: Shapes | None
     test: Shapes
+    unlabelled: Shapes | None = None
+    """Clouds without labels: no part that is trained on or tested by them."""
 
     def parts(self) -> dict[str, Shapes]:
         """The parts that there are, by name."""

@@ -5,6 +5,14 @@ from pointcmt.methods.dense_distillation import DenseDistillation
 from pointcmt.methods.mm_point import MMPoint
 from pointcmt.methods.pic_at_point import PicAtPoint
 from pointcmt.methods.pointcmt import PointCMT
-from pointcmt.methods.unused import freeze_unused
+from pointcmt.methods.unused import freeze_unused, unused_parameters
 
-__all__ = ["CrossPoint", "DenseDistillation", "MMPoint", "PicAtPoint", "PointCMT", "freeze_unused"]
+__all__ = [
+    "CrossPoint",
+    "DenseDistillation",
+    "MMPoint",
+    "PicAtPoint",
+    "PointCMT",
+    "freeze_unused",
+    "unused_parameters",
+]

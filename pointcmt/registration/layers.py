@@ -107,7 +107,9 @@ class ViewEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.cameras, self.size = cameras, size
-        self.backbone = SimpleViewResNet(1, width, layers, stem_kernel=5, stem_stride=2)
+        # at full width the stem is ResNet-18's: a stride of 2 and a pooling of 2, as one stride of 4
+        kernel, stride = (7, 4) if width >= 0.5 else (5, 2)
+        self.backbone = SimpleViewResNet(1, width, layers, kernel, stride)
         self.project = nn.Linear(self.backbone.num_features, feature_dim)
         # an attention over tokens has no order: which camera saw it is added to each
         self.camera = nn.Parameter(0.02 * torch.randn(len(cameras), feature_dim))
@@ -218,16 +220,22 @@ class FeatureMatcher(nn.Module):
     def __init__(self, channels: int, width: float = 1.0) -> None:
         super().__init__()
         sizes = [max(8, round(size * width)) for size in (256, 128, 64, 32, 32, 32)]
-        self.hidden = sizes[0]
-        self.first = nn.Linear(channels + 1, self.hidden)
+        self.kept = 3 * sum(sizes)  # each layer, normalised, rectified
+        self.first = nn.Linear(channels + 1, sizes[0])
         self.rest = _head([*sizes, 1])
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         of_distance, of_difference = self.first.weight[:, 0], self.first.weight[:, 1:]
         distance = torch.cdist(source, target, compute_mode="donot_use_mm_for_euclid_dist")[..., None]
-        difference = (target @ of_difference.t())[:, None] - (source @ of_difference.t())[:, :, None]
-        first = torch.addcmul(self.first.bias, distance, of_distance)
-        return self.rest(torch.addcmul(first, difference, 1 / (distance + _NO_DISTANCE))).squeeze(-1)
+        inverse = 1 / (distance + _NO_DISTANCE)
+        own, other = source @ of_difference.t(), target @ of_difference.t()
+        # (other - own) / distance + distance * of_distance + bias, in two passes over the [K, L, hidden]
+        scalars = torch.cat([inverse, distance, torch.ones_like(distance)], -1)
+        rows = torch.stack([-own, of_distance.expand_as(own), self.first.bias.expand_as(own)], -2)
+        first = torch.baddbmm(
+            (other[:, None] * inverse).flatten(0, 1), scalars.flatten(0, 1), rows.flatten(0, 1)
+        )
+        return self.rest(first).squeeze(-1).unflatten(0, distance.shape[:2])
 
     def naive(self, source: Tensor, target: Tensor) -> Tensor:
         """The readable twin of :meth:`forward`."""
@@ -246,6 +254,7 @@ class CoordinateMatcher(nn.Module):
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
         hidden = max(16, round(32 * width))
+        self.kept = 3 * 3 * hidden
         self.first = nn.Linear(7, hidden)
         self.rest = _head([hidden, hidden, hidden, 1])
 
@@ -258,22 +267,21 @@ class CoordinateMatcher(nn.Module):
 
 
 class Matching(nn.Module):
-    """One iteration's heads: logits of all pairs of keypoints, and how credible each match is."""
+    """One iteration's heads: logits of all pairs of keypoints, and how credible each match is.
 
-    def __init__(self, channels: int, width: float = 1.0) -> None:
+    Args:
+        width: factor of the hidden layers.
+    """
+
+    def __init__(self, width: float = 1.0) -> None:
         super().__init__()
-        self.features = FeatureMatcher(channels, width)
         self.coordinates = CoordinateMatcher(width)
         hidden = max(16, round(32 * width))
         self.pairs = nn.Linear(2, hidden)
         self.credibility = _head([hidden, hidden, 1])
 
-    def forward(
-        self, source: Tensor, target: Tensor, source_points: Tensor, target_points: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Features [B, K, C], [B, L, C] and coordinates [B, K, 3], [B, L, 3] → logits [B, K, L] and the
-        logits [B, K] of credibility."""
-        both = torch.stack(
-            [self.features(source, target), self.coordinates(source_points, target_points)], -1
-        )
+    def forward(self, features: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, K, L] from features (of :class:`FeatureMatcher`) and coordinates [B, K, 3], [B, L, 3] →
+        logits [B, K, L] of both and the logits [B, K] of credibility."""
+        both = torch.stack([features, self.coordinates(source, target)], -1)
         return both.sum(-1), self.credibility(self.pairs(both).amax(2)).squeeze(-1)

@@ -357,7 +357,7 @@ def norm_act_highest(x: Tensor | Edges, norm: nn.Module, slope: float = 0.0) -> 
         or not (is_plain(norm) and isinstance(norm, nn.BatchNorm2d) and norm.affine)
         or norm.momentum is None
         or norm.num_batches_tracked is None
-        or rows_of_x.dtype != norm.weight.dtype
+        or norm.weight.dtype not in (rows_of_x.dtype, torch.float32)
         or norm.num_features % 8  # the operator's vectors
     ):
         x = x.gathered() if isinstance(x, Edges) else x
@@ -366,6 +366,7 @@ def norm_act_highest(x: Tensor | Edges, norm: nn.Module, slope: float = 0.0) -> 
         norm.num_batches_tracked.add_(1)
     statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
     rule = norm.training, norm.momentum, norm.eps, slope
+    # half precision is widened: one pass more, and still less than normalising and pooling apart
     if isinstance(x, Edges):
         return ops.norm_act_max(rows_of_x, *statistics, *rule, around, x.idx)
-    return ops.norm_act_max(rows_of_x, *statistics, *rule)
+    return ops.norm_act_max(rows_of_x.to(norm.weight.dtype), *statistics, *rule).to(rows_of_x.dtype)

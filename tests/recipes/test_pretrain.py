@@ -261,6 +261,31 @@ def test_a_student_starts_from_a_pre_trained_network(runs, tmp_path, capsys):
     assert "init" in capsys.readouterr().err, "a resumed run cannot start from something else"
 
 
+def test_the_head_can_have_a_rate_of_its_own(runs, tmp_path):
+    new = ["train", *TOY, *DATA, *CPU, "--method", "none", "--epochs", 1, "--weight-decay", 0]
+    new += ["--init", runs / "crosspoint", "--optimizer", "sgd"]
+    run(*new, "--out", tmp_path / "a", "--lr", 1e-9, "--head-lr", 1e-2)
+    run(*new, "--out", tmp_path / "b", "--lr", 1e-2, "--head-lr", 1e-9)
+    saved = load_file(runs / "crosspoint" / "network.safetensors")
+    moved = {}
+    for name in ("a", "b"):
+        weights = load_file(tmp_path / name / "student.safetensors")
+        moved[name] = {key for key in saved if (weights[key] - saved[key]).abs().max() > 1e-6}
+    parts = {name: {key.split(".")[0] for key in keys} for name, keys in moved.items()}
+    assert parts == {"a": {"hidden", "head"}, "b": {"points"}}
+
+
+def test_pictures_heads_can_have_a_rate_of_their_own(tmp_path, monkeypatch):
+    groups = {}
+    fit = pretrain.fit
+    monkeypatch.setattr(
+        pretrain, "fit", lambda *a, rates, **o: groups.update(rates) or fit(*a, rates=rates, **o)
+    )
+    once = ["--epochs", "1", "--image-lr", "5e-5"]
+    run("pretrain", "--out", tmp_path / "run", *TOY, *DATA, *CPU, *SMALL, *once)
+    assert set(groups.values()) == {5e-5} and len(groups) == 12  # two heads of two layers and a norm
+
+
 def test_layers_without_a_part_in_the_features_are_set_aside():
     network = Network()
     unused = freeze_unused(network, torch.randn(2, 5, 3), adapter())
@@ -341,6 +366,7 @@ def test_an_episode_classifies_other_shapes_than_it_learns_from():
         (["--views-per-step", "9"], "a rig with 6 cameras"),
         (["--encoder-weights", "nowhere.pth"], "there are no weights at"),
         (["--holdout", "1.5"], "expected a part of the training shapes"),
+        (["--image-lr", "0"], "expected a positive learning rate"),
     ],
 )
 def test_errors_say_what_to_do(words, message, tmp_path, capsys):
