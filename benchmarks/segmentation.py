@@ -75,8 +75,8 @@ SETTINGS = {
         "pointnet2_scene",
         9,
         5,
-        200,
-        40,
+        100,
+        20,
         "miou",
     ),
     "parts": Setting(
@@ -85,18 +85,18 @@ SETTINGS = {
         "pointnet2_part",
         19,
         2,
-        300,
-        12,
+        150,
+        4,
         "instance_miou",
     ),
 }
-POINTS, WIDTH, SIZE = 512, 0.25, 96
+POINTS, WIDTH, SIZE = 256, 0.25, 96
 
 
 def cells(seeds: int, names: list[str]) -> Iterator[tuple[str, int, str, str]]:
-    """Data, seed, labels and method, so that whole comparisons are done first."""
-    for seed in range(seeds):
-        for name in names:
+    """Data, seed, labels and method: whole comparisons of a set, one after the other."""
+    for name in names:
+        for seed in range(seeds):
             for labels in ("few", "all"):
                 for method in METHODS:
                     yield name, seed, labels, method

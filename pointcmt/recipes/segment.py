@@ -103,6 +103,9 @@ class Segment:
     after training; 1: the clouds as they are. Of rooms, 1."""
     whole: bool = True
     """Evaluate rooms whole, every point by overlapping blocks; else by one crop of each."""
+    rounds: int = 0
+    """Thinned rooms are gone through at most so often, each time with another point of every voxel; what was
+    not reached takes the mean of its voxel. 0: until every point was visited."""
     split: Literal["test", "heldout", "train"] = "test"
     """With --run: which clouds are evaluated."""
     augment: AugmentOptions = field(default_factory=AugmentOptions)
@@ -123,6 +126,8 @@ def segment(options: Segment) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError, FileExistsError, RuntimeError: with what to do.
     """
+    if options.rounds < 0:
+        raise ValueError(f"--rounds is {options.rounds}; expected 0 or more")
     if options.votes < 1:
         raise ValueError(f"--votes is {options.votes}; expected at least 1")
     if options.run is not None:
@@ -415,12 +420,11 @@ class Used:
         classes = self.config["classes"]
         return None if classes is None else parts_by_category(self.config["labels"], classes)
 
-    @property
-    def blocks(self) -> Blocks:
+    def blocks(self, rounds: int) -> Blocks:
+        """How clouds are cut for this network."""
         config = self.config
-        return Blocks(
-            config["num_points"], config["rooms"], config["voxel"], config["up"], config["normalize"]
-        )
+        sizes = config["num_points"], config["rooms"], config["voxel"], config["up"], config["normalize"]
+        return Blocks(*sizes, rounds)
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
@@ -488,7 +492,9 @@ def evaluate_set(
     measures = {argmax: Measure(data.part_names, classes, argmax) for argmax in conventions}
     shown: list[tuple[str, LabelledCloud, np.ndarray]] = []
     whole = data.rooms is not None and options.whole
-    clouds = _whole_rooms(used, data, device) if whole else _clouds(used, data, options, device)
+    clouds = (
+        _whole_rooms(used, data, options.rounds, device) if whole else _clouds(used, data, options, device)
+    )
     for batch, scores, names in clouds:
         assert batch.points is not None and batch.point_labels is not None
         for measure in measures.values():
@@ -526,15 +532,15 @@ def _clouds(
 
 
 def _whole_rooms(
-    used: Used, data: PointDataset, device: torch.device
+    used: Used, data: PointDataset, rounds: int, device: torch.device
 ) -> Iterator[tuple[Batch, Tensor, list[str]]]:
     assert data.rooms is not None
     for name, room in zip(data.shape_ids, data.rooms, strict=True):
         cloud = room.whole()
         with progress_of(name, len(cloud.points)) as tell:
             logits, _ = predict_cloud(
-                used.scores, cloud, len(data.part_names), used.blocks, device=device, fields=used.fields,
-                progress=tell,
+                used.scores, cloud, len(data.part_names), used.blocks(rounds), device=device,
+                fields=used.fields, progress=tell,
             )  # fmt: skip
         labels = torch.from_numpy(cloud.labels)[None] if cloud.labels is not None else None
         batch = Batch(points=torch.from_numpy(cloud.points)[None], point_labels=labels)
@@ -667,7 +673,7 @@ def predict_files(options: Segment) -> dict[str, Any]:
         rooms = used.config["rooms"]
         with progress_of(path.name, len(cloud.points)) as tell:
             logits, filled = predict_cloud(
-                used.scores, cloud, len(names), used.blocks,
+                used.scores, cloud, len(names), used.blocks(options.rounds),
                 device=device, batch_size=1 if rooms else options.loop.batch_size, fields=used.fields,
                 category=category, partial=out / f".{path.stem}.partial.npz", key=weights, progress=tell,
             )  # fmt: skip

@@ -21,10 +21,6 @@ from pointcmt.ops import voxel_subsample
 from pointcmt.types import Batch
 from pointcmt.views import unit_sphere
 
-MAX_ROUNDS = 64
-"""So often one voxel's points are gone through; of a voxel with more, the rest takes the mean of its
-points."""
-
 
 @dataclass(frozen=True)
 class Blocks:
@@ -38,6 +34,8 @@ class Blocks:
         voxel: edge of the cubes that rooms are thinned to; 0: not.
         up: the axis that points up.
         normalize: shapes are centred and scaled into the unit sphere first.
+        rounds: a thinned room is gone through at most so often, each time with another point of every cube;
+            points that no round reached take the mean of their cube. 0: until every point was visited.
     """
 
     num_points: int
@@ -45,6 +43,7 @@ class Blocks:
     voxel: float = 0.0
     up: Up = "z"
     normalize: bool = True
+    rounds: int = 0
 
 
 @dataclass
@@ -112,7 +111,7 @@ def predict_cloud(
         progress: told how many points were visited so far.
 
     Returns:
-        Logits float32 [m, K], and how many points took the mean of their voxel (:data:`MAX_ROUNDS`).
+        Logits float32 [m, K], and how many points took the mean of their cube (``blocks.rounds``).
 
     Raises:
         ValueError: the cloud lacks a field that the network was trained with.
@@ -172,7 +171,7 @@ def _places(points: np.ndarray, low: np.ndarray, blocks: Blocks, visits: Visits)
     """Blocks of a room: each gives its rows, and how many of them are its own."""
 
     def cut(batch_size: int) -> Iterator[list[tuple[np.ndarray, int]]]:
-        for chosen in _rounds(points, low, blocks.voxel):
+        for chosen in _rounds(points, low, blocks):
             order = _order(len(chosen))
             here = points[chosen]
             pending = np.zeros(len(chosen), dtype=bool)
@@ -195,18 +194,19 @@ def _places(points: np.ndarray, low: np.ndarray, blocks: Blocks, visits: Visits)
     return cut
 
 
-def _rounds(points: np.ndarray, low: np.ndarray, voxel: float) -> Iterator[np.ndarray]:
-    """Rows of a point of each cube, again and again, until every point was there; all at once without
-    cubes."""
-    if voxel <= 0:
+def _rounds(points: np.ndarray, low: np.ndarray, blocks: Blocks) -> Iterator[np.ndarray]:
+    """Rows of a point of each cube, again and again, until every point was there or ``blocks.rounds`` are
+    over; all at once without cubes."""
+    if blocks.voxel <= 0:
         yield np.arange(len(points))
         return
-    _, inverse = voxel_subsample(torch.from_numpy(points - low), voxel)
+    _, inverse = voxel_subsample(torch.from_numpy(points - low), blocks.voxel)
     cell = inverse.numpy()
     by_cell = np.argsort(cell, kind="stable")
     counts = np.bincount(cell)
     first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    for number in range(min(int(counts.max()), MAX_ROUNDS)):
+    rounds = int(counts.max())
+    for number in range(min(rounds, blocks.rounds or rounds)):
         yield by_cell[first + number % counts]
 
 

@@ -140,7 +140,7 @@ def find_runs(folder: Path) -> list[Run]:
         if not (place / "results.json").exists():
             continue
         described = read_json(config)
-        if described.get("command") not in ("train-teacher", "train-generator", "train"):
+        if described.get("command") not in ("train-teacher", "train-generator", "train", "segment"):
             continue
         runs.append(
             Run(
@@ -155,9 +155,9 @@ def find_runs(folder: Path) -> list[Run]:
     if not runs:
         raise FileNotFoundError(
             f"no finished run in {folder} or below it; make one with pointcmt train-teacher, "
-            f"train-generator or train"
+            f"train-generator, train or segment"
         )
-    order = {"train-teacher": 0, "train-generator": 1, "train": 2}
+    order = {"train-teacher": 0, "train-generator": 1, "train": 2, "segment": 3}
     return sorted(runs, key=lambda run: (order[run.command], run.role != "none", run.role, str(run.path)))
 
 
@@ -165,7 +165,7 @@ def compare(runs: Sequence[Run]) -> list[Entry]:
     """Teacher and students as lines of a comparison; seeds of one student and method together."""
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        if run.role == "generator":
+        if run.role == "generator" or run.command == "segment":
             continue
         key = (run.role, str(run.results.get("student", "")))
         groups.setdefault(key, []).append(run)
@@ -190,6 +190,39 @@ def compare(runs: Sequence[Run]) -> list[Entry]:
             )
         )
     return entries
+
+
+def segmented(runs: Sequence[Run]) -> list[Section]:
+    """Figures and pictures of runs of segment; none where there is no such run."""
+    if not runs:
+        return []
+    figures = {
+        "instance_miou": "instance mIoU %", "class_miou": "class mIoU %", "miou": "mIoU %", "macc": "mAcc %",
+        "oa": "OA %",
+    }  # fmt: skip
+    shown = [name for name in figures if any(name in run.results["test"] for run in runs)]
+    rows = [["run", "network", "starts from", *(figures[name] for name in shown)]]
+    classes = [["run and class", "IoU %"]]
+    for run in runs:
+        test = run.results["test"]
+        values = [f"{test[name]:.2f}" if name in test else "" for name in shown]
+        rows.append([run.path.name, run.results["student"], run.results["init"] or "scratch", *values])
+        for name, value in test.items():
+            if name.startswith("iou/"):
+                classes.append([f"{run.path.name}: {name.removeprefix('iou/')}", f"{value:.1f}"])
+    argmax = {run.results["test"]["argmax"] for run in runs if "argmax" in run.results["test"]}
+    text = "Test clouds after the last epoch; of rooms every point of the file."
+    if argmax:
+        text += f" Parts: the highest score among {' or '.join(sorted(argmax))} (argmax)."
+    pictures = [
+        (run.path / "segmentation.png", f"{run.path.name}: labels above, predictions below")
+        for run in runs
+        if (run.path / "segmentation.png").exists()
+    ]
+    return [
+        Section("Parts and scenes", text, rows, pictures),
+        Section("Parts and scenes, class by class", table=classes),
+    ]
 
 
 def write_report(folder: Path, title: str = "PointCMT: images teach a point-cloud network") -> Path:
@@ -227,6 +260,7 @@ def write_report(folder: Path, title: str = "PointCMT: images teach a point-clou
                 [(save_comparison(entries, pictures / "comparison.png"), "OA and mAcc on the test shapes")],
             )
         )
+    sections += segmented([run for run in runs if run.command == "segment"])
     curves = [Curve(run.path.name, run.role, run.records) for run in runs if run.records]
     if curves:
         sections.append(

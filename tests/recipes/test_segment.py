@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,15 @@ def test_a_network_of_ones_own(parts, tmp_path):
         load_segmenter(tmp_path / "run")
 
 
+def test_the_report_shows_both(parts, rooms, tmp_path):
+    for source, name in ((parts, "parts"), (rooms, "rooms")):
+        shutil.copytree(source / "run", tmp_path / name)
+    run("report", tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "instance mIoU %" in page and "mAcc %" in page and "rooms: floor" in page
+    assert page.count("labels above, predictions below") == 4, "caption and alternative text of two pictures"
+
+
 def test_a_batch_is_of_the_epoch_and_the_seed_alone(rooms):
     from pointcmt.data import DataOptions
 
@@ -282,8 +292,10 @@ def test_every_point_is_visited_and_logits_are_averaged():
 def test_points_that_no_round_reaches_take_their_voxels_mean():
     points = np.concatenate([np.full((200, 3), 0.5), np.random.default_rng(0).uniform(0, 3, (300, 3))])
     cloud = LabelledCloud(points.astype(np.float32))
-    logits, filled = predict_cloud(centred, cloud, 2, Blocks(64, True, 0.5))
-    assert 100 < filled < 200, "one voxel has 200 points and more, and 64 rounds"
+    _, filled = predict_cloud(centred, cloud, 2, Blocks(64, True, 0.5))
+    assert filled == 0
+    logits, filled = predict_cloud(centred, cloud, 2, Blocks(64, True, 0.5, rounds=64))
+    assert 100 < filled < 200, "one voxel has 200 points and more"
     low = cloud.points[:, 2].min()
     np.testing.assert_allclose(logits[:200, 0], 0.5 - low, atol=0.5)
     assert np.isfinite(logits).all()
