@@ -537,7 +537,7 @@ def _whole_rooms(
     assert data.rooms is not None
     for name, room in zip(data.shape_ids, data.rooms, strict=True):
         cloud = room.whole()
-        with progress_of(name, len(cloud.points)) as tell:
+        with CloudProgress(name, len(cloud.points)) as tell:
             logits, _ = predict_cloud(
                 used.scores, cloud, len(data.part_names), used.blocks(rounds), device=device,
                 fields=used.fields, progress=tell,
@@ -547,7 +547,7 @@ def _whole_rooms(
         yield batch, torch.from_numpy(logits)[None], [name]
 
 
-class progress_of:
+class CloudProgress:
     """A bar of how many points of a cloud were visited, on a terminal; a line at each tenth elsewhere."""
 
     def __init__(self, name: str, total: int) -> None:
@@ -671,7 +671,7 @@ def predict_files(options: Segment) -> dict[str, Any]:
         cloud = read_labelled(path, labelled=False)
         names = used.config["labels"]
         rooms = used.config["rooms"]
-        with progress_of(path.name, len(cloud.points)) as tell:
+        with CloudProgress(path.name, len(cloud.points)) as tell:
             logits, filled = predict_cloud(
                 used.scores, cloud, len(names), used.blocks(options.rounds),
                 device=device, batch_size=1 if rooms else options.loop.batch_size, fields=used.fields,
