@@ -39,10 +39,12 @@ from pointcmt.studies.robustness import curves
 from pointcmt.studies.tables import (
     accuracy,
     excludes_zero,
+    holm,
     interval_text,
     markdown,
     mean_sd,
     notes,
+    p_value,
     paired_interval,
     read_records,
     read_teachers,
@@ -97,15 +99,22 @@ def summary(study: Kept) -> str:
     title, _, text = study.about.strip().partition("\n")
     plain = [study.row(student, study.baseline, None) for student in study.students]
     several = len(study.students) > 1
+    pairs = [(m, t) for m in study.methods for t in study.taught_by]
+    tested = {(r.student, r.method, r.teacher): r.p["test"] for r in study.rows() if "test" in r.p}
+    if several:
+        tested |= {("", m, t): p_value(gains) for m, t in pairs if len(gains := pooled(study, m, t, "test"))}
+    stand = dict(zip(tested, holm(list(tested.values())), strict=True))
     lines = [[study.baseline, ""] + [mean_sd(row.oa["test"]) for row in plain] + [""] * several]
     for method in study.methods:
         for teacher in study.taught_by:
             line = [method, f"{teacher}, {study.teachers[teacher]['last']['test_oa']:.1f}"]
             for student in study.students:
                 found = [r for r in study.rows(student) if (r.method, r.teacher) == (method, teacher)]
-                line.append(interval_text(found[0].difference.get("test")) if found else "–")
+                stands = stand.get((student, method, teacher), False)
+                line.append(interval_text(found[0].difference.get("test"), stands) if found else "–")
             if several:
-                line.append(interval_text(paired_interval(pooled(study, method, teacher, "test"))))
+                interval = paired_interval(pooled(study, method, teacher, "test"))
+                line.append(interval_text(interval, stand.get(("", method, teacher), False)))
             if any(piece != "–" for piece in line[2:]):
                 lines.append(line)
     seeds = [len(row.best) for row in plain]
@@ -114,7 +123,8 @@ def summary(study: Kept) -> str:
     return (
         f"{title}. {text.strip()} `pointcmt ablate --config benchmarks/configs/{study.name}.yaml`; "
         f"{count} seeds. First line: OA in % of the plain student; below: what a method adds to it, in "
-        "points, paired by seed, with the 95 % interval; bold where that excludes zero. All of it: "
+        f"points, paired by seed, with the 95 % interval; bold where that excludes zero, † where it does so "
+        f"among all {len(tested)} differences of the table (Holm). All of it: "
         "[docs/results.md](docs/results.md).\n\n" + markdown(headings, lines).rstrip()
     )
 
@@ -166,6 +176,10 @@ def section(study: Kept) -> str:
     for student in study.students:
         headings, lines = table_of(study.rows(student), study.tests)
         parts += [f"### {student}", markdown(headings[1:], [line[1:] for line in lines]).rstrip()]
+        compared = sum(
+            line[at] != "–" for line in lines for at, h in enumerate(headings) if h == "difference"
+        )
+        parts += [f"{compared} differences in this table."]
         parts += ["\n".join(f"- {sentence}" for sentence in verdicts(study, student))]
     if len(study.students) > 1:
         parts += ["### Over all students", over_students(study)]
@@ -337,13 +351,21 @@ def sentence(row: Row, test: str, interval: tuple[float, float], baseline: str) 
 def over_students(study: Kept) -> str:
     """Differences to the baseline averaged over the students, seed by seed."""
     lines, said = [], []
+    tested = {
+        (method, teacher, test): p_value(gains)
+        for method in study.methods
+        for teacher in (None, *study.taught_by)
+        for test in study.tests
+        if len(gains := pooled(study, method, teacher, test)) > 1
+    }
+    stand = dict(zip(tested, holm(list(tested.values())), strict=True))
     for method in study.methods:
         for teacher in (None, *study.taught_by):
             line = [method, teacher or ""]
             for test in study.tests:
                 gains = pooled(study, method, teacher, test)
                 interval = paired_interval(gains)
-                line += [str(len(gains)), interval_text(interval)]
+                line += [str(len(gains)), interval_text(interval, stand.get((method, teacher, test), False))]
                 if interval is not None and method == "FE+CE":
                     said.append(
                         "- " + sentence(Row("", method, teacher, {}, [], {}), test, interval, study.baseline)

@@ -44,14 +44,13 @@ def section(record: Mapping[str, Any], heading: bool = True) -> str:
 
 
 def results() -> str:
-    """The README's tables: the demo again and again, then the studies on the CPU, where there are any."""
+    """The README's tables: the demo again and again, and the study of clouds without labels; where there are
+    none of these, the study on the CPU. All of them are on the page of results."""
     demo = RESULTS / "runs-demo.json"
     parts = [studies.demo_summary(json.loads(demo.read_text()))] if demo.exists() else []
-    parts += [
-        studies.summary(studies.Kept(RESULTS / name))
-        for name in ("unlabelled", "cpu")
-        if (RESULTS / name / "study.json").exists()
-    ]
+    for name in ("unlabelled", "cpu"):
+        if (RESULTS / name / "study.json").exists() and not (parts and name == "cpu"):
+            parts.append(studies.summary(studies.Kept(RESULTS / name)))
     return "\n\n".join(parts) or "There are no records of a study here yet."
 
 

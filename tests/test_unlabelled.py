@@ -17,6 +17,7 @@ from pointcmt.methods import PointCMT
 from pointcmt.objectives import ClassifierEnhancement, FeatureEnhancement, Objective, SoftLabels
 from pointcmt.recipes import train as stage3
 from pointcmt.recipes.batches import Batches, WithUnlabelled
+from pointcmt.recipes.networks import clouds_of
 from pointcmt.recipes.options import DataOptions
 from pointcmt.training import CrossModalTraining
 from tests.toys import CLASSES, Generator, Student, Teacher
@@ -174,6 +175,10 @@ def test_the_rest_of_the_training_set_has_no_labels():
     every = SyntheticShapes("train", 16, per_class=9)
     row = every.shape_ids.index(rest.shape_ids[7])
     assert np.array_equal(every.points[row], rest.points[7])
+    # what reads labels sees those alone; pre-training sees every cloud
+    options = DataOptions(per_class=9, labels_per_class=4, num_points=16)
+    assert len(clouds_of(options, "train")) == 16 * 4
+    assert len(clouds_of(options, "train", labelled=False)) == 16 * 9
     with pytest.raises(ValueError, match="leaves no training shape without"):
         DataOptions(per_class=4, labels_per_class=4, num_points=16).load()
 

@@ -127,8 +127,8 @@ class WithUnlabelled(Batches):
     """Labelled batches, and behind the clouds of each some that have no labels.
 
     An epoch is one of the labelled shapes. The others come in an order of their own, which follows from the
-    seed and the number of the step alone, pass after pass. ``Batch.index`` goes on over them: rows from n on
-    are those of the n labelled shapes' set's successor.
+    seed and the number of the step alone, pass after pass. In ``Batch.index`` they are counted on from the n
+    labelled shapes: n + row.
 
     Args:
         labelled: batches of training.

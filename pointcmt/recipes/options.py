@@ -46,8 +46,9 @@ def image_splits(root: Path, data: DataOptions, size: int, channels: int) -> Spl
     rows = {"train": np.arange(len(train)), "test": np.arange(len(test))}
     if data.test_per_class is not None:
         rows["test"] = class_rows(test.labels, data.test_per_class, data.data_seed)
-    if data.per_class is not None:
-        rows["train"] = class_rows(train.labels, data.per_class, data.data_seed)
+    few = data.per_class if data.labels_per_class is None else data.labels_per_class
+    if few is not None:
+        rows["train"] = class_rows(train.labels, few, data.data_seed)
     if data.holdout:
         drawn = train.labels[rows["train"]]
         counts = np.bincount(drawn)

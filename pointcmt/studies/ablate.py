@@ -313,6 +313,7 @@ def prepare(study: Study, name: str, out: Path, machine: MachineOptions) -> None
             CacheFeatures(
                 folder / "teacher",
                 data=plan.data,
+                images=plan.images,
                 draws=count,
                 augment_scale=plan.augment_scale,
                 augment_shift=plan.augment_shift,
