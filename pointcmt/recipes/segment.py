@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -297,7 +298,7 @@ def train(options: Segment) -> dict[str, Any]:
         assert adapter.per_point is not None
         return adapter.per_point(adapter.call(model, sample_inputs(batch, fields), batch.category))
 
-    others = {name: part for name, part in splits.parts().items() if name != "train"}
+    others = {name: part for name, part in splits.parts().items() if name in ("heldout", "test")}
     size = options.loop.batch_size
     tests = {name: LabelledBatches(part, size, device, **place) for name, part in others.items()}
     watch = "heldout" if splits.heldout is not None else "test"
@@ -382,8 +383,6 @@ def _configuration(options: Segment, data: PointDataset, fields: tuple[str, ...]
 def _voxel(data: DataOptions) -> float:
     if data.voxel is not None:
         return data.voxel
-    import inspect
-
     default = inspect.signature(data.entry().build).parameters.get("voxel")
     return float(default.default) if default is not None else 0.0
 
