@@ -233,11 +233,16 @@ def table(found: list[dict[str, Any]]) -> str:
                 pairs = [
                     own[s] - values["scratch", labels, s] for s in own if ("scratch", labels, s) in values
                 ]
-                line.append("" if method == "scratch" else interval_text(paired_interval(np.array(pairs))))
+                if method == "scratch" or not pairs:
+                    line.append("")
+                elif len(pairs) == 1:
+                    line.append(f"{pairs[0]:+.2f}, one seed")
+                else:
+                    line.append(interval_text(paired_interval(np.array(pairs))))
             lines.append(line)
-        seeds = {len({s for (m, k, s) in values if (m, k) == (method, labels)})
-                 for method in METHODS for labels in ("all", "few")}  # fmt: skip
-        count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
+        cells_of = [(r["method"], r["labels"]) for r in mine]
+        seeds = max(map(cells_of.count, cells_of))
+        done = f"{len(mine)} of {2 * 3 * len(METHODS)} cells, {seeds} seed(s) at most"
         clouds = {r["labels"]: r["clouds"]["train"] for r in mine}
         headings = [
             "",
@@ -255,7 +260,7 @@ def table(found: list[dict[str, Any]]) -> str:
             f"{first['width']} "
             f"({first['parameters']} parameters), {first['points']} points without colours, {setting.steps} "
             f"steps "
-            f"of fine-tuning whatever the labels, {count} seed(s), last epoch.\n\n"
+            f"of fine-tuning whatever the labels, last epoch; {done}.\n\n"
             + markdown(headings, lines).rstrip()
             + f"\n\nCost: {cost:.1f} core-minutes of fine-tuning and {sum(before.values()):.1f} of "
             f"pre-training ({machine['processor']}, {machine['threads']} thread(s); torch "
