@@ -36,6 +36,7 @@ _MAKERS = {
     "network": "pointcmt pretrain",
     "student": "pointcmt train",
     "registration": "pointcmt train-registration",
+    "segmenter": "pointcmt segment",
 }
 
 

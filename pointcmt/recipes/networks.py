@@ -23,7 +23,7 @@ from pointcmt.recipes.config import restore
 from pointcmt.recipes.options import DataOptions, parse_assignments
 from pointcmt.types import PointFeatures
 
-KINDS = ("network", "student")
+KINDS = ("network", "student", "segmenter")
 
 
 def clouds_of(data: DataOptions, split: Split, labelled: bool = True) -> PointDataset:
@@ -192,7 +192,7 @@ def encode(network: nn.Module, adapter: Adapter, points: Tensor) -> PointFeature
     """What a network says of clouds [B, N, C], as its adapter taps it: the pooled feature of its encoder
     (the shape feature where the adapter does not say), local features where there are any."""
     module = unwrap(network)
-    seen = observe(module, adapter, lambda: network(adapter.arrange(points)))
+    seen = observe(module, adapter, lambda: adapter.call(network, points))
     if seen.feature is None:
         raise ValueError(
             f"adapter {adapter.name!r} taps {adapter.feature_path(module)!r}, which the forward pass of "

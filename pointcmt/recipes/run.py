@@ -474,7 +474,7 @@ def find_checkpoint(path: Path, kind: str) -> Path:
 
     Args:
         path: a ``.safetensors`` file, or a run folder.
-        kind: ``teacher``, ``generator``, ``student`` or ``registration``.
+        kind: ``teacher``, ``generator``, ``student``, ``registration`` or ``segmenter``.
 
     Raises:
         FileNotFoundError: neither is there; names the command that makes one.
@@ -491,6 +491,7 @@ def find_checkpoint(path: Path, kind: str) -> Path:
         "generator": "train-generator",
         "student": "train",
         "registration": "train-registration",
+        "segmenter": "segment",
     }[kind]
     unfinished = (
         " The run in that folder is not finished: continue it with --resume."
