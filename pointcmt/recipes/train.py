@@ -349,7 +349,7 @@ def train(options: Train) -> dict[str, Any]:
             method = options.method
             built = features_of(
                 splits, teacher, teacher_file, accelerator, options.features, options.images,
-                workers=options.machine.workers, test=False,
+                workers=options.machine.workers, without=("test",),
             )  # fmt: skip
             caches = {name: cache for name, (_, cache) in built.items()}
             features = caches["train"][torch.arange(len(splits.train))].to(accelerator.device)
