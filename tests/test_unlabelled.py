@@ -252,6 +252,7 @@ def test_a_run_that_is_killed_and_resumed_is_the_same(teacher_run, tmp_path, mon
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert whole["shapes"] == {"train": 48, "heldout": 16, "test": 32, "unlabelled": 80}
     assert whole["method"] == "soft_labels and unlabelled clouds"
+    assert whole["labels_that_only_the_teacher_saw"] == 0
     lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     assert {"unlabelled_soft_labels", "unlabelled_classifier_enhancement", "guard"} <= lines[-1].keys()
     # other clouds are another run
