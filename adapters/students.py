@@ -32,7 +32,7 @@ def _stage(module: nn.Module, tapped: tuple[Tensor, Tensor], inputs: tuple) -> t
 
 def _per_point(module: nn.Module, tapped: Tensor, inputs: tuple) -> tuple[Tensor, Tensor]:
     """[B, C, N] features of the points themselves."""
-    return tapped.transpose(1, 2), inputs[0]
+    return tapped.transpose(1, 2), inputs[0][..., :3]
 
 
 @register_adapter(

@@ -68,7 +68,7 @@ def interleave(
         device: on CUDA, time is taken between synchronisations.
         seconds: stop after the round in which this much time has passed.
         at_least: rounds that are run however long they take.
-        clock: what a call takes by; ``time.process_time`` leaves out what else a busy machine does.
+        clock: seconds; ``time.process_time`` counts the work of all threads, and only this process's.
 
     Returns:
         name → :class:`Timing`, in seconds.

@@ -16,7 +16,6 @@ on the same test pairs: ``same`` (test shapes of the training categories), ``uns
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import json
 import os
@@ -147,6 +146,7 @@ class Study:
             network=NetworkOptions(**{**self.network, **changes.get("network", {})}),
             losses=LossWeights(**{**self.losses, **changes.get("losses", {})}),
             baselines=(),
+            drawn=0,
             loop=LoopOptions(**{**self.loop, "seed": cell.seed}),
             machine=MachineOptions(device="cpu", tensorboard=False),
             resume=True,
@@ -230,21 +230,17 @@ def network_motions(
             rule; ``none``: empty ones.
         batch_size: pairs at once.
     """
-
-    def batch_of(some: np.ndarray) -> Any:
-        return pairs.batch(some)
-
     found = []
     shifted = np.roll(rows, len(rows) // 2)
     for start in range(0, len(rows), batch_size):
-        batch = batch_of(rows[start : start + batch_size])
+        batch = pairs.batch(rows[start : start + batch_size])
         given: Any = None
         if model.images == "canonical":
             assert model.views is not None
             given = model.views.render(pairs.complete(batch.index.tolist()))
         elif images != "own":
             assert model.views is not None
-            other = batch_of(shifted[start : start + batch_size])
+            other = pairs.batch(shifted[start : start + batch_size])
             given = tuple(model.views.render(cloud) for cloud in (other.source, other.target))
             if images == "none":
                 given = tuple(torch.zeros_like(image) for image in given)
@@ -312,7 +308,8 @@ def run_cell(cell: Cell, study: Study, shapes: Shapes, runs: Path) -> dict[str, 
     tests = ["same", "unseen", "noise"]
     if cell.curve:
         tests += [f"noise {level:g}" for level in study.curve]
-    record: dict[str, Any] = {**dataclasses.asdict(cell), "tests": {}}
+    about = {"method": cell.method, "protocol": cell.protocol, "seed": cell.seed}
+    record: dict[str, Any] = {**about, "tests": {}}
     began = time.process_time()
     model = None
     if cell.method in study.networks:
@@ -336,7 +333,7 @@ def run_cell(cell: Cell, study: Study, shapes: Shapes, runs: Path) -> dict[str, 
         record["tests"][name] = measured(motions, pairs, rows)
         record["protocol_in_words"] = record.get("protocol_in_words") or pairs.options.describe()
     if model is not None and cell.variants:
-        record["variants"] = variants(model, study, shapes, cell.protocol)
+        record["asked_otherwise"] = variants(model, study, shapes, cell.protocol)
     record["cpu_seconds"] = time.process_time() - began
     record["commit"], record["machine"] = commit(), machine()
     return record

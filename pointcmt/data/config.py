@@ -51,6 +51,8 @@ class DataOptions:
     normalize: bool | None = None
     """Centre each cloud and scale it into the unit sphere; default: as is usual for the data set, and said
     where the clouds then lie elsewhere."""
+    normals: bool = False
+    """Points with their unit normals, [N, 6], of a data set that has them; for networks that take them."""
     data_up: Literal["auto", "x", "y", "z"] = "auto"
     """Which axis of the clouds points up; auto takes what the data set records, else guesses and says so."""
     voxel: float | None = None
@@ -97,6 +99,7 @@ class DataOptions:
             "dense_points": self.view_points,
             "per_class": per_class,
             "seed": self.data_seed,
+            "normals": self.normals or None,
             "normalize": self.normalize,
             "cache_dir": self.data_cache,
             "up": None if self.data_up == "auto" else self.data_up,
@@ -107,6 +110,11 @@ class DataOptions:
         assert arguments.keys() == ARGUMENTS.keys()
         if self.view_points is not None and not entry.takes("dense_points"):
             raise ValueError(f"data set {entry.name!r} has no --view-points: its views are of its own points")
+        if self.normals and not entry.takes("normals"):
+            raise ValueError(
+                f"data set {entry.name!r} has no --normals: use one that has them (meshes, or files with "
+                "normals), or leave the option out"
+            )
         # a parameter that is left at None keeps the default of `build`
         given = {name: value for name, value in arguments.items() if entry.takes(name) and value is not None}
         made = entry.build(**given)

@@ -217,6 +217,15 @@ class LocalInfoNCE(Objective):
         right = (local.float() @ cells).argmax(-1) == cell[:, 0]
         return 100 * right.sum() / (cell[:, 0] >= 0).sum().clamp(min=1)
 
+    def embed_cells(self, student: StudentState, teacher: TeacherOutput) -> tuple[Tensor, Tensor]:
+        """Local features [B, V, M, D] as each view is compared with them, and its cells [B, V, D, h, w], of
+        length one in the common space: to show what is similar to what."""
+        assert teacher.views is not None and teacher.views.view_matrix is not None
+        before, images, _ = self._projected(student, teacher)
+        views = teacher.views.view_matrix.unbind(1)
+        local = torch.stack([self._head().with_pose(before, view) for view in views], 1)
+        return F.normalize(local.float(), dim=-1), F.normalize(images.float(), dim=2)
+
     def _head(self) -> LocalHead:
         if self.point_head is None:
             raise RuntimeError(f"{self.name} has no heads yet: enter the training context, or call bind()")

@@ -410,8 +410,12 @@ class CMIGNet(nn.Module):
         pose = Rigid(rotation, places.new_zeros(len(places), 3))
         steps: list[Iteration] = []
         moved, chosen, weights = places, None, None
+        head = self.features
         (features,) = self._by_rows(
-            lambda *pair: (self.features(*pair),), self.features.kept, (source,), (target,)
+            lambda *pair: (head.compare(*pair),),
+            head.kept,
+            (source, head.project(source)),
+            (target, head.project(target)),
         )
         for heads in self.matching:
             assert isinstance(heads, Matching)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import princeton
 from pointcmt.data import DataOptions, subset
 from pointcmt.data.parts import LabeledPSB
-from pointcmt.data.princeton import PrincetonShapes, mesh_of, read_pack
+from pointcmt.data.princeton import PrincetonShapes, mesh_of, meshes_of, read_pack
 from pointcmt.views.mesh_files import read_mesh
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -84,3 +84,17 @@ def test_images_are_linked_by_split_and_class(tmp_path: Path) -> None:
     image.write_bytes(b"x")
     assert princeton.link(tmp_path / "rendered", root, tmp_path, "princeton36") == 1
     assert (tmp_path / "princeton36/test/Car" / image.name).samefile(image)
+
+
+def test_meshes_to_render_are_those_that_clouds_are_sampled_from(tmp_path: Path) -> None:
+    root = folder("psb", "psb_meshes.h5")
+    raw = PrincetonShapes(root, "train", 64, per_class=1, normals=True, normalize=False)
+    meshes = meshes_of(root, "train")
+    np.testing.assert_allclose(np.linalg.norm(raw.points[..., 3:], axis=2), 1, atol=1e-3)
+    for name, cloud in zip(raw.shape_ids[:5], raw.points[:5, :, :3], strict=True):
+        vertices, faces = meshes[Path(name)]()
+        used = vertices[faces.ravel()]
+        assert (cloud >= used.min(0) - 1e-3).all() and (cloud <= used.max(0) + 1e-3).all()
+    scaled = PrincetonShapes(root, "train", 64, per_class=1)
+    assert scaled.shape_ids == raw.shape_ids
+    assert np.abs(scaled.points.mean(1)).max() < 1e-5 < np.abs(raw.points[..., :3].mean(1)).max()

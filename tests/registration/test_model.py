@@ -9,7 +9,7 @@ import torch
 
 from pointcmt.registration import CMIGNet, LossWeights, registration_loss
 from pointcmt.registration import model as model_module
-from pointcmt.registration.layers import FeatureMatcher, PointEncoder
+from pointcmt.registration.layers import Attention, FeatureMatcher, PointEncoder
 from pointcmt.registration.losses import match_loss, nt_xent, overlap_contrast
 from pointcmt.registration.model import draw_keypoints
 
@@ -79,6 +79,19 @@ def test_the_matching_heads_first_layer_on_points_is_that_on_pairs(dtype):
     torch.testing.assert_close(
         same, head.naive(target[:, :5], target[:, :5]).diagonal(dim1=1, dim2=2), atol=0.02, rtol=0
     )
+
+
+def test_attention_to_few_rows_is_attention():
+    torch.manual_seed(0)
+    attention = Attention(32, 4)
+    x, memory = torch.randn(2, 50, 32, requires_grad=True), torch.randn(2, 3, 32, requires_grad=True)
+    few = attention(x, memory)
+    torch.testing.assert_close(few, attention.to_few(x, memory), atol=0, rtol=0)
+    whole = attention(x, memory.repeat(1, 2, 1))  # twice each: another way, and the same weights
+    torch.testing.assert_close(few, whole, atol=1e-5, rtol=1e-4)
+    gradients = [torch.autograd.grad(out.square().sum(), (x, memory)) for out in (few, whole)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

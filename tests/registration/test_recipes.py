@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from pointcmt.cli import main
 from pointcmt.recipes.register import NOT_TRUSTED, Cloud, read_cloud, write_cloud
 from pointcmt.registration import CMIGNet
+from pointcmt.studies.report import write_report
 from pointcmt.tasks.registration import rotation_errors
 from tests.registration.test_align import MOTION, apply, bumpy
 
@@ -20,7 +22,7 @@ o3d = pytest.importorskip("open3d", reason="open3d is in the extra `registration
 TRAIN = [
     "train-registration", "--per-class", "2", "--test-per-class", "1", "--pair-points", "64",
     "--width", "0.06", "--keypoints", "16", "--iterations", "1", "--view-size", "8", "--views", "2",
-    "--batch-size", "8", "--epochs", "2", "--baselines", "icp", "--device", "cpu",
+    "--batch-size", "8", "--epochs", "2", "--baselines", "icp", "--device", "cpu", "--drawn", "6",
 ]  # fmt: skip
 
 
@@ -44,6 +46,23 @@ def test_training_prints_the_protocol_and_figures_beside_doing_nothing(finished,
     again = json.loads((finished / "again.json").read_text())
     assert again["methods"] == results["test"]
     assert CMIGNet.load(finished / "registration.safetensors").config["points"] == 48
+
+
+def test_the_report_shows_pairs_curves_and_what_was_changed(finished, tmp_path):
+    curves = json.loads((finished / "curves.json").read_text())
+    assert set(curves["errors"]) == {"CMIGNet", "nothing", "icp"} and curves["noise"][0] == "0"
+    nothing = curves["errors"]["nothing"]
+    assert nothing["0"] == nothing["0.06"]  # noise moves no cloud, so doing nothing is as wrong with it
+    assert all(len(values) == len(curves["overlap"]) for values in nothing.values())
+    for name in ("one", "other"):
+        shutil.copytree(finished, tmp_path / "runs" / name)
+    config = json.loads((tmp_path / "runs/other/config.json").read_text())
+    config["config"]["network"]["mask"] = False
+    (tmp_path / "runs/other/config.json").write_text(json.dumps(config))
+    page = write_report(tmp_path / "runs").read_text()
+    assert "network.mask False" in page and page.count("data:image/png;base64,") == 4
+    error = json.loads((finished / "results.json").read_text())["test"]["CMIGNet"]["rotation_error"]
+    assert f"{error:.2f}" in page and "independent: 64 points" in page
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(finished, tmp_path):
