@@ -1,4 +1,4 @@
-# make demo   the main job on embedded synthetic shapes: teacher, generator, plain and PointCMT student, report
+# make demo   few labels, many clouds without, on embedded shapes: teacher, plain and taught students, report
 # make test   set-up, lint, and the whole suite
 # make bench  speed, as ratios against peers measured in the same run; REPOS=folder of checkouts of the public
 #             repositories and MODELNET40=folder of its clouds add the peers and the data that need them
@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEST_JOBS ?= 2
 SOURCES := $(wildcard csrc/*)
 
 # of each torch that the suite is tried on beside the newest, the torchvision that belongs to it
@@ -55,8 +56,9 @@ cuda-compile: $(STAMP)
 		$(BIN)/python setup.py --quiet build_ext --build-temp build/cuda-check --build-lib build/cuda-check; \
 	else echo "no nvcc here: the CUDA sources are not compiled"; fi
 
+# two processes of one thread each: most tests are too small for two threads
 test: lint cuda-compile
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 # everything built and installed anew beside the newest torch: VENV names another environment, the extension lies
 # in it and not in the source tree
@@ -69,7 +71,7 @@ test-torch:
 	git ls-files -z | xargs -0 cp --parents -t build/torch-$(TORCH)/tree
 	cd build/torch-$(TORCH)/tree && ../bin/pip install --quiet --no-build-isolation -e ".[dev]" && \
 		POINTCMT_MODELNET40=$${POINTCMT_MODELNET40:-$(CURDIR)/../shared/data/modelnet40_ply_hdf5_1024} \
-		../bin/python -m pytest $(TESTS)
+		OMP_NUM_THREADS=1 ../bin/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TESTS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(if $(REPOS),--repos $(REPOS)) $(if $(MODELNET40),--modelnet40 $(MODELNET40))

@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "doctor": ("recipes.doctor", "Doctor", "doctor"),
 }
 SUMMARY = {
-    "demo": "all stages on shapes that come with the package, and a report: five minutes on two cores",
+    "demo": "few labels, many clouds without: what images add on embedded shapes, in three minutes",
     "train-teacher": "stage I: an image teacher, on views projected from points or on a folder of images",
     "train-generator": "stage II: the generator that turns the teacher's features into clouds",
     "cache-features": "compute the teacher's features of all shapes once (train does it where needed)",

@@ -64,6 +64,7 @@ class ImageTeacher(nn.Module):
     """
 
     images_per_pass = 256
+    _backbone_frozen = False
     mean: Tensor
     std: Tensor
 
@@ -225,6 +226,18 @@ class ImageTeacher(nn.Module):
         found = self.features(views, per_view=per_view, maps=maps)
         logits = None if self.classifier is None else self.classify(found.pooled)
         return TeacherOutput(found.pooled, logits, found.per_view, found.maps)
+
+    def freeze_backbone(self) -> None:
+        """From now on only projection and classifier are trained: the backbone gets no gradients, and stays
+        in eval mode, its batch norm's statistics as they are."""
+        self.backbone.requires_grad_(False).eval()
+        self._backbone_frozen = True
+
+    def train(self, mode: bool = True) -> ImageTeacher:
+        super().train(mode)
+        if self._backbone_frozen:
+            self.backbone.eval()
+        return self
 
     def fingerprint(self) -> str:
         """sha256 of configuration and weights; cached features are bound to it."""

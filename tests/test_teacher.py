@@ -352,3 +352,17 @@ def test_weights_from_a_file(tmp_path):
     (tmp_path / "bad.pth").write_bytes(b"PK nothing")
     with pytest.raises(ValueError, match="cannot be read as weights"):
         ImageTeacher(5, "resnet10t", pretrained=tmp_path / "bad.pth")
+
+
+def test_a_frozen_backbone_stays_what_it_is():
+    teacher = ImageTeacher(3, "simpleview_resnet", 1, feature_dim=8, backbone_options={"width": 0.25})
+    teacher.freeze_backbone()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in teacher.parameters() if p.requires_grad], 0.1)
+    teacher.train()
+    assert not teacher.backbone.training and teacher.projection.training
+    teacher(torch.rand(4, 2, 1, 32, 32)).logits.square().sum().backward()
+    optimizer.step()
+    changed = {name for name, value in teacher.state_dict().items() if not value.equal(before[name])}
+    assert changed and not any(name.startswith("backbone.") for name in changed)
+    assert {"classifier.weight", "projection.0.weight"} <= changed

@@ -41,7 +41,12 @@ def _files(root: Path) -> list[tuple[str, str, Path]]:
     ]
 
 
-@register_dataset("folder", matches=lambda root: bool(_lists(root) or _files(root)), layout=_LAYOUT)
+@register_dataset(
+    "folder",
+    # with labels.txt the points have labels: labelled_folder
+    matches=lambda root: not (root / "labels.txt").is_file() and bool(_lists(root) or _files(root)),
+    layout=_LAYOUT,
+)
 class PointFolder(PointDataset):
     """One's own clouds: ``root/<split>/<class>/*.{ply,pcd,off,obj,xyz,txt,npy,npz}``, or a csv list.
 

@@ -4,6 +4,6 @@ from pointcmt.methods.crosspoint import CrossPoint
 from pointcmt.methods.mm_point import MMPoint
 from pointcmt.methods.pic_at_point import PicAtPoint
 from pointcmt.methods.pointcmt import PointCMT
-from pointcmt.methods.unused import freeze_unused
+from pointcmt.methods.unused import freeze_unused, unused_parameters
 
-__all__ = ["CrossPoint", "MMPoint", "PicAtPoint", "PointCMT", "freeze_unused"]
+__all__ = ["CrossPoint", "MMPoint", "PicAtPoint", "PointCMT", "freeze_unused", "unused_parameters"]

@@ -189,13 +189,29 @@ def check_named_by_file(student: str, file: Path) -> None:
     )
 
 
-def split_weights(pairs: Sequence[str]) -> dict[str, float]:
-    """``("soft_labels=1", "nst=50")`` as weights by name."""
-    weights = parse_assignments(pairs, "--objectives")
-    for name, weight in weights.items():
+def split_weights(pairs: Sequence[str], option: str = "--objectives") -> dict[str, float]:
+    """``("soft_labels=1,temperature=2", "nst=50")`` as weights by name."""
+    return {name: weight for name, (weight, _) in split_objectives(pairs, option).items()}
+
+
+def split_objectives(
+    pairs: Sequence[str], option: str = "--objectives"
+) -> dict[str, tuple[float, dict[str, Any]]]:
+    """``("soft_labels=1,temperature=2", "nst=50")`` as weight and further arguments by name.
+
+    Raises:
+        ValueError: a weight that is no number, or a name that stands twice.
+    """
+    found: dict[str, tuple[float, dict[str, Any]]] = {}
+    for pair in pairs:
+        first, *rest = pair.split(",")
+        ((name, weight),) = parse_assignments([first], option).items()
         if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(f"--objectives {name}={weight}: expected a number as weight")
-    return {name: float(weight) for name, weight in weights.items()}
+            raise ValueError(f"{option} {name}={weight}: expected a number as weight")
+        if name in found:
+            raise ValueError(f"{option} names {name} twice; give each objective once")
+        found[name] = float(weight), parse_assignments(rest, option)
+    return found
 
 
 def objective_classes() -> dict[str, type[Objective]]:
@@ -222,12 +238,16 @@ def objective_classes() -> dict[str, type[Objective]]:
 
 
 def make_objectives(
-    fe_weight: float, ce_weight: float, further: Sequence[str] = (), fe_distance: str = "emd"
+    fe_weight: float,
+    ce_weight: float,
+    further: Sequence[str] = (),
+    fe_distance: str = "emd",
+    option: str = "--objectives",
 ) -> list[Objective]:
-    """FE and CE where they have a weight, and further objectives as NAME=WEIGHT.
+    """FE and CE where they have a weight, and further objectives as NAME=WEIGHT[,ARGUMENT=VALUE …].
 
     Raises:
-        ValueError: an unknown name, or a weight that is no number.
+        ValueError: an unknown name or argument, or a weight that is no number.
     """
     known = objective_classes()
     made: list[Objective] = []
@@ -235,8 +255,13 @@ def make_objectives(
         made.append(objectives.FeatureEnhancement(fe_weight, distance=fe_distance))
     if ce_weight:
         made.append(objectives.ClassifierEnhancement(ce_weight))
-    for name, weight in split_weights(further).items():
+    for name, (weight, arguments) in split_objectives(further, option).items():
         if name not in known:
-            raise ValueError(f"--objectives {name}: expected one of {', '.join(known)}")
-        made.append(known[name](weight=weight))
+            raise ValueError(f"{option} {name}: expected one of {', '.join(known)}")
+        accepted = set(inspect.signature(known[name]).parameters) - {"weight"}
+        if unknown := sorted(arguments.keys() - accepted):
+            raise ValueError(
+                f"{option} {name} does not take {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}"
+            )
+        made.append(known[name](weight=weight, **arguments))
     return made

@@ -26,9 +26,12 @@ from pointcmt.types import PointFeatures
 KINDS = ("network", "student")
 
 
-def clouds_of(data: DataOptions, split: Split) -> PointDataset:
-    """All clouds of a split, none held out."""
-    made = data.build(split, data.per_class if split == "train" else data.test_per_class)
+def clouds_of(data: DataOptions, split: Split, labelled: bool = True) -> PointDataset:
+    """All clouds of a split, none held out; ``labelled``: those that have a label (--labels-per-class)."""
+    count = data.per_class if split == "train" else data.test_per_class
+    if split == "train" and labelled and data.labels_per_class is not None:
+        count = data.labels_per_class
+    made = data.build(split, count)
     for problem in data.settle(made):
         warnings.warn(problem, stacklevel=2)
     return made

@@ -141,7 +141,7 @@ def find_runs(folder: Path) -> list[Run]:
         if not (place / "results.json").exists():
             continue
         described = read_json(config)
-        if described.get("command") not in ("train-teacher", "train-generator", "train"):
+        if described.get("command") not in ("train-teacher", "train-generator", "pretrain", "train"):
             continue
         runs.append(
             Run(
@@ -156,9 +156,9 @@ def find_runs(folder: Path) -> list[Run]:
     if not runs:
         raise FileNotFoundError(
             f"no finished run in {folder} or below it; make one with pointcmt train-teacher, "
-            f"train-generator, train or train-registration"
+            "train-generator, pretrain, train or train-registration"
         )
-    order = {"train-teacher": 0, "train-generator": 1, "train": 2}
+    order = {"train-teacher": 0, "train-generator": 1, "pretrain": 2, "train": 3}
     return sorted(runs, key=lambda run: (order[run.command], run.role != "none", run.role, str(run.path)))
 
 
@@ -166,7 +166,7 @@ def compare(runs: Sequence[Run]) -> list[Entry]:
     """Teacher and students as lines of a comparison; seeds of one student and method together."""
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        if run.role == "generator":
+        if run.role == "generator" or run.command == "pretrain":
             continue
         key = (run.role, str(run.results.get("student", "")))
         groups.setdefault(key, []).append(run)
@@ -270,6 +270,18 @@ def write_report(folder: Path, title: str = "PointCMT: images teach a point-clou
                 "generated.png",
                 "What the generator makes",
                 "Test shapes, and the clouds made from their images",
+            ),
+            (
+                "similarity.png",
+                "What pre-training finds similar",
+                "One local feature of each shape, compared with the others of the shape, with the cells of "
+                "its pictures, and with the local features of another shape",
+            ),
+            (
+                "features.png",
+                "Features before and after pre-training",
+                "t-SNE of the pooled features of the shapes that were watched; colours are classes, which "
+                "pre-training did not look at",
             ),
         ):
             if (run.path / file).exists():

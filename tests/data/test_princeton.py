@@ -9,7 +9,7 @@ import pytest
 
 from pointcmt.data import DataOptions, subset
 from pointcmt.data.parts import LabeledPSB
-from pointcmt.data.princeton import PrincetonShapes
+from pointcmt.data.princeton import PrincetonShapes, meshes_of
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -43,6 +43,10 @@ def test_parts_follow_their_points() -> None:
 
 def test_official_split_and_coarser_classes(tmp_path: Path) -> None:
     root = folder("psb", "psb_meshes.h5")
+    course = PrincetonShapes(root, "train", 32, course=True, per_class=1)
+    assert course.num_classes == 36 == len(course) and {"AircraftBuoyant", "Car"} <= set(course.class_names)
+    named = DataOptions(str(root), "princeton36", num_points=16, test_per_class=3).build("test", 3)
+    assert named.class_names == course.class_names and len(named) == 36 * 3
     train = PrincetonShapes(root, "train", 32, per_class=2, cache_dir=tmp_path)
     test = PrincetonShapes(root, "test", 32, level=1, per_class=3, dense_points=48)
     assert (
@@ -58,3 +62,17 @@ def test_official_split_and_coarser_classes(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(train.points, axis=2).max(1), 1, atol=1e-5)
     again = PrincetonShapes(root, "train", 32, per_class=2, cache_dir=tmp_path)
     assert again.fingerprint() == train.fingerprint() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_meshes_to_render_are_those_that_clouds_are_sampled_from(tmp_path: Path) -> None:
+    root = folder("psb", "psb_meshes.h5")
+    raw = PrincetonShapes(root, "train", 64, per_class=1, normals=True, normalize=False)
+    meshes = meshes_of(root, "train")
+    np.testing.assert_allclose(np.linalg.norm(raw.points[..., 3:], axis=2), 1, atol=1e-3)
+    for name, cloud in zip(raw.shape_ids[:5], raw.points[:5, :, :3], strict=True):
+        vertices, faces = meshes[Path(name)]()
+        used = vertices[faces.ravel()]
+        assert (cloud >= used.min(0) - 1e-3).all() and (cloud <= used.max(0) + 1e-3).all()
+    scaled = PrincetonShapes(root, "train", 64, per_class=1)
+    assert scaled.shape_ids == raw.shape_ids
+    assert np.abs(scaled.points.mean(1)).max() < 1e-5 < np.abs(raw.points[..., :3].mean(1)).max()

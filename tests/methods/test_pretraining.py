@@ -144,6 +144,22 @@ def test_the_pose_matters_to_the_local_head_and_turning_both_changes_only_the_co
     torch.testing.assert_close(pixels, views_of(points, 2).pixels, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_what_projects_images_can_have_a_rate_of_its_own(name):
+    kind, _ = METHODS[name]
+    for trained in (False, True):
+        encoder = images()
+        with kind(encoder, network(), points=clouds(2), adapter=adapter(), train_images=trained) as pre:
+            sides = {side: list(map(id, pre.parameters(side))) for side in ("points", "images", "both")}
+            assert sorted(sides["points"] + sides["images"]) == sorted(sides["both"])
+            assert not set(sides["points"]) & set(sides["images"])
+            theirs = {
+                id(p) for o in pre.objectives for n, p in o.named_parameters() if "image" in n or "map" in n
+            }
+            theirs |= {id(p) for p in encoder.parameters()} if trained else set()
+            assert set(sides["images"]) == theirs and theirs and sides["points"]
+
+
 def test_hidden_points_can_be_skipped():
     torch.manual_seed(0)
     model, points = network(), clouds(4)
