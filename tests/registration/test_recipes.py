@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +19,10 @@ from pointcmt.recipes.register import NOT_TRUSTED, Cloud, read_cloud, write_clou
 from pointcmt.registration import CMIGNet
 from pointcmt.studies.report import write_report
 from pointcmt.tasks.registration import rotation_errors
+from tests.registration.real import library
 from tests.registration.test_align import MOTION, apply, bumpy
 
-o3d = pytest.importorskip("open3d", reason="open3d is in the extra `registration`", exc_type=ImportError)
+o3d = library("open3d")
 
 TRAIN = [
     "train-registration", "--per-class", "2", "--test-per-class", "1", "--pair-points", "64",
@@ -72,6 +77,26 @@ def test_a_stopped_run_resumes_to_the_same_bits(finished, tmp_path):
     whole = CMIGNet.load(finished / "registration.safetensors").state_dict()
     resumed = CMIGNet.load(tmp_path / "run" / "registration.safetensors").state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
+    out = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-m", "pointcmt", *TRAIN, "--out", str(out)], env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "state.pt").exists() and time.monotonic() < deadline:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (out / "results.json").exists()
+    assert main([*TRAIN, "--out", str(out), "--resume"]) == 0
+    whole, resumed = (json.loads((path / "results.json").read_text())["test"] for path in (finished, out))
+    assert whole == resumed
+    files = [CMIGNet.load(path / "registration.safetensors").state_dict() for path in (finished, out)]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
 @pytest.mark.parametrize(
