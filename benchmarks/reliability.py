@@ -17,7 +17,7 @@ RECORDS = (RESULTS / "reliability", RESULTS / "emd-exhaust.json")
 HEAD = """# Reliability
 
 Generated from records by `python -m benchmarks.reliability`. `make fuzz MINUTES=10` damages files and reads
-them; `make exhaust` compares the EMD with the exact optimum. Both go on where they were, and both give a wrong
+them; `make exhaust` compares the EMD with the exact optimum. Both go on where they were, and give a wrong
 case's number, by which it is run again alone. Short forms of both are in `make test`.
 """
 
