@@ -49,6 +49,10 @@ _NOISE = 0.1  # of a parameter's own spread: enough to tell layers apart, too li
 _WEAKER = (1.0, 0.1, 0.01)  # tried in turn where the scores overflow
 
 
+class NoLayout(AdapterError):
+    """A network runs on clouds in none of the layouts."""
+
+
 @dataclass(frozen=True)
 class AdapterReport:
     """What :func:`verify_adapter` measured.
@@ -229,8 +233,8 @@ def fit_adapter(
 
     Raises:
         ValueError: no such layout.
-        AdapterError: the network runs in none of the layouts (the message says what each gave), or no
-            adapter is true of it.
+        NoLayout: the network runs in none of the layouts (the message says what each gave).
+        AdapterError: no adapter is true of it.
     """
     module = unwrap(student)
     _refuse_lazy(module)
@@ -262,7 +266,7 @@ def fit_adapter(
     if wrong is not None:
         raise wrong
     tried = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
-    raise AdapterError(
+    raise NoLayout(
         f"{type(module).__name__} runs on clouds {list(clouds.shape)} in none of the layouts that were "
         f"tried:\n{tried}\nIf it takes normals too, give clouds with 6 channels (--channels 6). Else add its "
         "own layout: pointcmt.adapters.INPUT_LAYOUTS['mine'] = lambda points: <a tensor, or a tuple of "

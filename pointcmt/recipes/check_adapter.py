@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from pointcmt import compat
 from pointcmt.adapters import Adapter, fit_adapter
 from pointcmt.adapters._untouched import quiet_evaluation
-from pointcmt.adapters.proof import AdapterReport, observe
+from pointcmt.adapters.proof import AdapterReport, NoLayout, observe
 from pointcmt.data import SyntheticShapes
 from pointcmt.methods import PointCMT
 
@@ -69,6 +69,7 @@ class AdapterCheck:
         report: the adapter's proof.
         losses: total loss of each of the two training steps.
         objectives: value of each objective, unweighted, at the second step.
+        channels: of the clouds that the network ran on.
         parameters: number of parameters of the network.
         device: ``"cpu"`` or ``"cuda"``.
         seconds: wall time of the whole check.
@@ -79,6 +80,7 @@ class AdapterCheck:
     report: AdapterReport
     losses: tuple[float, float]
     objectives: dict[str, float]
+    channels: int
     parameters: int
     device: str
     seconds: float
@@ -90,7 +92,7 @@ class AdapterCheck:
         return "\n".join(
             [
                 f"{self.network} ({self.parameters / 1e6:.2f} M parameters, {self.device})",
-                f"  layout   {self.report.adapter.input_layout}",
+                f"  layout   {self.report.adapter.input_layout}, {self.channels} channels",
                 f"  proved   {self.report}",
                 *([] if self.local is None else [f"  local    {self.local}"]),
                 f"  trained  two steps under PointCMT: loss {first}, then {second} ({values})",
@@ -107,7 +109,7 @@ def check_adapter(
     adapter: Adapter | str | None = None,
     layout: str | None = None,
     points: int = 1024,
-    channels: int = 3,
+    channels: int | None = None,
     batch: int = 4,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -168,7 +170,7 @@ def check_network(
     adapter: Adapter | str | None = None,
     layout: str | None = None,
     points: int = 1024,
-    channels: int = 3,
+    channels: int | None = None,
     batch: int = 4,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -189,7 +191,8 @@ def check_network(
         layout: how the network takes its clouds, a key of ``pointcmt.adapters.INPUT_LAYOUTS``; None tries
             the adapter's ``input_layout``, then the others in turn.
         points: points per cloud.
-        channels: 3, or 6 for coordinates and unit normals.
+        channels: 3, or 6 for coordinates and unit normals; None tries 3 and, where the network runs in no
+            layout of those, 6.
         batch: clouds, at least 2 because of batch normalisation.
         device: None: CUDA where there is a GPU, else the CPU.
         seed: of weights, clouds and everything else drawn.
@@ -200,7 +203,7 @@ def check_network(
         CheckFailed: any other point of the list.
     """
     start = time.perf_counter()
-    if batch < 2 or channels not in (3, 6):
+    if batch < 2 or channels not in (3, 6, None):
         raise ValueError(f"batch is {batch} and channels {channels}; expected batch ≥ 2 and 3 or 6 channels")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(seed)
@@ -208,8 +211,17 @@ def check_network(
     if not isinstance(network, nn.Module):
         raise ValueError(f"the factory makes a {type(network).__name__}; expected a torch.nn.Module")
     network, twin = network.to(where), twin.to(where)
-    clouds = _clouds(points, channels, batch, seed).to(where)
-    report = fit_adapter(network, clouds, adapter, layout)
+    clouds = _clouds(points, channels or 3, batch, seed).to(where)
+    try:
+        report = fit_adapter(network, clouds, adapter, layout)
+    except NoLayout as error:
+        if channels is not None:
+            raise
+        clouds = _clouds(points, 6, batch, seed).to(where)
+        try:
+            report = fit_adapter(network, clouds, adapter, layout)
+        except NoLayout:
+            raise error from None
     chosen = report.adapter
     if report.logits_shape is None:
         raise ValueError(
@@ -243,6 +255,7 @@ def check_network(
         report=report,
         losses=losses,
         objectives=objectives,
+        channels=clouds.shape[2],
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         device=where.type,
         seconds=time.perf_counter() - start,
