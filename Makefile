@@ -1,23 +1,25 @@
-# make demo   the main job on embedded synthetic shapes: teacher, generator, plain and PointCMT student, report
+# make demo   few labels, many clouds without, on embedded shapes: teacher, plain and taught students, report
 # make test   set-up, lint, and the whole suite
 # make bench  speed, as ratios against peers measured in the same run; REPOS=folder of checkouts of the public
 #             repositories and MODELNET40=folder of its clouds add the peers and the data that need them
 # make test-torch TORCH=2.6.0   the suite on another torch, in an environment of its own
 # make exhaust  the EMD against the exact optimum on CASES=1000000 random and adversarial pairs, on all cores;
 #             begun again, it goes on where it was
+# make fuzz   MINUTES=10 of damaged files through every reader; begun again, it goes on where it was
 # Every target does its own set-up in .venv.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEST_JOBS ?= 2
 SOURCES := $(wildcard csrc/*)
 
 # of each torch that the suite is tried on beside the newest, the torchvision that belongs to it
 TORCHVISION_2.6.0 := 0.21.0
 TORCHVISION_2.9.1 := 0.24.1
 
-.PHONY: demo test test-torch bench exhaust lint types cuda-compile clean
+.PHONY: demo test test-torch bench exhaust fuzz lint types cuda-compile clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.dependencies: pyproject.toml
@@ -55,8 +57,9 @@ cuda-compile: $(STAMP)
 		$(BIN)/python setup.py --quiet build_ext --build-temp build/cuda-check --build-lib build/cuda-check; \
 	else echo "no nvcc here: the CUDA sources are not compiled"; fi
 
+# two processes of one thread each: most tests are too small for two threads
 test: lint cuda-compile
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 # everything built and installed anew beside the newest torch: VENV names another environment, the extension lies
 # in it and not in the source tree
@@ -69,13 +72,16 @@ test-torch:
 	git ls-files -z | xargs -0 cp --parents -t build/torch-$(TORCH)/tree
 	cd build/torch-$(TORCH)/tree && ../bin/pip install --quiet --no-build-isolation -e ".[dev]" && \
 		POINTCMT_MODELNET40=$${POINTCMT_MODELNET40:-$(CURDIR)/../shared/data/modelnet40_ply_hdf5_1024} \
-		../bin/python -m pytest $(TESTS)
+		OMP_NUM_THREADS=1 ../bin/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TESTS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(if $(REPOS),--repos $(REPOS)) $(if $(MODELNET40),--modelnet40 $(MODELNET40))
 
 exhaust: $(STAMP)
 	$(BIN)/python -m benchmarks.exhaust $(if $(CASES),--cases $(CASES))
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz.run --minutes $(or $(MINUTES),10) --out benchmarks/results/reliability/fuzz.json
 
 clean:
 	rm -rf build $(VENV) pointcmt/*.so *.egg-info

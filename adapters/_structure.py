@@ -84,6 +84,30 @@ def per_point(path: str | Callable[[nn.Module], str]) -> Tap:
     )
 
 
+def scores_last(output: Any) -> Tensor:
+    """Class scores of each point [B, N, K] of an output [B, K, N], or a tuple that begins with it."""
+    return scores_first(output).transpose(1, 2)
+
+
+def scores_first(output: Any) -> Tensor:
+    """Class scores of each point [B, N, K], as they are or the first of a tuple."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def before(path: str) -> Tap:
+    """What goes into a layer, a feature for each point [B, C, N] of clouds that come as [B, 3 + C, N]."""
+    return Tap(
+        path,
+        "input",
+        lambda _module, tapped, inputs: (_channels_last(tapped[0]), inputs[0][:, :3].transpose(1, 2)),
+    )
+
+
+def highest(x: Tensor) -> Tensor:
+    """The maximum over points or samples: [B, C, …] → [B, C]."""
+    return x.flatten(2).amax(2)
+
+
 def pooled(path: str | Callable[[nn.Module], str], last: bool = False) -> Tap:
     """What goes into the head: the first argument, or the last entry of a stage's output where ``last``."""
     if last:

@@ -1,4 +1,5 @@
-"""guochengqian/openpoints (PointNeXt): ``BaseCls`` with ``ClsHead`` on any encoder, and its PointMLP.
+"""guochengqian/openpoints (PointNeXt): ``BaseCls`` with ``ClsHead`` on any encoder, its PointMLP, and
+PointNeXt for parts and scenes (``BasePartSeg``, ``BaseSeg``).
 
 Its training script calls ``model.get_logits_loss(data, labels)``, which goes round ``model(data)``; the class
 scores are therefore taken where the head puts them out. Clouds are a dictionary of ``pos`` [B, N, 3] and
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pointcmt.adapters._structure import before_last_stage, has, pooled, run_from
+from pointcmt.adapters._structure import before_last_stage, has, highest, pooled, run_from, scores_last
 from pointcmt.adapters.pointmlp import LOCAL, is_pointmlp
 from pointcmt.adapters.registry import Adapter, Tap, register_adapter
 
@@ -77,3 +78,39 @@ for _name, (_has_parts, _local) in _ENCODERS.items():
 )
 def pointmlp(module: nn.Module, feature: Tensor) -> Tensor:
     return run_from(module.classifier, 3, feature)
+
+
+def _is_base_seg(module: nn.Module) -> bool:
+    return has(module, encoder=nn.Module, decoder=nn.Module, head=nn.Module) and has(
+        module.encoder, encoder=nn.Sequential
+    )
+
+
+def _last_activation(module: nn.Module) -> str:
+    """The activation of the encoder's last block: the features of its coarsest centres."""
+    stages = module.encoder.encoder
+    return f"encoder.encoder.{len(stages) - 1}.{len(stages[-1]) - 1}.act"
+
+
+def _decoded(_module: nn.Module, tapped: Tensor, inputs: tuple) -> tuple[Tensor, Tensor]:
+    """[B, C, N] of the decoder, and the points of the dictionary that the network is called with."""
+    given = inputs[0]
+    return tapped.transpose(1, 2), given["pos"] if isinstance(given, dict) else given
+
+
+# networks for parts take the category too, and their decoder knows it
+for _part in (False, True):
+    register_adapter(
+        Adapter(
+            name="openpoints-part" if _part else "openpoints-scene",
+            matches=lambda module, part=_part: (
+                _is_base_seg(module) and hasattr(module.decoder, "cls_map") == part
+            ),
+            feature_module=_last_activation,
+            feature_from="output",
+            feature=highest,
+            input_layout="pos_x_cls" if _part else "pos_rest",
+            local=Tap("decoder", "output", _decoded),
+            per_point=scores_last,
+        )
+    )

@@ -141,6 +141,8 @@ class Adapter:
         local: where the network's local features and their centres are; None where it has none.
         global_: where the encoder's pooled feature [B, D'] is, before any layer of the head; None: the shape
             feature serves in its place.
+        per_point: of a segmentation network, its output -> class scores of each point [B, N, K]; None: it
+            classifies clouds. Its ``feature`` is that of the whole cloud, ``local`` has one for each point.
     """
 
     name: str
@@ -154,6 +156,7 @@ class Adapter:
     logits_module: str = ""
     local: Tap | None = None
     global_: Tap | None = None
+    per_point: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -213,13 +216,19 @@ class Adapter:
             return module
         return _submodule(self, module, self.logits_module, "logits_module")
 
-    def arrange(self, points: Tensor) -> Any:
-        """Clouds [B, N, 3 + C] as the network takes them; a tuple is several arguments."""
+    def arrange(self, points: Tensor, category: Tensor | None = None) -> Any:
+        """Clouds [B, N, 3 + C] as the network takes them; a tuple is several arguments.
+
+        ``category`` int64 [B], of each shape, is handed to networks that take it (:data:`CATEGORY_LAYOUTS`);
+        others are not given it.
+        """
+        if self.input_layout in CATEGORY_LAYOUTS:
+            return CATEGORY_LAYOUTS[self.input_layout](points, category)
         return INPUT_LAYOUTS[self.input_layout](points)
 
-    def call(self, student: Callable[..., Any], points: Tensor) -> Any:
+    def call(self, student: Callable[..., Any], points: Tensor, category: Tensor | None = None) -> Any:
         """What ``student``, the network or a wrapper of it, returns for clouds [B, N, 3 + C]."""
-        args, kwargs = as_call(self.arrange(points))
+        args, kwargs = as_call(self.arrange(points, category))
         return student(*args, **kwargs)
 
 
@@ -261,6 +270,7 @@ INPUT_LAYOUTS: dict[str, Callable[[Tensor], Any]] = {
     "BN3": identity,
     "B3N": _transposed,
     "pos_x": lambda points: {"pos": points.contiguous(), "x": _transposed(points)},
+    "pos_rest": lambda points: {"pos": points[..., :3].contiguous(), "x": _transposed(_rest(points))},
     "xyz,f:BN3": lambda points: (points[..., :3].contiguous(), _rest(points).contiguous()),
     "xyz,f:B3N": lambda points: (_transposed(points[..., :3]), _transposed(_rest(points))),
     "xyz:BN3,f:B3N": lambda points: (points[..., :3].contiguous(), _transposed(_rest(points))),
@@ -277,12 +287,43 @@ INPUT_LAYOUTS: dict[str, Callable[[Tensor], Any]] = {
 }
 """How clouds [B, N, 3 + C] are handed to a network; a tuple is several positional arguments.
 
-``BN3`` as they are; ``B3N`` channels first; ``pos_x`` OpenPoints' dictionary; ``xyz,f:…`` coordinates and
+``BN3`` as they are; ``B3N`` channels first; ``pos_x`` OpenPoints' dictionary, ``pos_rest`` with what follows
+the coordinates as ``x``; ``xyz,f:…`` coordinates and
 features apart, ``(xyz,f):…`` both in one tuple; ``B3N1`` as an image of width one; ``data`` a batch of
 PyTorch Geometric (``data+x`` with features, which are the coordinates again where there are no others);
 ``…,batch`` its tensors as arguments; ``pxo`` points, features and the ends of the clouds in a list. Add
 another by its name.
 """
+
+
+SHAPENET_CATEGORIES = 16
+
+
+def _one_hot(points: Tensor, category: Tensor | None) -> Tensor:
+    """Categories of ShapeNetPart [B, 16]; zeros where they are not known, as in pre-training."""
+    if category is None:
+        return points.new_zeros(len(points), SHAPENET_CATEGORIES)
+    return nn.functional.one_hot(category, SHAPENET_CATEGORIES).to(points.dtype)
+
+
+def _dictionary(points: Tensor, category: Tensor | None) -> dict[str, Tensor]:
+    number = category if category is not None else torch.zeros_like(points[:, 0, 0], dtype=torch.int64)
+    return {"pos": points[..., :3].contiguous(), "x": _transposed(points), "cls": number[:, None]}
+
+
+CATEGORY_LAYOUTS: dict[str, Callable[[Tensor, Tensor | None], Any]] = {
+    "BN3,category": lambda points, category: points if category is None else (points, category),
+    "B3N,onehot16": lambda points, category: (_transposed(points), _one_hot(points, category)),
+    "pos_x_cls": _dictionary,
+}
+"""How clouds and their shapes' categories are handed to networks for parts: ``BN3,category`` as they are,
+int64 [B]; ``B3N,onehot16`` channels first, one-hot [B, 16]; ``pos_x_cls`` OpenPoints' dictionary. Each is in
+:data:`INPUT_LAYOUTS` too, without a category. Where it is not known, zeros stand in for the one-hot code, and
+category 0 in the dictionary."""
+INPUT_LAYOUTS |= {
+    name: lambda points, arrange=arrange: arrange(points, None)  # type: ignore[misc]
+    for name, arrange in CATEGORY_LAYOUTS.items()
+}
 
 
 def as_call(inputs: Any) -> tuple[tuple, dict[str, Any]]:

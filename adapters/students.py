@@ -1,4 +1,5 @@
-"""pointcmt's own reference students: PointNet++, DGCNN, RS-CNN, PointMLP, PointNeXt (``pointcmt.students``).
+"""pointcmt's own reference students: PointNet++, DGCNN, RS-CNN, PointMLP, PointNeXt (``pointcmt.students``),
+and their networks for parts and scenes.
 
 They have the parts of the public networks, so the public adapters' rules would match too; but clouds are
 [B, N, 3] and logits come out, so they have adapters of their own, told by the class.
@@ -11,8 +12,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pointcmt.adapters._structure import run_from
-from pointcmt.adapters.registry import Tap, register_adapter
+from pointcmt.adapters._structure import run_from, scores_first
+from pointcmt.adapters.registry import Adapter, Tap, register_adapter
 
 
 def _is(name: str) -> Callable[[nn.Module], bool]:
@@ -31,7 +32,7 @@ def _stage(module: nn.Module, tapped: tuple[Tensor, Tensor], inputs: tuple) -> t
 
 def _per_point(module: nn.Module, tapped: Tensor, inputs: tuple) -> tuple[Tensor, Tensor]:
     """[B, C, N] features of the points themselves."""
-    return tapped.transpose(1, 2), inputs[0]
+    return tapped.transpose(1, 2), inputs[0][..., :3]
 
 
 @register_adapter(
@@ -89,3 +90,35 @@ def pointmlp(module: nn.Module, feature: Tensor) -> Tensor:
 )
 def pointnext(module: nn.Module, feature: Tensor) -> Tensor:
     return run_from(module.prediction.head, 1, feature)
+
+
+def _before_head(module: nn.Module, tapped: tuple, inputs: tuple) -> tuple[Tensor, Tensor]:
+    """[B, C, N] features that go into a layer, of the points themselves."""
+    return tapped[0].transpose(1, 2), inputs[0][..., :3]
+
+
+def _as_rows(module: nn.Module, tapped: Tensor, inputs: tuple) -> tuple[Tensor, Tensor]:
+    """[B, N, C] features of the points themselves."""
+    return tapped, inputs[0][..., :3]
+
+
+# of each network for parts or scenes: where its features of the points are
+_SEGMENTERS = {
+    "PointNet2Part": Tap("drop1", "input", _before_head),
+    "PointNet2Scene": Tap("drop1", "input", _before_head),
+    "DGCNNPart": Tap("conv11", "input", _before_head),
+    "DGCNNScene": Tap("dp1", "input", _before_head),
+    "PointNeXtSeg": Tap("decoder", "output", _as_rows),
+}
+for _name, _local in _SEGMENTERS.items():
+    register_adapter(
+        Adapter(
+            name=f"students-{_name.lower()}",
+            matches=_is(_name),
+            feature_module="pool",
+            feature_from="output",
+            input_layout="BN3,category",
+            local=_local,
+            per_point=scores_first,
+        )
+    )

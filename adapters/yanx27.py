@@ -1,4 +1,5 @@
-"""yanx27/Pointnet_Pointnet2_pytorch: PointNet++ (SSG and MSG) and PointNet, classification.
+"""yanx27/Pointnet_Pointnet2_pytorch: PointNet++ (SSG and MSG) and PointNet, classification; PointNet++ for
+parts and scenes.
 
 Both take clouds channels first, with normals if they were built so, and return log-probabilities first.
 The PointNet here descends from fxia22/pointnet.pytorch, whose ``PointNetCls`` has the same parts; the
@@ -10,8 +11,17 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pointcmt.adapters._structure import BATCH_NORM, has, lacks, pooled, stage
-from pointcmt.adapters.registry import register_adapter
+from pointcmt.adapters._structure import (
+    BATCH_NORM,
+    before,
+    has,
+    highest,
+    lacks,
+    pooled,
+    scores_first,
+    stage,
+)
+from pointcmt.adapters.registry import Adapter, Tap, register_adapter
 
 
 def _is_pointnet2(module: nn.Module) -> bool:
@@ -71,3 +81,50 @@ def pointnet(module: nn.Module, feature: Tensor) -> Tensor:
         module.bn2(module.dropout(module.fc2(feature)))
     )  # dropout before the normalisation: theirs
     return F.log_softmax(module.fc3(hidden), dim=-1)
+
+
+def _is_segmentation(module: nn.Module) -> bool:
+    return lacks(module, "fc1", "pool") and has(
+        module,
+        sa1=nn.Module,
+        sa3=nn.Module,
+        fp1=nn.Module,
+        conv1=nn.Conv1d,
+        bn1=BATCH_NORM,
+        drop1=nn.Dropout,
+        conv2=nn.Conv1d,
+    )
+
+
+def _last_norm(module: nn.Module) -> str:
+    """The last normalisation of the last level: after it come ReLU and the maximum."""
+    level = "sa4" if hasattr(module, "sa4") else "sa3"
+    found = module.get_submodule(level)
+    if has(found, mlp_bns=nn.ModuleList):
+        return f"{level}.mlp_bns.{len(found.mlp_bns) - 1}"
+    return f"{level}.bn_blocks.{len(found.bn_blocks) - 1}.{len(found.bn_blocks[-1]) - 1}"
+
+
+def _whole(x: Tensor) -> Tensor:
+    return highest(F.relu(x))
+
+
+def _coarsest(path: str) -> Tap:
+    """The features that the first propagation starts from, over all of their centres."""
+    return Tap(path, "input", lambda _module, tapped, _inputs: highest(tapped[3]))
+
+
+for _name, _scene in (("yanx27-pointnet2-part", False), ("yanx27-pointnet2-scene", True)):
+    register_adapter(
+        Adapter(
+            name=_name,
+            matches=lambda module, scene=_scene: _is_segmentation(module) and hasattr(module, "sa4") == scene,
+            feature_module=_last_norm,
+            feature_from="output",
+            feature=_whole,
+            input_layout="B3N" if _scene else "B3N,onehot16",
+            local=before("drop1"),
+            global_=_coarsest("fp4" if _scene else "fp3"),
+            per_point=scores_first,
+        )
+    )

@@ -1,6 +1,7 @@
-"""Keeps what finished runs measured: ``python -m benchmarks.runs runs/demo --command "make demo"``.
+"""Keeps what finished runs measured: ``python -m benchmarks.runs runs/mine --command "pointcmt train …"``.
 
-The README's results are written from these records (``runs-*.json``) by ``python -m benchmarks.tables``.
+``python -m benchmarks.studies`` writes these records (``runs-*.json``) into docs/results.md. That of the
+demo is by :mod:`benchmarks.demo`.
 """
 
 from __future__ import annotations

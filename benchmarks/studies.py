@@ -5,7 +5,8 @@ A study is a folder of ``benchmarks/results`` as ``pointcmt ablate --out`` leave
 a study was run: ``python -m benchmarks.studies --keep runs/cpu``. Charts are drawn beside the page; the page
 is the same byte for byte whenever the records are.
 
-``benchmarks/results/notes.md`` says what was tried, in words. Its figures are placeholders, filled in from
+``benchmarks/results/in-short.md`` stands at the top of the page, and
+``benchmarks/results/notes.md`` says what was tried, in words. Their figures are placeholders, filled in from
 records; a decimal or a per cent in its own words is an error:
 
     {{difference STUDY student=S method=M teacher=T test=X}}    paired difference, with interval
@@ -15,6 +16,7 @@ records; a decimal or a per cent in its own words is an error:
     {{table STUDY}}                                             the whole table of a study
     {{rows NAME}}                                               the rows of explore/NAME.json as a table
     {{value NAME COLUMN KEY=VALUE …}}                           one cell of it: of the row with these values
+    {{demo mean}}, {{demo sure}}                                the repeated demo's gain; how sure it is
 
 STUDY is a folder below ``benchmarks/results``; explorations lie in ``explore/``, where ``NAME.json`` is what
 :func:`benchmarks._harness.record` writes.
@@ -33,16 +35,19 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import pretraining
 from benchmarks._harness import RESULTS, ROOT, as_markdown, as_text
 from pointcmt.studies.charts import Row, save_robustness, save_rows
 from pointcmt.studies.robustness import curves
 from pointcmt.studies.tables import (
     accuracy,
     excludes_zero,
+    holm,
     interval_text,
     markdown,
     mean_sd,
     notes,
+    p_value,
     paired_interval,
     read_records,
     read_teachers,
@@ -97,15 +102,22 @@ def summary(study: Kept) -> str:
     title, _, text = study.about.strip().partition("\n")
     plain = [study.row(student, study.baseline, None) for student in study.students]
     several = len(study.students) > 1
+    pairs = [(m, t) for m in study.methods for t in study.taught_by]
+    tested = {(r.student, r.method, r.teacher): r.p["test"] for r in study.rows() if "test" in r.p}
+    if several:
+        tested |= {("", m, t): p_value(gains) for m, t in pairs if len(gains := pooled(study, m, t, "test"))}
+    stand = dict(zip(tested, holm(list(tested.values())), strict=True))
     lines = [[study.baseline, ""] + [mean_sd(row.oa["test"]) for row in plain] + [""] * several]
     for method in study.methods:
         for teacher in study.taught_by:
             line = [method, f"{teacher}, {study.teachers[teacher]['last']['test_oa']:.1f}"]
             for student in study.students:
                 found = [r for r in study.rows(student) if (r.method, r.teacher) == (method, teacher)]
-                line.append(interval_text(found[0].difference.get("test")) if found else "–")
+                stands = stand.get((student, method, teacher), False)
+                line.append(interval_text(found[0].difference.get("test"), stands) if found else "–")
             if several:
-                line.append(interval_text(paired_interval(pooled(study, method, teacher, "test"))))
+                interval = paired_interval(pooled(study, method, teacher, "test"))
+                line.append(interval_text(interval, stand.get(("", method, teacher), False)))
             if any(piece != "–" for piece in line[2:]):
                 lines.append(line)
     seeds = [len(row.best) for row in plain]
@@ -114,9 +126,62 @@ def summary(study: Kept) -> str:
     return (
         f"{title}. {text.strip()} `pointcmt ablate --config benchmarks/configs/{study.name}.yaml`; "
         f"{count} seeds. First line: OA in % of the plain student; below: what a method adds to it, in "
-        "points, paired by seed, with the 95 % interval; bold where that excludes zero. All of it: "
+        f"points, paired by seed, with the 95 % interval; bold where that excludes zero, † where it does so "
+        f"among all {len(tested)} differences of the table (Holm). All of it: "
         "[docs/results.md](docs/results.md).\n\n" + markdown(headings, lines).rstrip()
     )
+
+
+def demo_summary(record: Mapping[str, Any]) -> str:
+    """The demo, repeated with other seeds and shapes (:mod:`benchmarks.demo`), for the README."""
+    rows, notes_ = record["rows"], record["notes"]
+    seeds = [row["OA by seed"] for row in rows]
+    lines = [
+        [name, mean_sd([value for row in seeds for value in row[key]])]
+        for name, key in (
+            ("image teacher", "teacher"),
+            ("plain student", "plain"),
+            ("student that its images taught", "taught"),
+        )
+    ]
+    few, rest = notes_["labelled shapes"], notes_["shapes without labels"]
+    return (
+        f"`make demo`: {few} labelled synthetic shapes, {rest} without labels; the teacher learns from "
+        f"images of the same {few}, made of the points. {len(rows)} repetitions, each with other shapes, "
+        f"another teacher and {notes_['students of each kind']} seeds (`python -m benchmarks.demo`):\n\n"
+        + markdown(["", "OA %, mean ± standard deviation over all seeds"], lines)
+        + f"\n{demo_verdict(record)}"
+    )
+
+
+def demo_verdict(record: Mapping[str, Any]) -> str:
+    """How sure the demo's gain is, in two sentences."""
+    gains = [
+        np.array(row["OA by seed"]["taught"]) - np.array(row["OA by seed"]["plain"]) for row in record["rows"]
+    ]
+    means = [float(gain.mean()) for gain in gains]
+    intervals = [paired_interval(gain) for gain in gains]
+    above = sum(one is not None and one[0] > one[1] for one in intervals)
+    least = int(np.argmin(means))
+    smallest = interval_text(intervals[least]).replace("*", "")
+    return (
+        f"Taught minus plain: {np.mean(means):+.1f} points on average over the repetitions, from "
+        f"{min(means):+.1f} to {max(means):+.1f}. The 95 % interval over the seeds of one repetition is "
+        f"above zero in {above} of {len(gains)} (that of the smallest gain: {smallest})."
+    )
+
+
+def demo_cell(which: str) -> str:
+    """The mean gain of the repeated demo with its interval over the repetitions, or how sure each is."""
+    rows = json.loads((RESULTS / "runs-demo.json").read_text())["rows"]
+    pairs = [(np.array(row["OA by seed"]["taught"]), np.array(row["OA by seed"]["plain"])) for row in rows]
+    intervals = [paired_interval(taught - plain) for taught, plain in pairs]
+    above = sum(one is not None and one[0] > one[1] for one in intervals)
+    found = {
+        "mean": interval_text(paired_interval(np.array([one[0] for one in intervals if one is not None]))),
+        "sure": f"above zero in {above} of {len(rows)} repetitions of {len(pairs[0][0])} seeds each",
+    }
+    return found[which]
 
 
 def section(study: Kept) -> str:
@@ -127,6 +192,10 @@ def section(study: Kept) -> str:
     for student in study.students:
         headings, lines = table_of(study.rows(student), study.tests)
         parts += [f"### {student}", markdown(headings[1:], [line[1:] for line in lines]).rstrip()]
+        compared = sum(
+            line[at] != "–" for line in lines for at, h in enumerate(headings) if h == "difference"
+        )
+        parts += [f"{compared} differences in this table."]
         parts += ["\n".join(f"- {sentence}" for sentence in verdicts(study, student))]
     if len(study.students) > 1:
         parts += ["### Over all students", over_students(study)]
@@ -298,13 +367,21 @@ def sentence(row: Row, test: str, interval: tuple[float, float], baseline: str) 
 def over_students(study: Kept) -> str:
     """Differences to the baseline averaged over the students, seed by seed."""
     lines, said = [], []
+    tested = {
+        (method, teacher, test): p_value(gains)
+        for method in study.methods
+        for teacher in (None, *study.taught_by)
+        for test in study.tests
+        if len(gains := pooled(study, method, teacher, test)) > 1
+    }
+    stand = dict(zip(tested, holm(list(tested.values())), strict=True))
     for method in study.methods:
         for teacher in (None, *study.taught_by):
             line = [method, teacher or ""]
             for test in study.tests:
                 gains = pooled(study, method, teacher, test)
                 interval = paired_interval(gains)
-                line += [str(len(gains)), interval_text(interval)]
+                line += [str(len(gains)), interval_text(interval, stand.get((method, teacher, test), False))]
                 if interval is not None and method == "FE+CE":
                     said.append(
                         "- " + sentence(Row("", method, teacher, {}, [], {}), test, interval, study.baseline)
@@ -393,6 +470,7 @@ def placeholder(text: str) -> str:
         "teacher": lambda: f"{Kept(RESULTS / name).teachers[bare[0]]['last']['test_oa']:.1f}",
         "table": lambda: study_table(Kept(RESULTS / name)),
         "rows": lambda: as_markdown(exploration(name)),
+        "demo": lambda: demo_cell(name),
         "value": lambda: value(name, bare[0], given),
     }
     if kind not in kinds:
@@ -444,9 +522,13 @@ def studies() -> list[Kept]:
 def page() -> str:
     """docs/results.md."""
     kept = studies()
-    parts = [HEAD.rstrip(), *(section(study) for study in kept)]
+    short = RESULTS / "in-short.md"
+    parts = [HEAD.rstrip(), *([fill(short.read_text()).strip()] if short.exists() else [])]
+    parts += [section(study) for study in kept]
     if not kept:
         parts.append("There are no records of a study here yet.")
+    if (RESULTS / "pretraining" / "plan.json").exists():
+        parts.append(pretraining.section(RESULTS / "pretraining"))
     parts += runs_of_commands()
     text = RESULTS / "notes.md"
     parts += [fill(text.read_text()).strip()] if text.exists() else []
@@ -463,6 +545,8 @@ def runs_of_commands() -> list[str]:
         rows = [{k: v for k, v in row.items() if k != "OA by seed"} for row in record["rows"]]
         text = f"{record['question']} `{record['notes']['command']}`, on {where}, {record['date'][:10]}:"
         parts.append(f"{text}\n\n{as_markdown(rows)}")
+        if path.stem == "runs-demo":
+            parts.append(demo_verdict(record))
     return ["## Single commands", *parts] if parts else []
 
 

@@ -44,10 +44,14 @@ def section(record: Mapping[str, Any], heading: bool = True) -> str:
 
 
 def results() -> str:
-    """The README's table: the study on the CPU, where there is one."""
-    if not (RESULTS / "cpu" / "study.json").exists():
-        return "There are no records of a study here yet."
-    return studies.summary(studies.Kept(RESULTS / "cpu"))
+    """The README's tables: the demo again and again, and the study of clouds without labels; where there are
+    none of these, the study on the CPU. All of them are on the page of results."""
+    demo = RESULTS / "runs-demo.json"
+    parts = [studies.demo_summary(json.loads(demo.read_text()))] if demo.exists() else []
+    for name in ("unlabelled", "cpu"):
+        if (RESULTS / name / "study.json").exists() and not (parts and name == "cpu"):
+            parts.append(studies.summary(studies.Kept(RESULTS / name)))
+    return "\n\n".join(parts) or "There are no records of a study here yet."
 
 
 def main() -> int:

@@ -519,6 +519,10 @@ class Pair {
     Auction<float> fast(n_, work);
     place(fast);
     bool done = fast.run(eps, tolerance, false, bound);
+    if (!done && fast.waiting() == 0) {  // nothing is better than points that are all matched to their like
+      finish(fast, assignment);
+      done = mean_distance(assignment) == 0;
+    }
     if (done || work.over()) {
       outcome.completed = finish(fast, assignment);
     } else {  // points so near for their clouds' size that float32 does not tell: on from the prices that it found

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -21,11 +22,15 @@ from pointcmt.objectives.base import Objective, Sizes
 from pointcmt.ops._deferred import deferred
 from pointcmt.schedules import Guard
 from pointcmt.types import ImageFeatures, StudentState, TeacherOutput, Views
+from pointcmt.views.sampling import draw_cameras, project_chosen
 
 # after so many steps in which a head got gradients and did not move, its optimizer is asked about
 _STEPS_TO_MOVE = 10
 # after so many steps the adapter is checked again: what was the identity at the start is so no more
 _STEPS_TO_CHECK = 10
+
+_ALL = slice(None)
+_UNLABELLED = "unlabelled_"
 
 _active: weakref.WeakKeyDictionary[nn.Module, CrossModalTraining] = weakref.WeakKeyDictionary()
 
@@ -57,6 +62,9 @@ class CrossModalTraining:
       generator, so that later draws differ from those of a run without the teacher.
     * Wrappers are seen through: ``DataParallel``, ``DistributedDataParallel``, ``torch.compile``, accelerate,
       Lightning Fabric. A compiled student is compiled again on entering and on leaving.
+    * Clouds without labels may stand behind the labelled ones of a pass: ``objectives`` are then of the
+      labelled ones and ``unlabelled`` of the others, and ``loss`` is given the labels. Both may hold the same
+      kinds of objectives, with weights of their own; each is a mean (or sum) over its own clouds.
     * Losses are computed in float32 whatever the autocast state. Scale the sum by your ``GradScaler`` as
       ever.
     * Features that are NaN or infinite are an error: at once on a CPU; on a GPU, where no step waits for the
@@ -78,19 +86,24 @@ class CrossModalTraining:
         copies: k, where each training pass is of k augmented copies of B shapes as one batch of k·B, copy
             after copy; ``loss`` is given the images of the B shapes.
         train_teacher: train the teacher's weights too: they join :meth:`parameters`.
+        unlabelled: objectives of the clouds that ``loss`` has no labels of.
 
     Raises:
-        ValueError: no objectives, equal names, copies below 1; on entering: a generator missing, or
-            ``points`` where an objective has heads to size by them.
+        ValueError: no objectives, equal names, copies below 1 or above 1 with ``unlabelled``, an objective
+            that needs labels in ``unlabelled``; on entering: a generator missing, or ``points`` where an
+            objective has heads to size by them.
         AdapterError: no adapter fits (on entering), or the one at hand is wrong (when it is checked).
         RuntimeError: the student is in another such context.
 
     Attributes:
-        objectives: ``nn.ModuleList``; weights may be changed between steps. An objective of weight 0 is
-            skipped; where all are, the teacher does not run.
+        objectives, unlabelled: ``nn.ModuleList``; weights may be changed between steps. An objective of
+            weight 0 is skipped; where all are, the teacher does not run.
         report: what the adapter's check measured; None before it.
         sizes: of features, for the objectives' heads; None outside.
+        views_per_step: how many views of each shape :meth:`project` draws; None: all of the rig.
     """
+
+    views_per_step: int | None = None
 
     def __init__(
         self,
@@ -104,26 +117,30 @@ class CrossModalTraining:
         points: Any = None,
         copies: int = 1,
         train_teacher: bool = False,
+        unlabelled: Iterable[Objective] = (),
     ) -> None:
         if copies < 1:
             raise ValueError(f"copies is {copies}; expected at least 1")
-        chosen = list(objectives)
-        if not chosen:
+        chosen, others = _checked("objectives", objectives), _checked("unlabelled", unlabelled)
+        if not chosen and not others:
             raise ValueError("objectives is empty; give at least one, for example [FeatureEnhancement()]")
-        for objective in chosen:
-            if not isinstance(objective, Objective):
+        if copies > 1 and others:
+            raise ValueError(f"copies is {copies}, with unlabelled objectives; expected copies=1 with these")
+        for objective in others:
+            if objective.needs_labels:
                 raise ValueError(
-                    f"objectives holds a {type(objective).__name__}; expected instances of "
-                    "pointcmt.objectives.Objective"
+                    f"{objective.name} needs labels, and stands in unlabelled, for clouds that have none: "
+                    "give it in objectives, which are of the labelled clouds"
                 )
-        names = [objective.name for objective in chosen]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"objectives have equal names: {', '.join(names)}; give them name=... to tell them apart"
-            )
+            if any(objective is one for one in chosen):
+                raise ValueError(
+                    f"{objective.name} stands in objectives and in unlabelled; make two of it, for example "
+                    "objectives=[SoftLabels()], unlabelled=[SoftLabels()]"
+                )
         self.teacher = teacher
         self.student = student
         self.objectives = nn.ModuleList(chosen)
+        self.unlabelled = nn.ModuleList(others)
         self.guard = guard
         self.report: AdapterReport | None = None
         self.sizes: Sizes | None = None
@@ -174,7 +191,7 @@ class CrossModalTraining:
             global_=any(objective.needs_global for objective in self._objectives()),
         )
         capture.checked = self.report is not None
-        _check_adapter_has(adapter, self.objectives)
+        _check_adapter_has(adapter, self._objectives())
         try:
             self._statistics = UntouchedStatistics(capture.module)
             self.sizes = self._measured()
@@ -252,7 +269,7 @@ class CrossModalTraining:
             self.report = verify_call(capture.module, self._adapter, args, kwargs)
         finally:
             capture.paused = False
-        _check_adapter_has(self.report.adapter, self.objectives)
+        _check_adapter_has(self.report.adapter, self._objectives())
         capture.use(self.report.adapter)
         self._checked_on = args, kwargs, False
 
@@ -292,6 +309,7 @@ class CrossModalTraining:
         *,
         views: Tensor | Views | None = None,
         image_features: Tensor | np.ndarray | TeacherOutput | ImageFeatures | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """The weighted sum of the objectives for the latest training pass of the student.
 
@@ -299,8 +317,10 @@ class CrossModalTraining:
             views: [B, V, C, H, W] images of the same B shapes in the same order, bare or with their cameras
                 (``Views``); the teacher runs on them.
             image_features: [B, D] what this teacher's ``encode`` gave for them, computed beforehand; or a
-                ``TeacherOutput`` or ``ImageFeatures`` with more of it. Exactly one of the two arguments is
+                ``TeacherOutput`` or ``ImageFeatures`` with more of it. Exactly one of these two arguments is
                 given.
+            labels: int64 [n], n ≤ B, the classes of the first n shapes: ``objectives`` are of these, and
+                ``unlabelled`` of the rest. None: all are of all shapes, and no objective knows labels.
 
         Returns:
             A scalar attached to the student's graph: add it to the task loss.
@@ -338,9 +358,14 @@ class CrossModalTraining:
                 f"the student's latest training pass had {batch} clouds, which are not {self.copies} copies "
                 f"of each shape; give it {self.copies}·B clouds, copy after copy"
             )
-        weighed = [(objective, self._weight(objective)) for objective in self._objectives()]
-        active = [(objective, weight) for objective, weight in weighed if weight != 0]
-        taught = self._teach(captured, views, image_features, [objective for objective, _ in active])
+        parts = self._parts(batch // self.copies, labels)
+        weighed = [(key, objective, self._weight(objective)) for key, objective in self._keyed()]
+        active = [
+            (key, objective, weight)
+            for key, objective, weight in weighed
+            if weight != 0 and parts[key.startswith(_UNLABELLED)] is not None
+        ]
+        taught = self._teach(captured, views, image_features, [objective for _, objective, _ in active])
         # one backward pass frees the graph, so a pass serves once
         self._used = captured.detached()
         capture.clear()
@@ -363,34 +388,61 @@ class CrossModalTraining:
             self.copies,
             captured.feature if captured.global_ is None else captured.global_,
         )
+        if labels is not None:
+            labels = labels.to(captured.feature.device)
         repeated = _repeated(taught, self.copies)
         total: Tensor | None = None
         losses: dict[str, Tensor] = {}
-        for objective, weight in active:
+        for key, objective, weight in active:
             _follow(objective, captured.feature.device)
-            _check_needs(objective, state, taught)
-            value = objective(state, taught if objective.sees_copies else repeated)
+            ours, theirs = state, taught if objective.sees_copies else repeated
+            rows = parts[key.startswith(_UNLABELLED)]
+            if rows is not None and rows != _ALL:
+                # one copy then: the k·B rows of several would not be a slice
+                ours, theirs = state.rows(rows), theirs.map(operator.itemgetter(rows))
+            if not key.startswith(_UNLABELLED):
+                ours = ours._replace(labels=labels)
+            _check_needs(objective, ours, theirs)
+            value = objective(ours, theirs)
             if not isinstance(value, Tensor) or value.ndim != 0:
                 raise ValueError(
                     f"objective {objective.name!r} returned "
                     f"{list(value.shape) if isinstance(value, Tensor) else type(value).__name__}; expected a "
                     "scalar"
                 )
-            losses[objective.name] = value.detach()
+            losses[key] = value.detach()
             weighted = weight * value
             total = weighted if total is None else total + weighted
         self._losses = losses
         assert total is not None
         return total
 
+    def project(self, points: Tensor) -> Views:
+        """Views of clouds [B, N, 3] with their cameras, as the image encoder was trained on: so many of its
+        rig's, drawn by chance for each shape, as the method takes in a step (:attr:`views_per_step`).
+
+        Raises:
+            ValueError: an encoder that does not know how to make its images of points, or fewer cameras.
+        """
+        spec = getattr(self.teacher, "view_spec", None)
+        if spec is None:
+            raise ValueError(
+                f"the image encoder ({type(self.teacher).__name__}) does not say how its images are made of "
+                "points: make it with view_spec=, or give loss() views of your own"
+            )
+        if self.views_per_step is None:
+            return spec.project(points, cameras=True)
+        return project_chosen(spec, points, draw_cameras(len(points), spec.num_views, self.views_per_step))
+
     @property
     def weights(self) -> dict[str, float]:
         """Each objective's weight as it stands, the guard's factor in it."""
-        return {objective.name: self._weight(objective) for objective in self._objectives()}
+        return {key: self._weight(objective) for key, objective in self._keyed()}
 
     @property
     def losses(self) -> dict[str, float]:
-        """Each objective's value at the last :meth:`loss`, unweighted. Reading waits for the device."""
+        """Each objective's value at the last :meth:`loss`, unweighted, by its name; those of ``unlabelled``
+        as ``unlabelled_<name>``. Reading waits for the device."""
         return {name: value.item() for name, value in self._losses.items()}
 
     @property
@@ -422,11 +474,24 @@ class CrossModalTraining:
         self._entered("classify()")
         return self._classify(feature)
 
-    def parameters(self) -> Iterator[nn.Parameter]:
+    def parameters(self, side: Literal["both", "points", "images"] = "both") -> Iterator[nn.Parameter]:
         """What this context trains beside the student: the objectives' heads and connectors, and the teacher
-        where it is trained. For the optimizer; complete on entering."""
+        where it is trained. For the optimizer; complete on entering.
+
+        Args:
+            side: only what projects ``"images"`` (heads, and the teacher), or only the rest, ``"points"``:
+                for parameter groups with a learning rate each.
+        """
+        images = set() if self._train_teacher is False else {id(p) for p in self.teacher.parameters()}
+        for objective in self._objectives():
+            for name in objective.image_side:
+                images |= {id(parameter) for parameter in getattr(objective, name).parameters()}
         for module in self._trained_modules().values():
-            yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
+            for parameter in module.parameters():
+                if parameter.requires_grad and (
+                    side == "both" or (id(parameter) in images) == (side == "images")
+                ):
+                    yield parameter
 
     def state_dict(self) -> dict[str, Tensor]:
         """What this context trains, with its buffers: for a checkpoint of the run."""
@@ -468,8 +533,8 @@ class CrossModalTraining:
     def _trained_modules(self) -> dict[str, nn.Module]:
         """By name, what has parameters to train."""
         found: dict[str, nn.Module] = {
-            objective.name: objective
-            for objective in self._objectives()
+            key: objective
+            for key, objective in self._keyed()
             if any(parameter.requires_grad for parameter in objective.parameters())
         }
         if self._train_teacher:
@@ -501,10 +566,38 @@ class CrossModalTraining:
         if not waiting:
             self._versions = None
 
+    def _keyed(self) -> Iterator[tuple[str, Objective]]:
+        """Every objective with the name that it has among all."""
+        for prefix, objectives in (("", self.objectives), (_UNLABELLED, self.unlabelled)):
+            for objective in objectives:
+                assert isinstance(objective, Objective)
+                yield prefix + objective.name, objective
+
     def _objectives(self) -> Iterator[Objective]:
-        for objective in self.objectives:
-            assert isinstance(objective, Objective)
-            yield objective
+        return (objective for _, objective in self._keyed())
+
+    def _parts(self, shapes: int, labels: Tensor | None) -> tuple[slice | None, slice | None]:
+        """Which of the shapes ``objectives`` are of, and which ``unlabelled``; None: of none in this pass."""
+        if labels is None:
+            if len(self.unlabelled):
+                raise ValueError(
+                    f"this {type(self).__name__} has objectives for unlabelled clouds, and loss() was given "
+                    "no labels, by which it knows them: give labels=<int64 [n]>, the classes of the first n "
+                    "clouds of the pass"
+                )
+            return _ALL, None
+        if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; expected int64 [n]")
+        count = len(labels)
+        if count > shapes or (count < shapes and self.copies > 1):
+            raise ValueError(
+                f"labels are of {count} shapes, and the student's latest training pass had {shapes}; "
+                "expected "
+                + ("as many" if self.copies > 1 else "labels of the first of them, at most as many")
+            )
+        if count == shapes:
+            return _ALL, None
+        return (slice(count) if count else None), slice(count, shapes)
 
     def _weight(self, objective: Objective) -> float:
         return objective.weight * (1.0 if self.guard is None else self.guard.factor(objective.name))
@@ -710,6 +803,12 @@ def _check_needs(objective: Objective, student: StudentState, teacher: TeacherOu
                 "give the adapter classify=…, or use objectives that need none",
             ),
             (objective.needs_local, student.local, "local features", "give the adapter local=Tap(...)"),
+            (
+                objective.needs_labels,
+                student.labels,
+                "the shapes' labels",
+                "give loss(…, labels=<int64 [n]>)",
+            ),
         )
         if needed and given is None
     ]
@@ -717,6 +816,27 @@ def _check_needs(objective: Objective, student: StudentState, teacher: TeacherOu
         raise ValueError(
             "; ".join(f"{objective.name} needs {what}, and there are none: {mend}" for what, mend in missing)
         )
+
+
+def _checked(where: str, objectives: Iterable[Objective]) -> list[Objective]:
+    """The objectives of one list.
+
+    Raises:
+        ValueError: something else in it, or equal names.
+    """
+    chosen = list(objectives)
+    for objective in chosen:
+        if not isinstance(objective, Objective):
+            raise ValueError(
+                f"{where} holds a {type(objective).__name__}; expected instances of "
+                "pointcmt.objectives.Objective"
+            )
+    names = [objective.name for objective in chosen]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"{where} have equal names: {', '.join(names)}; give them name=... to tell them apart"
+        )
+    return chosen
 
 
 def _follow(module: nn.Module, device: torch.device) -> None:

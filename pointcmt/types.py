@@ -108,6 +108,7 @@ class StudentState(NamedTuple):
         copies: k, where the pass was of k augmented copies of the teacher's B/k shapes, copy after copy.
         global_: [B, D'] the encoder's pooled feature, where an objective asks for it; the shape feature where
             the adapter does not say.
+        labels: int64 [B] the classes of the B shapes, where ``loss`` was given them.
     """
 
     feature: Tensor
@@ -117,6 +118,22 @@ class StudentState(NamedTuple):
     centers: Tensor | None = None
     copies: int = 1
     global_: Tensor | None = None
+    labels: Tensor | None = None
+
+    def rows(self, which: slice) -> StudentState:
+        """The state of a part of the shapes."""
+
+        def part(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[which]
+
+        return self._replace(
+            feature=self.feature[which],
+            logits=part(self.logits),
+            local=part(self.local),
+            centers=part(self.centers),
+            global_=part(self.global_),
+            labels=part(self.labels),
+        )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "heads": set(),
     "objectives": {"ops", "heads", "views"},
     "views": {"ops", "checkpoint"},
-    "data": {"views", "checkpoint"},
+    "data": {"views", "checkpoint", "ops"},
     "students": {"ops"},
     "tasks": set(),
     "pictures": {"checkpoint"},
@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hooks": {"adapters", "frozen"},
     "distributed": set(),
     "schedules": set(),
-    "training": {"schedules", "objectives", "adapters", "frozen", "hooks", "distributed", "ops"},
+    "training": {"schedules", "objectives", "adapters", "frozen", "hooks", "distributed", "ops", "views"},
     "methods": {"training", "objectives", "adapters", "generator", "schedules", "views"},
     "integrations": {"methods", "training", "objectives", "adapters"},
     "recipes": {

@@ -352,3 +352,29 @@ def test_weights_from_a_file(tmp_path):
     (tmp_path / "bad.pth").write_bytes(b"PK nothing")
     with pytest.raises(ValueError, match="cannot be read as weights"):
         ImageTeacher(5, "resnet10t", pretrained=tmp_path / "bad.pth")
+
+
+def test_a_frozen_backbone_stays_what_it_is():
+    teacher = ImageTeacher(3, "simpleview_resnet", 1, feature_dim=8, backbone_options={"width": 0.25})
+    teacher.freeze_backbone()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in teacher.parameters() if p.requires_grad], 0.1)
+    teacher.train()
+    assert not teacher.backbone.training and teacher.projection.training
+    teacher(torch.rand(4, 2, 1, 32, 32)).logits.square().sum().backward()
+    optimizer.step()
+    changed = {name for name, value in teacher.state_dict().items() if not value.equal(before[name])}
+    assert changed and not any(name.startswith("backbone.") for name in changed)
+    assert {"classifier.weight", "projection.0.weight"} <= changed
+
+
+@pytest.mark.parametrize(
+    "views", [torch.full((1, 2, 3, 8, 8), 255.0), torch.full((1, 2, 3, 8, 8), torch.nan)]
+)
+def test_images_of_another_range_are_refused(views):
+    teacher = ImageTeacher(3, backbone="test_resnet", feature_dim=8).eval()
+    with pytest.raises(
+        ValueError, match=r"values from .*expected images from 0 to 1: divide those of 8 bits"
+    ):
+        teacher(views)
+    teacher(views.nan_to_num(0).clamp(0, 1))

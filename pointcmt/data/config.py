@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -16,6 +16,7 @@ from pointcmt.data.checks import frame_of, guess_up
 from pointcmt.data.dataset import PointDataset, Split, class_rows, holdout, in_unit_sphere, subset
 from pointcmt.data.multiview import MultiViewImages
 from pointcmt.data.registry import ARGUMENTS, DatasetEntry, find_dataset, recognise
+from pointcmt.data.unlabelled import without_labels
 
 
 @dataclass
@@ -34,6 +35,9 @@ class DataOptions:
     """Points per shape that views are projected from; default: those that the student sees."""
     per_class: int | None = None
     """Training shapes per class; default: all."""
+    labels_per_class: int | None = None
+    """So many training shapes of each class are labelled, held-out ones included, as if --per-class said it;
+    the others of the training set (or of --per-class) are clouds without labels, which train may use."""
     test_per_class: int | None = None
     """Test shapes per class; default: all."""
     data_cache: Path | None = None
@@ -47,8 +51,13 @@ class DataOptions:
     normalize: bool | None = None
     """Centre each cloud and scale it into the unit sphere; default: as is usual for the data set, and said
     where the clouds then lie elsewhere."""
+    normals: bool = False
+    """Points with their unit normals, [N, 6], of a data set that has them; for networks that take them."""
     data_up: Literal["auto", "x", "y", "z"] = "auto"
     """Which axis of the clouds points up; auto takes what the data set records, else guesses and says so."""
+    voxel: float | None = None
+    """Rooms are thinned to a point for each cube of this edge, in the data's unit; 0: not; default: as is
+    usual for the data set."""
     skip_broken: bool = False
     """Leave out files of one's own that cannot be read, and say how many; else the first is an error."""
 
@@ -90,15 +99,22 @@ class DataOptions:
             "dense_points": self.view_points,
             "per_class": per_class,
             "seed": self.data_seed,
+            "normals": self.normals or None,
             "normalize": self.normalize,
             "cache_dir": self.data_cache,
             "up": None if self.data_up == "auto" else self.data_up,
             "variant": self.variant,
+            "voxel": self.voxel,
             "skip_broken": self.skip_broken,
         }
         assert arguments.keys() == ARGUMENTS.keys()
         if self.view_points is not None and not entry.takes("dense_points"):
             raise ValueError(f"data set {entry.name!r} has no --view-points: its views are of its own points")
+        if self.normals and not entry.takes("normals"):
+            raise ValueError(
+                f"data set {entry.name!r} has no --normals: use one that has them (meshes, or files with "
+                "normals), or leave the option out"
+            )
         # a parameter that is left at None keeps the default of `build`
         given = {name: value for name, value in arguments.items() if entry.takes(name) and value is not None}
         made = entry.build(**given)
@@ -143,7 +159,8 @@ class DataOptions:
     def settle(self, made: PointDataset) -> list[str]:
         """Give ``made`` an up axis where it has none; returns what a user should know of units and axis."""
         problems = []
-        frame = frame_of(made.view_points).problem() if len(made) else None
+        # rooms are in their own unit, and no views are made of them
+        frame = frame_of(made.view_points).problem() if len(made) and made.rooms is None else None
         if frame is not None:
             problems.append(f"{self.data}: {frame}")
         guess = guess_up(made.points, made.labels)
@@ -164,6 +181,18 @@ class DataOptions:
     def _load(self) -> Splits[PointDataset]:
         if not 0 <= self.holdout < 1:
             raise ValueError(f"--holdout is {self.holdout}; expected a part of the training shapes in [0, 1)")
+        if self.labels_per_class is not None:
+            labelled = replace(self, per_class=self.labels_per_class, labels_per_class=None).load()
+            every = self.build("train", self.per_class)
+            known = {name for part in (labelled.train, labelled.heldout) if part for name in part.shape_ids}
+            rest = np.array([name not in known for name in every.shape_ids])
+            if not rest.any():
+                raise ValueError(
+                    f"--labels-per-class {self.labels_per_class} leaves no training shape without a label: "
+                    "give fewer, or leave it out"
+                )
+            every.up = labelled.train.up
+            return replace(labelled, unlabelled=without_labels(subset(every, rest)))
         test = self.part("test")
         assert test is not None
         if not self.holdout:
@@ -245,6 +274,8 @@ class Splits(Generic[Shapes]):
     train: Shapes
     heldout: Shapes | None
     test: Shapes
+    unlabelled: Shapes | None = None
+    """Clouds without labels: no part that is trained on or tested by them."""
 
     def parts(self) -> dict[str, Shapes]:
         """The parts that there are, by name."""

@@ -65,14 +65,20 @@ class CloudAugmentation:
         return self.with_motion(points, generator)[0]
 
     def on(self, batch: Batch, generator: torch.Generator | None = None) -> Batch:
-        """The batch with new points (and normals)."""
+        """The batch with new points (and normals); a point that is dropped becomes the first one, label and
+        all."""
         if batch.points is None:
             raise ValueError("the batch has no points to change")
         whole = batch.points if batch.normals is None else torch.cat([batch.points, batch.normals], -1)
-        changed = self(whole, generator)
-        return replace(
+        changed, _ = self._moved(whole, generator)
+        batch = replace(
             batch, points=changed[..., :3], normals=None if batch.normals is None else changed[..., 3:]
         )
+        dropped = self._dropped(whole, generator)
+        if dropped is None:
+            return batch
+        place = torch.arange(whole.shape[1], device=whole.device)
+        return batch.take(torch.where(dropped, 0, place))
 
     def with_motion(self, points: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """New points [B, N, C], and what moved each cloud: [B, 4, 4], p' = motion @ (p, 1), jitter and
@@ -87,6 +93,21 @@ class CloudAugmentation:
                 f"points are {points.dtype} {list(points.shape)}; expected floating [B, N, 3], or [B, N, 6] "
                 "with normals"
             )
+        changed, motion = self._moved(points, generator)
+        dropped = self._dropped(points, generator)
+        if dropped is not None:
+            changed = torch.where(dropped[..., None], changed[:, :1], changed)
+        return changed, motion
+
+    def _dropped(self, points: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """Which points are replaced by the first: bool [B, N]; None where none can be."""
+        if not self.dropout:
+            return None
+        part = self.dropout * _uniform(points, (len(points), 1, 1), generator)
+        return (_uniform(points, (*points.shape[:2], 1), generator) <= part).squeeze(-1)
+
+    def _moved(self, points: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """As :meth:`with_motion`, all points kept."""
         xyz = points[..., :3]
         count, device = len(points), points.device
         rotation = torch.eye(3, device=device, dtype=points.dtype).repeat(count, 1, 1)
@@ -118,10 +139,6 @@ class CloudAugmentation:
         if points.shape[2] == 6:
             normals = (points[:, :, None, 3:] * rotation[:, None]).sum(-1)
             changed = torch.cat([changed, F.normalize(normals, dim=-1)], -1)
-        if self.dropout:
-            part = self.dropout * _uniform(points, (count, 1, 1), generator)
-            dropped = _uniform(points, (*points.shape[:2], 1), generator) <= part
-            changed = torch.where(dropped, changed[:, :1], changed)
         return changed, motion
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pointcmt.data.checks import Up, check_coordinates
-from pointcmt.types import Batch
-from pointcmt.views import unit_sphere
+from pointcmt.data.labelled import check_point_labels
+from pointcmt.types import Batch, Views
+from pointcmt.views import pixels_of, unit_sphere
 
 Split = Literal["train", "test"]
 
@@ -36,6 +37,36 @@ def in_unit_sphere(points: np.ndarray, dense: np.ndarray | None) -> tuple[np.nda
     if points.shape[2] == 6:
         clouds.append(points[..., 3:])
     return np.concatenate(clouds, axis=-1), dense
+
+
+class StoredViews(NamedTuple):
+    """Images of n shapes, with the cameras they were taken by.
+
+    Attributes:
+        images: uint8 [n, V, C, H, W].
+        view_matrix, projection_matrix: float32 [n, V, 4, 4], as of ``pointcmt.types.Views``, from the clouds'
+            coordinates.
+    """
+
+    images: np.ndarray
+    view_matrix: np.ndarray
+    projection_matrix: np.ndarray
+
+    def take(self, rows: Tensor, cameras: Tensor, points: Tensor) -> Views:
+        """Some views of some shapes, on the device of the points.
+
+        Args:
+            rows: int64 [B].
+            cameras: int64 [B, V'], which of the views.
+            points: [B, N, 3], whose pixels are wanted; all that fall into the image count as visible, as they
+                do where the points were measured by that camera.
+        """
+        place = rows.cpu().numpy()[:, None], cameras.cpu().numpy()
+        images = torch.from_numpy(self.images[place]).to(points.device).float() / 255
+        view = torch.from_numpy(self.view_matrix[place]).to(points.device)
+        projection = torch.from_numpy(self.projection_matrix[place]).to(points.device)
+        pixels, inside = pixels_of(points, view, projection)
+        return Views(images, pixels, inside, view, projection)
 
 
 class PointDataset(Dataset[tuple[Tensor, int, int]]):
@@ -61,6 +92,8 @@ class PointDataset(Dataset[tuple[Tensor, int, int]]):
         part_names: names of the point labels; empty where there are none.
         category: int64 [n], or None.
         lengths: int64 [n], how many of the N points are the cloud's own, the rest being repeated; or None.
+        rooms: the n whole rooms (``pointcmt.data.scenes.Room``) that the clouds are crops of, or None.
+        stored_views: real images of the n shapes with their cameras, or None.
 
     Raises:
         ValueError: arrays that do not fit together, labels that are not whole numbers with a name, or
@@ -82,6 +115,8 @@ class PointDataset(Dataset[tuple[Tensor, int, int]]):
     point_labels: np.ndarray | None = None
     category: np.ndarray | None = None
     lengths: np.ndarray | None = None
+    rooms: list[Any] | None = None
+    stored_views: StoredViews | None = None
 
     def __init__(
         self,
@@ -134,6 +169,8 @@ class PointDataset(Dataset[tuple[Tensor, int, int]]):
                     f"[{', '.join(map(str, expected))}{', …' if axes == 3 else ''}]"
                 )
             setattr(self, name, np.ascontiguousarray(value, dtype=dtype))
+        if self.point_labels is not None and self.part_names:
+            check_point_labels(self.point_labels, self.part_names, self.shape_ids)
         self._fingerprint: str | None = None
         check_coordinates(self.points, self.shape_ids)
         if self._view_points is not None:
@@ -209,7 +246,7 @@ def subset(dataset: PointDataset, indices: Sequence[int] | np.ndarray | Tensor) 
     if len(rows) and not (rows.min() >= 0 and rows.max() < len(dataset)):
         raise ValueError(f"indices from {rows.min()} to {rows.max()} for a set of {len(dataset)} shapes")
     dense = dataset._view_points
-    return PointDataset(
+    made = PointDataset(
         dataset.points[rows],
         dataset.labels[rows],
         dataset.class_names,
@@ -220,6 +257,11 @@ def subset(dataset: PointDataset, indices: Sequence[int] | np.ndarray | Tensor) 
         part_names=dataset.part_names,
         **{name: value[rows] for name, value in dataset.fields().items()},
     )
+    if dataset.rooms is not None:
+        made.rooms = [dataset.rooms[row] for row in rows]
+    if dataset.stored_views is not None:
+        made.stored_views = StoredViews(*(part[rows] for part in dataset.stored_views))
+    return made
 
 
 def check_labels(labels: np.ndarray, classes: int, shape_ids: Sequence[str]) -> np.ndarray:

@@ -18,6 +18,8 @@ MODELNET10 = (
     "bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa", "table", "toilet",
 )  # fmt: skip
 _FORMATS = (modelnet_hdf5, modelnet_resampled, modelnet_off)
+# beside the HDF5 files of ShapeNetPart and S3DIS, whose names are those of ModelNet40's
+_OTHERS = ("all_object_categories.txt", "room_filelist.txt")
 
 
 def _found(root: Path) -> tuple[ModuleType, Path] | None:
@@ -31,7 +33,7 @@ def _found(root: Path) -> tuple[ModuleType, Path] | None:
 
 @register_dataset(
     "modelnet40",
-    matches=lambda root: _found(root) is not None,
+    matches=lambda root: _found(root) is not None and not any((root / name).is_file() for name in _OTHERS),
     layout="; ".join(source.LAYOUT for source in _FORMATS),
 )
 class ModelNet40(PointDataset):
@@ -120,7 +122,10 @@ class ModelNet40(PointDataset):
             f"{split}/{names[label]}/{listing.names[row]}"
             for row, label in zip(rows.tolist(), labels.tolist(), strict=True)
         ]
-        super().__init__(clouds, labels, names, ids, dense, rows, up=up or listing.up)
+        try:
+            super().__init__(clouds, labels, names, ids, dense, rows, up=up or listing.up)
+        except ValueError as error:  # of a shape: its file is not known there
+            raise ValueError(f"{folder}: {error}") from None
         self.root, self.split = folder, split
 
 

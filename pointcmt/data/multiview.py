@@ -104,23 +104,36 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         index = range(len(self))[index]
-        images = [self._read(path) for path in self._paths[index]]
+        return self._stacked(index, self._paths[index]), int(self.labels[index]), index
+
+    def _stacked(self, index: int, paths: Sequence[Path]) -> Tensor:
+        """Images [V, C, H, W] of one shape."""
+        images = [self._read(path) for path in paths]
         if len({image.shape for image in images}) > 1:
             raise ValueError(
                 f"the images of {self.shape_ids[index]} differ in size: "
                 f"{[list(image.shape) for image in images]}; give size= to resize them"
             )
-        return torch.stack(images), int(self.labels[index]), index
+        return torch.stack(images)
 
-    def views(self, index: int) -> Views:
+    def views(self, index: int, chosen: Sequence[int] | None = None, *, cameras: bool = True) -> Views:
         """The images of one shape (B = 1) with their cameras, as ``pointcmt render-views`` wrote them.
+
+        Args:
+            index: row of the shape.
+            chosen: which of its views, in which order; None: all.
+            cameras: False gives the images alone.
 
         Raises:
             FileNotFoundError: nothing says where the cameras stood.
             ValueError: the file of the cameras is damaged, or has fewer than there are images.
         """
-        images, _, _ = self[index]
-        first = self._paths[index][0]
+        paths = self._paths[range(len(self))[index]]
+        rows = list(range(len(paths)) if chosen is None else chosen)
+        images = self._stacked(index, [paths[row] for row in rows])
+        if not cameras:
+            return Views(images[None])
+        first = paths[0]
         matched = _NAME.fullmatch(first.stem)
         assert matched is not None
         path = first.with_name(f"{matched['shape']}{CAMERAS}")
@@ -134,9 +147,11 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
             matrices = [torch.tensor(kept[name], dtype=torch.float32) for name in CAMERA_KEYS]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); render the views again") from error
-        if any(m.shape[1:] != (4, 4) or len(m) < len(images) for m in matrices):
-            raise ValueError(f"{path} has no camera [4, 4] for each of {len(images)} images")
-        view, projection = (m[None, : len(images)] for m in matrices)
+        if any(m.shape[1:] != (4, 4) or len(m) < len(paths) for m in matrices):
+            raise ValueError(f"{path} has no camera [4, 4] for each of {len(paths)} images")
+        if not all(bool(m.isfinite().all()) for m in matrices):
+            raise ValueError(f"{path} has cameras with numbers that are not finite; render the views again")
+        view, projection = (m[None, rows] for m in matrices)
         return Views(images[None], view_matrix=view, projection_matrix=projection)
 
     def _read(self, path: Path) -> Tensor:

@@ -59,8 +59,6 @@ class LabeledPSB(PointDataset):
         parts = [name.decode() for name in pack["parts"]]
         labels = pack["label"][rows].reshape(-1).astype(np.int64)
         point_labels = pack["pid"][rows, :num_points]
-        if len(point_labels) and point_labels.max() >= len(parts):
-            raise ValueError(f"{path} labels points as part {point_labels.max()} of {len(parts)}")
         super().__init__(
             pack["data"][rows, :num_points],
             labels,

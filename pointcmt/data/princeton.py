@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,36 @@ _DATASETS = {
     "vertices_q": (2, "u"), "faces": (2, "u"), "vertex_offset": (1, "i"), "face_offset": (1, "i"),
     "lo": (2, "f"), "step": (1, "f"), "cls": (1, "S"), "split": (1, "i"), "id": (1, "i"),
 }  # fmt: skip
+_COURSE = {"label69": (1, "i"), "names69": (1, "S")}
 
 
-@register_dataset("princeton", matches=lambda root: (root / _FILE).is_file(), layout=_FILE)
+def mesh_of(pack: dict[str, np.ndarray], row: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices float32 [n, 3] and triangles int64 [m, 3] of one mesh of the pack.
+
+    Raises:
+        ValueError: faces that name vertices that are not there.
+    """
+    vertices = slice(*pack["vertex_offset"][row : row + 2])
+    faces = pack["faces"][slice(*pack["face_offset"][row : row + 2])].astype(np.int64)
+    corners = pack["vertices_q"][vertices] * float(pack["step"][row]) + pack["lo"][row]
+    if len(faces) and faces.max() >= len(corners):
+        raise ValueError(f"{where}: faces name vertices beyond the {len(corners)} there are")
+    return corners, faces
+
+
+def read_pack(root: str | Path, course: bool = False) -> tuple[Path, dict[str, np.ndarray]]:
+    """The pack's file and its arrays; with ``course`` the 69 classes of a course too."""
+    path, wanted = Path(root) / _FILE, {**_DATASETS, **(_COURSE if course else {})}
+    arrays, _ = read_datasets(path, wanted)
+    return path, dict(zip(wanted, arrays, strict=True))
+
+
+def is_princeton(root: Path) -> bool:
+    """Whether a folder holds the pack."""
+    return (root / _FILE).is_file()
+
+
+@register_dataset("princeton", matches=is_princeton, layout=_FILE)
 class PrincetonShapes(PointDataset):
     """The Princeton shape benchmark, its official split into 907 training and 907 test meshes (less a few
     that the pack lacks), sampled uniformly on the surface and scaled into the unit sphere.
@@ -34,6 +63,10 @@ class PrincetonShapes(PointDataset):
         num_points: N.
         level: parts of the class path, 1 (animal, building, …) to 4.
         shared: leave out classes that are not in both splits.
+        course: in place of the official classes the 36 of a university course's 69 that have at least three
+            meshes in either split; other meshes are left out, and ``level`` and ``shared`` say nothing.
+        normals: items are [N, 6] with the unit normals of the faces.
+        normalize: scale into the unit sphere; False leaves the coordinates of the meshes.
         per_class, seed, dense_points, cache_dir, up: as in :class:`~pointcmt.data.ModelNet40`.
 
     Raises:
@@ -49,6 +82,9 @@ class PrincetonShapes(PointDataset):
         *,
         level: int = 2,
         shared: bool = True,
+        course: bool = False,
+        normals: bool = False,
+        normalize: bool = True,
         per_class: int | None = None,
         seed: int = 0,
         dense_points: int | None = None,
@@ -59,35 +95,29 @@ class PrincetonShapes(PointDataset):
         if num_points < 1 or level < 1:
             raise ValueError(f"num_points {num_points} and level {level}: expected at least 1")
         path = Path(root) / _FILE
-        arrays, _ = read_datasets(path, _DATASETS)
-        pack = dict(zip(_DATASETS, arrays, strict=True))
-        classes = np.array(["/".join(name.decode().split("/")[:level]) for name in pack["cls"]])
-        in_test = pack["split"] == 1
-        names = sorted(set(classes[~in_test]) & set(classes[in_test]) if shared else set(classes))
-        rows = np.flatnonzero((in_test == (split == "test")) & np.isin(classes, names))
-        labels = np.searchsorted(names, classes[rows])
+        pack, names, rows, labels = _listed(path, split, level, shared, course)
         if per_class is not None:
             chosen = class_rows(labels, per_class, seed)
             rows, labels = rows[chosen], labels[chosen]
         wanted = max(num_points, dense_points or 0)
         ids = [f"m{number}" for number in pack["id"][rows]]
+        columns = 6 if normals else 3
 
         def sample() -> np.ndarray:
-            clouds = np.empty((len(rows), wanted, 3), dtype=np.float32)
-            for cloud, row, name in zip(clouds, rows, ids, strict=True):
-                vertices = slice(*pack["vertex_offset"][row : row + 2])
-                faces = pack["faces"][slice(*pack["face_offset"][row : row + 2])].astype(np.int64)
-                corners = pack["vertices_q"][vertices] * float(pack["step"][row]) + pack["lo"][row]
-                if len(faces) and faces.max() >= len(corners):
-                    raise ValueError(
-                        f"{path}, {name}: faces name vertices beyond the {len(corners)} there are"
-                    )
-                cloud[:] = sample_surface(corners, faces, wanted, draws(seed, name), f"{path}, {name}")[:, :3]
+            clouds = np.empty((len(rows), wanted, columns), dtype=np.float32)
+            for cloud, row, name in zip(clouds, rows.tolist(), ids, strict=True):
+                corners, faces = mesh_of(pack, row, f"{path}, {name}")
+                drawn = sample_surface(corners, faces, wanted, draws(seed, name), f"{path}, {name}")
+                cloud[:] = drawn[:, :columns]
             return clouds
 
-        settings = f"princeton1-{split}-{level}-{shared}-{per_class}-{wanted}-{seed}"
+        kind = "course" if course else f"{level}-{shared}"
+        settings = f"princeton1-{split}-{kind}-{per_class}-{wanted}-{seed}" + "-normals" * normals
         clouds = cached_array(cache_dir, settings, [path], sample)
-        points, dense = in_unit_sphere(clouds[:, :num_points], clouds if dense_points else None)
+        dense = clouds[..., :3] if dense_points else None
+        points = clouds[:, :num_points]
+        if normalize:
+            points, dense = in_unit_sphere(points, dense)
         flat = [names[label].replace("/", "-") for label in labels]
         super().__init__(
             points,
@@ -99,3 +129,83 @@ class PrincetonShapes(PointDataset):
             up=up,
         )
         self.root, self.split = Path(root), split
+
+
+@register_dataset("princeton36", layout=_FILE)
+def princeton36(
+    root: Path,
+    split: Split,
+    num_points: int,
+    per_class: int | None = None,
+    normals: bool = False,
+    normalize: bool = True,
+    seed: int = 0,
+    dense_points: int | None = None,
+    cache_dir: Path | None = None,
+    up: Up | None = None,
+) -> PrincetonShapes:
+    """The 36 classes with enough members, of the course's 69."""
+    return PrincetonShapes(
+        root, split, num_points, course=True, per_class=per_class, normals=normals,
+        normalize=normalize, seed=seed, dense_points=dense_points, cache_dir=cache_dir, up=up,
+    )  # fmt: skip
+
+
+@register_dataset("princeton-coarse", layout=_FILE)
+def princeton_coarse(
+    root: Path,
+    split: Split,
+    num_points: int,
+    per_class: int | None = None,
+    normals: bool = False,
+    normalize: bool = True,
+    seed: int = 0,
+    dense_points: int | None = None,
+    cache_dir: Path | None = None,
+    up: Up | None = None,
+) -> PrincetonShapes:
+    """The official classes at their coarsest level: animal, building, furniture …"""
+    return PrincetonShapes(
+        root, split, num_points, level=1, per_class=per_class, normals=normals,
+        normalize=normalize, seed=seed, dense_points=dense_points, cache_dir=cache_dir, up=up,
+    )  # fmt: skip
+
+
+def meshes_of(
+    root: Path, split: Split, level: int = 2, shared: bool = True, course: bool = False
+) -> dict[Path, Callable[[], tuple[np.ndarray, np.ndarray]]]:
+    """``<split>/<class>/<name>`` of each mesh of a split, and what gives its vertices [n, 3] and triangles
+    [m, 3]; names as in ``PrincetonShapes.shape_ids``.
+
+    Args:
+        root, split, level, shared, course: as of :class:`PrincetonShapes`.
+    """
+    path = root / _FILE
+    pack, names, rows, labels = _listed(path, split, level, shared, course)
+    return {
+        Path(split, names[label].replace("/", "-"), f"m{pack['id'][row]}"): partial(
+            mesh_of, pack, row, f"{path}, m{pack['id'][row]}"
+        )
+        for row, label in zip(rows.tolist(), labels.tolist(), strict=True)
+    }
+
+
+def _listed(
+    path: Path, split: Split, level: int, shared: bool, course: bool
+) -> tuple[dict[str, np.ndarray], list[str], np.ndarray, np.ndarray]:
+    """The pack's arrays, the class names, and rows and labels of a split's meshes."""
+    pack = read_pack(path.parent, course)[1]
+    in_test = pack["split"] == 1
+    if course:
+        known, course_names = pack["label69"], [name.decode() for name in pack["names69"]]
+        classes = np.array(["" if label < 0 else course_names[label] for label in known])
+        names = [
+            name
+            for name in sorted(course_names)
+            if min((classes[~in_test] == name).sum(), (classes[in_test] == name).sum()) >= 3
+        ]
+    else:
+        classes = np.array(["/".join(name.decode().split("/")[:level]) for name in pack["cls"]])
+        names = sorted(set(classes[~in_test]) & set(classes[in_test]) if shared else set(classes))
+    rows = np.flatnonzero((in_test == (split == "test")) & np.isin(classes, names))
+    return pack, names, rows, np.searchsorted(names, classes[rows])

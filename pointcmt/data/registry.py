@@ -52,10 +52,12 @@ ARGUMENTS = {
     "dense_points": "int or None: points per shape that views are projected from (view_points)",
     "per_class": "int or None: shapes per class; where `build` lacks it, a part of the whole is taken",
     "seed": "int: draws all that is made by chance",
+    "normals": "bool: points with their unit normals, [N, 6]",
     "normalize": "bool or None: into the unit sphere; None as is usual for the set",
     "cache_dir": "Path or None: keeps what is slow to make",
     "up": "'x', 'y', 'z' or None: the axis that points up, where the user says it",
     "variant": "str: variant of ScanObjectNN",
+    "voxel": "float or None: edge of the cubes that rooms are thinned to",
     "skip_broken": "bool: leave out what cannot be read, and say so",
 }
 

@@ -52,6 +52,8 @@ class CrossPoint(CrossModalTraining):
     is chosen.
     """
 
+    views_per_step = 1
+
     def __init__(
         self,
         images: nn.Module,
@@ -93,5 +95,12 @@ class CrossPoint(CrossModalTraining):
         )
         self.augment = augment
 
-    def loss(self, *, views: Tensor | Views | None = None, image_features: Any = None) -> Tensor:
-        return super().loss(views=changed_images(views, self.augment), image_features=image_features)
+    def loss(
+        self,
+        *,
+        views: Tensor | Views | None = None,
+        image_features: Any = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        images = changed_images(views, self.augment)
+        return super().loss(views=images, image_features=image_features, labels=labels)

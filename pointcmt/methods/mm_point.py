@@ -102,10 +102,17 @@ class MMPoint(CrossModalTraining):
             copies=2,
             train_teacher=train_images,
         )
-        self.augment = augment
+        self.augment, self.views_per_step = augment, views
 
-    def loss(self, *, views: Tensor | Views | None = None, image_features: Any = None) -> Tensor:
-        return super().loss(views=changed_images(views, self.augment), image_features=image_features)
+    def loss(
+        self,
+        *,
+        views: Tensor | Views | None = None,
+        image_features: Any = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        images = changed_images(views, self.augment)
+        return super().loss(views=images, image_features=image_features, labels=labels)
 
 
 def changed_images(views: Tensor | Views | None, change: Callable[[Tensor], Tensor] | None) -> Any:

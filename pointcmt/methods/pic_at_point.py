@@ -22,16 +22,22 @@ class PicAtPoint(CrossModalTraining):
         with PicAtPoint(images, network, points=sample) as pre:
             optimizer = Adam([*network.parameters(), *pre.parameters()])
             for points in loader:
-                cameras = draw_cameras(len(points), 20)
-                views = project_chosen(images.view_spec, points, cameras)
+                views = pre.project(points)
                 points, motion = change.with_motion(points)
                 network(points)
                 loss = pre.loss(views=moved(views, motion))
 
-    Here, as in the paper, with one view by chance of a rig's twenty per shape and step
-    (``pointcmt.views.sampling``), and with clouds that are turned
-    (``pointcmt.data.contrastive.CloudAugmentation``) and their cameras with them (``pointcmt.views.cells``).
-    ``views=images.project(points, cameras=True)`` takes all views of the clouds as they are.
+    Here, as in the paper, with one view by chance of a rig's twenty per shape and step, and with clouds that
+    are turned (``change``, a ``pointcmt.data.contrastive.CloudAugmentation``) and their cameras with them
+    (``pointcmt.views.cells.moved``). The paper's learning rates, 1e-3 and for the images' heads 5e-5::
+
+        optimizer = Adam(
+            [
+                {"params": [*network.parameters(), *pre.parameters("points")]},
+                {"params": [*pre.parameters("images")], "lr": 5e-5},
+            ],
+            lr=1e-3,
+        )
 
     See :class:`~pointcmt.training.CrossModalTraining` for what entering, training and leaving do.
 
@@ -46,8 +52,8 @@ class PicAtPoint(CrossModalTraining):
         pose: whether the head for local features is told the view matrix (ablation: False).
         hidden_points: whether points that the cloud's own surface hides ``"count"``, as in the paper, or are
             ``"skip"``-ped.
-        local_points: at most so many local features of each cloud in a step, drawn by chance; None: all, as
-            in the paper. A network with one per point (DGCNN) trains much faster with some of them.
+        local_points: at most so many local features of each cloud in a step, drawn by chance: the loss
+            has the same mean, and networks with one per point (DGCNN) cost less; None: all, as in the paper.
         temperature: τ of both terms, which the paper does not say; 0.1 is CrossPoint's.
         hidden: width of all heads.
         out_features: size of the common spaces.
@@ -64,6 +70,8 @@ class PicAtPoint(CrossModalTraining):
     [B, N, 6] such points.
     """
 
+    views_per_step = 1
+
     def __init__(
         self,
         images: nn.Module,
@@ -75,7 +83,7 @@ class PicAtPoint(CrossModalTraining):
         global_weight: float = 1.0,
         pose: bool = True,
         hidden_points: Literal["count", "skip"] = "count",
-        local_points: int | None = None,
+        local_points: int | None = 64,
         temperature: float = 0.1,
         hidden: int = 512,
         out_features: int = 512,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -34,6 +35,14 @@ class PointCMT(CrossModalTraining):
         objectives: in place of the paper's ``[FeatureEnhancement(weight=30.0),
             ClassifierEnhancement(weight=0.3)]``.
         guard: scales the weights as training goes on (``pointcmt.schedules``); None leaves them.
+        points: a few clouds as the network takes them, for objectives whose heads are sized by the network.
+        unlabelled: objectives of clouds without labels, which stand behind the labelled ones of a pass::
+
+            with PointCMT(teacher, student, objectives=[SoftLabels()], unlabelled=[SoftLabels()]) as cmt:
+                for (points, labels), more in zip(labelled, unlabelled):
+                    clouds = torch.cat([points, more])
+                    loss = criterion(student(clouds)[: len(labels)], labels)
+                    loss = loss + cmt.loss(views=teacher.project(clouds), labels=labels)
 
     Raises:
         ValueError: feature enhancement without a generator.
@@ -52,6 +61,8 @@ class PointCMT(CrossModalTraining):
         adapter: Adapter | str | None = None,
         objectives: Iterable[Objective] | None = None,
         guard: Guard | None = None,
+        points: Any = None,
+        unlabelled: Iterable[Objective] = (),
     ) -> None:
         if objectives is None:
             objectives = [FeatureEnhancement(weight=30.0), ClassifierEnhancement(weight=0.3)]
@@ -62,6 +73,8 @@ class PointCMT(CrossModalTraining):
             generator=_loaded(generator),
             adapter=adapter,
             guard=guard,
+            points=points,
+            unlabelled=unlabelled,
         )
 
 

@@ -32,6 +32,19 @@ def freeze_unused(
     Raises:
         ValueError: the features depend on no parameter that is trained.
     """
+    unused = unused_parameters(network, points, adapter)
+    for parameter in unused:
+        parameter.requires_grad_(False)
+    return unused
+
+
+def unused_parameters(
+    network: nn.Module, points: Any, adapter: Adapter | str | None = None
+) -> list[nn.Parameter]:
+    """The parameters of a network's head: those that are trained and that no tapped feature depends on.
+
+    Args, raises: as of :func:`freeze_unused`, and nothing is frozen.
+    """
     args = points if isinstance(points, tuple) else (points,)
     chosen = find_adapter(network, adapter, points=(args, {}))
     modes = [(child, child.training) for child in network.modules()]
@@ -55,7 +68,4 @@ def freeze_unused(
     finally:
         for child, mode in modes:
             child.training = mode
-    unused = [parameter for parameter, got in zip(trained, gradients, strict=True) if got is None]
-    for parameter in unused:
-        parameter.requires_grad_(False)
-    return unused
+    return [parameter for parameter, got in zip(trained, gradients, strict=True) if got is None]

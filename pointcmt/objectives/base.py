@@ -48,6 +48,8 @@ class Objective(nn.Module, ABC):
         needs_classify: whether the student must have a classifier.
         needs_local: whether the student's local features are needed.
         needs_global: whether the student's pooled feature is needed, before its head.
+        needs_labels: whether the shapes' classes are needed; such an objective is of labelled shapes alone.
+        image_side: names of the submodules that project images; they may have a learning rate of their own.
         sees_copies: whether, of k augmented copies of each shape, the objective is given the k·B student
             features beside the teacher's B (``student.copies`` says k); otherwise the teacher's are repeated.
     """
@@ -61,7 +63,9 @@ class Objective(nn.Module, ABC):
     needs_classify: bool = False
     needs_local: bool = False
     needs_global: bool = False
+    needs_labels: bool = False
     sees_copies: bool = False
+    image_side: tuple[str, ...] = ()
 
     def __init__(self, weight: float, name: str | None = None) -> None:
         super().__init__()

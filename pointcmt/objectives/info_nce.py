@@ -138,6 +138,7 @@ class GlobalInfoNCE(Objective):
     default_name = "global_info_nce"
     needs_global = True
     sees_copies = True
+    image_side = ("image_head",)
 
     def __init__(
         self,
@@ -257,6 +258,7 @@ class MultiViewInfoNCE(Objective):
     needs_global = True
     needs_per_view = True
     sees_copies = True
+    image_side = ("image_heads",)
 
     def __init__(
         self,

@@ -124,9 +124,10 @@ class LocalInfoNCE(Objective):
         hidden_points: centres that the cloud's own surface hides ``"count"`` too, as in the paper, with the
             cell that they project to; or ``"skip"`` takes visible ones only, for which the views must say
             which points are visible.
-        local_points: in training at most so many local features of each cloud, drawn by chance at every step:
-            where a network has one per point, the head costs as much as the network. None: all, as in the
-            paper.
+        local_points: in training at most so many local features of each cloud, drawn by chance at every step,
+            against all cells as ever: the loss has the same mean. 64 is what PointNeXt-S has, with which all
+            of them count as in the paper; where a network has one per point, as DGCNN, all of them (None)
+            cost more than the network.
         max_logits: at most so many logits are in memory at a time.
 
     Raises:
@@ -140,6 +141,7 @@ class LocalInfoNCE(Objective):
     needs_maps = True
     needs_cameras = True
     sees_copies = True
+    image_side = ("map_head",)
 
     def __init__(
         self,
@@ -149,7 +151,7 @@ class LocalInfoNCE(Objective):
         out_features: int = 512,
         pose: int = 64,
         hidden_points: Literal["count", "skip"] = "count",
-        local_points: int | None = None,
+        local_points: int | None = 64,
         max_logits: int = MAX_LOGITS,
         name: str | None = None,
     ) -> None:
@@ -214,6 +216,15 @@ class LocalInfoNCE(Objective):
         cells = F.normalize(images[:, 0].flatten(2).float(), dim=1)  # [B, D, h·w]
         right = (local.float() @ cells).argmax(-1) == cell[:, 0]
         return 100 * right.sum() / (cell[:, 0] >= 0).sum().clamp(min=1)
+
+    def embed_cells(self, student: StudentState, teacher: TeacherOutput) -> tuple[Tensor, Tensor]:
+        """Local features [B, V, M, D] as each view is compared with them, and its cells [B, V, D, h, w], of
+        length one in the common space: to show what is similar to what."""
+        assert teacher.views is not None and teacher.views.view_matrix is not None
+        before, images, _ = self._projected(student, teacher)
+        views = teacher.views.view_matrix.unbind(1)
+        local = torch.stack([self._head().with_pose(before, view) for view in views], 1)
+        return F.normalize(local.float(), dim=-1), F.normalize(images.float(), dim=2)
 
     def _head(self) -> LocalHead:
         if self.point_head is None:

@@ -146,6 +146,7 @@ class CrossModalNTXent(Objective):
     default_name = "cross_nt_xent"
     needs_global = True
     sees_copies = True
+    image_side = ("image_head",)
 
     def __init__(
         self,

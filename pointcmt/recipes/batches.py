@@ -16,7 +16,7 @@ from pointcmt.data.loading import epoch_order
 
 class Batch(NamedTuple):
     """One batch on the device; ``inputs`` are points [B, N, 3], or views [B, V, C, H, W] of an image
-    folder."""
+    folder. There may be fewer ``labels`` than inputs: those of the first ones, the others having none."""
 
     inputs: Tensor
     labels: Tensor
@@ -121,6 +121,60 @@ class Batches:
         for piece, (inputs, labels, _) in zip(pieces, loader, strict=True):
             self._require_finite(inputs, piece)
             yield Batch(inputs.to(self.device), labels.to(self.device), piece.to(self.device))
+
+
+class WithUnlabelled(Batches):
+    """Labelled batches, and behind the clouds of each some that have no labels.
+
+    An epoch is one of the labelled shapes. The others come in an order of their own, which follows from the
+    seed and the number of the step alone, pass after pass. In ``Batch.index`` they are counted on from the n
+    labelled shapes: n + row.
+
+    Args:
+        labelled: batches of training.
+        unlabelled: the other clouds.
+        ratio: how many of them to each labelled cloud.
+
+    Raises:
+        ValueError: a ratio of which a batch has none, or clouds of another size.
+    """
+
+    def __init__(self, labelled: Batches, unlabelled: Any, ratio: float) -> None:
+        count = round(ratio * labelled.batch_size)
+        if labelled.points is None or labelled.seed is None:
+            raise ValueError("clouds without labels stand behind training batches of clouds in memory")
+        if count < labelled.world:
+            raise ValueError(
+                f"--unlabelled-ratio {ratio} of a batch of {labelled.batch_size} leaves no cloud to each of "
+                f"{labelled.world} process(es); give a larger ratio, or 0 for none"
+            )
+        self.__dict__.update(labelled.__dict__)
+        points = torch.as_tensor(unlabelled.points, dtype=torch.float32)
+        if points.shape[1:] != labelled.points.shape[1:]:
+            raise ValueError(
+                f"the clouds without labels are {list(points.shape[1:])} and the labelled ones "
+                f"{list(labelled.points.shape[1:])}; expected points [N, C] of one size"
+            )
+        self.others, self.count = points.to(self.device), count
+
+    def epoch(self, epoch: int = 0) -> Iterator[Batch]:
+        for number, batch in enumerate(super().epoch(epoch)):
+            rows = self.rows_of_step(epoch * len(self) + number)[self.rank :: self.world].to(self.device)
+            yield Batch(
+                torch.cat([batch.inputs, self.others[rows]]),
+                batch.labels,
+                torch.cat([batch.index, rows + self.n]),
+            )
+
+    def rows_of_step(self, step: int) -> Tensor:
+        """Rows of the clouds without labels in a step, over all processes."""
+        first, total = step * self.count, len(self.others)
+        wanted = np.arange(first, first + self.count)
+        orders = {
+            number: epoch_order(total, (self.seed or 0) + 1_000_003, int(number))
+            for number in np.unique(wanted // total)
+        }
+        return torch.tensor([orders[place // total][place % total] for place in wanted.tolist()])
 
 
 def batches_of(

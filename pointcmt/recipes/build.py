@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import importlib.util
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from pointcmt import objectives
 from pointcmt.adapters import INPUT_LAYOUTS, Adapter, find_adapter
+from pointcmt.data import PointDataset
 from pointcmt.objectives import Objective
 from pointcmt.recipes.options import parse_assignments
 from pointcmt.students.registry import list_students
@@ -112,6 +114,48 @@ def make_student(options: StudentOptions, num_classes: int) -> nn.Module:
     return model
 
 
+# of the networks for parts and scenes of this package, which arguments follow from the data
+_SEGMENTERS = {
+    "pointnet2_part": ("in_channels", "categories"),
+    "pointnet2_scene": ("in_channels",),
+    "dgcnn_part": ("categories",),
+    "dgcnn_scene": ("in_channels",),
+    "pointnext_part": ("in_channels", "categories"),
+    "pointnext_scene": ("in_channels",),
+}
+
+
+def segmenter_options(options: StudentOptions, data: PointDataset, channels: int) -> StudentOptions:
+    """The options with what follows from the data, for a network for parts or scenes of this package: its
+    channels and, where the data has categories of parts, their number. Others are given back as they are."""
+    made = copy.deepcopy(options)
+    wanted = _SEGMENTERS.get(made.student, ())
+    given = parse_assignments(made.student_options, "--student-options")
+    if made.student == "pointnext_scene" and channels == 3:
+        given.setdefault("coordinates", True)
+    if "in_channels" in wanted:
+        given.setdefault("in_channels", channels)
+    if "categories" in wanted and data.category is not None:
+        given.setdefault("categories", data.num_classes)
+    if wanted:
+        made.student_options = tuple(f"{name}={value!r}" for name, value in given.items())
+    return made
+
+
+def check_kind(student: str, parts: bool) -> None:
+    """A network for parts of shapes is for data with categories of parts, one for scenes for other.
+
+    Raises:
+        ValueError: it is the other way round.
+    """
+    if student in _SEGMENTERS and student.endswith("_part") != parts:
+        raise ValueError(
+            f"--student {student} is for {'scenes' if parts else 'parts'}, and the data has "
+            f"{'parts of shapes' if parts else 'one set of classes for all clouds'}: give "
+            f"{student.rpartition('_')[0]}_{'part' if parts else 'scene'}"
+        )
+
+
 def adapter_of(student: nn.Module, options: StudentOptions, sample: Tensor | None = None) -> Adapter:
     """The student's adapter, with the layout in which the student takes its clouds.
 
@@ -189,13 +233,29 @@ def check_named_by_file(student: str, file: Path) -> None:
     )
 
 
-def split_weights(pairs: Sequence[str]) -> dict[str, float]:
-    """``("soft_labels=1", "nst=50")`` as weights by name."""
-    weights = parse_assignments(pairs, "--objectives")
-    for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(f"--objectives {name}={weight}: expected a number as weight")
-    return {name: float(weight) for name, weight in weights.items()}
+def split_weights(pairs: Sequence[str], option: str = "--objectives") -> dict[str, float]:
+    """``("soft_labels=1,temperature=2", "nst=50")`` as weights by name."""
+    return {name: weight for name, (weight, _) in split_objectives(pairs, option).items()}
+
+
+def split_objectives(
+    pairs: Sequence[str], option: str = "--objectives"
+) -> dict[str, tuple[float, dict[str, Any]]]:
+    """``("soft_labels=1,temperature=2", "nst=50")`` as weight and further arguments by name.
+
+    Raises:
+        ValueError: a weight that is no number, or a name that stands twice.
+    """
+    found: dict[str, tuple[float, dict[str, Any]]] = {}
+    for pair in pairs:
+        first, *rest = pair.split(",")
+        ((name, weight),) = parse_assignments([first], option).items()
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < 1e30:
+            raise ValueError(f"{option} {name}={weight}: expected a finite number as weight")
+        if name in found:
+            raise ValueError(f"{option} names {name} twice; give each objective once")
+        found[name] = float(weight), parse_assignments(rest, option)
+    return found
 
 
 def objective_classes() -> dict[str, type[Objective]]:
@@ -222,12 +282,16 @@ def objective_classes() -> dict[str, type[Objective]]:
 
 
 def make_objectives(
-    fe_weight: float, ce_weight: float, further: Sequence[str] = (), fe_distance: str = "emd"
+    fe_weight: float,
+    ce_weight: float,
+    further: Sequence[str] = (),
+    fe_distance: str = "emd",
+    option: str = "--objectives",
 ) -> list[Objective]:
-    """FE and CE where they have a weight, and further objectives as NAME=WEIGHT.
+    """FE and CE where they have a weight, and further objectives as NAME=WEIGHT[,ARGUMENT=VALUE …].
 
     Raises:
-        ValueError: an unknown name, or a weight that is no number.
+        ValueError: an unknown name or argument, or a weight that is no number.
     """
     known = objective_classes()
     made: list[Objective] = []
@@ -235,8 +299,13 @@ def make_objectives(
         made.append(objectives.FeatureEnhancement(fe_weight, distance=fe_distance))
     if ce_weight:
         made.append(objectives.ClassifierEnhancement(ce_weight))
-    for name, weight in split_weights(further).items():
+    for name, (weight, arguments) in split_objectives(further, option).items():
         if name not in known:
-            raise ValueError(f"--objectives {name}: expected one of {', '.join(known)}")
-        made.append(known[name](weight=weight))
+            raise ValueError(f"{option} {name}: expected one of {', '.join(known)}")
+        accepted = set(inspect.signature(known[name]).parameters) - {"weight"}
+        if unknown := sorted(arguments.keys() - accepted):
+            raise ValueError(
+                f"{option} {name} does not take {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}"
+            )
+        made.append(known[name](weight=weight, **arguments))
     return made

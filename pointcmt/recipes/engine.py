@@ -13,7 +13,7 @@ import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -167,13 +167,23 @@ def learning_rate(options: LoopOptions, step: int, steps: int, per_epoch: int) -
     return options.lr * 0.5 * (1 + float(np.cos(np.pi * min(1.0, done))))
 
 
-def make_optimizer(options: LoopOptions, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    options: LoopOptions,
+    parameters: Iterable[nn.Parameter],
+    rates: Mapping[nn.Parameter, float] | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer, with a group of parameters for each peak learning rate in ``rates``; the first is of
+    those that are not in it and have ``options.lr``."""
+    by_rate: dict[float, list[nn.Parameter]] = {options.lr: []}
+    for parameter in parameters:
+        by_rate.setdefault((rates or {}).get(parameter, options.lr), []).append(parameter)
+    groups = [{"params": some, "lr": lr, "factor": lr / options.lr} for lr, some in by_rate.items() if some]
     if options.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=options.lr, weight_decay=options.weight_decay)
+        return torch.optim.Adam(groups, lr=options.lr, weight_decay=options.weight_decay)
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
+        return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
     return torch.optim.SGD(
-        parameters, lr=options.lr, weight_decay=options.weight_decay, momentum=0.9, nesterov=True
+        groups, lr=options.lr, weight_decay=options.weight_decay, momentum=0.9, nesterov=True
     )
 
 
@@ -220,6 +230,7 @@ def fit(
     run: RunFolder,
     *,
     extras: Trained | None = None,
+    rates: Mapping[nn.Parameter, float] | None = None,
     observe: Callable[[dict[str, float]], object] | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` to the end, from the beginning or from where the run folder stands.
@@ -235,6 +246,7 @@ def fit(
         run: the folder that is written: state.pt, metrics.jsonl, last.safetensors, best.safetensors.
         extras: what else is trained and resumed; never part of the checkpoint. Where there are several
             processes it keeps its own parameters equal on them.
+        rates: peak learning rate of parameters that have another than ``options.lr``; the schedule is one.
         observe: told the metrics of each evaluation, and on resuming those of the last one.
 
     Returns:
@@ -245,7 +257,9 @@ def fit(
     """
     check_loop(options)
     with answering(machine.timeout):
-        return _Loop(model, task, batches, save, options, machine, accelerator, run, extras, observe).go()
+        return _Loop(
+            model, task, batches, save, options, machine, accelerator, run, extras, rates, observe
+        ).go()
 
 
 @dataclass
@@ -259,6 +273,7 @@ class _Loop:
     accelerator: Accelerator
     run: RunFolder
     extras: Trained | None
+    rates: Mapping[nn.Parameter, float] | None
     observe: Callable[[dict[str, float]], object] | None
 
     def __post_init__(self) -> None:
@@ -275,7 +290,7 @@ class _Loop:
             else None
         )
         self.wrapped, self.optimizer = accelerator.prepare(
-            self.model, make_optimizer(options, self.parameters)
+            self.model, make_optimizer(options, self.parameters, self.rates)
         )
         self.first, self.spent = 0, 0.0
         self.best: dict[str, Any] | None = None
@@ -413,8 +428,9 @@ class _Loop:
         for number, batch in enumerate(itertools.islice(self.batches.epoch(epoch), usable)):
             step = epoch * self.per_epoch + number // options.accumulate
             moves = (number + 1) % options.accumulate == 0 or number + 1 == usable
+            rate = learning_rate(options, step, self.steps, self.per_epoch)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(options, step, self.steps, self.per_epoch)
+                group["lr"] = rate * group.get("factor", 1.0)  # runs of before have no factor
             # gradients cross processes only on the step that moves the optimizer
             with contextlib.nullcontext() if moves else accelerator.no_sync(self.wrapped):
                 with accelerator.autocast():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pointcmt.data import Augmentation, FeatureCache, MultiViewImages, PointDataset, shuffle
+from pointcmt.data.dataset import Split
 from pointcmt.recipes.engine import Batches, MachineOptions, make_accelerator
 from pointcmt.recipes.options import DataOptions, Splits, load_teacher, matching_images, views_of_teacher
 from pointcmt.recipes.progress import console, say
@@ -78,8 +79,10 @@ def features_of(
     images: Path | None = None,
     batch_size: int = 32,
     workers: int = 0,
+    without: Collection[str] = (),
 ) -> dict[str, tuple[Path, FeatureCache]]:
-    """The teacher's features of every part of ``splits``: opened, or built first where they are absent.
+    """The teacher's features of every part of ``splits``, and of its clouds without labels: opened, or built
+    first where they are absent.
 
     Each cache lies in a file that is named after the data and the teacher, so that several of each share
     the folder. A damaged one is made anew.
@@ -92,6 +95,7 @@ def features_of(
         images: folder of images, for a teacher of images; matched to the shapes by their ids. Not needed
             where the features are there.
         batch_size, workers: for building.
+        without: names of parts that are not wanted: ``test``, ``unlabelled``.
 
     Raises:
         ValueError: features that are there were made from other images.
@@ -99,12 +103,18 @@ def features_of(
     folder = folder or file.parent / "features"
     teacher_fingerprint = teacher.fingerprint()
     result = {}
-    for name, part in splits.parts().items():
+    parts = dict(splits.parts())
+    if splits.unlabelled is not None:
+        parts["unlabelled"] = splits.unlabelled
+    for name, part in parts.items():
+        if name in without:
+            continue
         path = folder / f"{name}-{part.fingerprint()[:16]}-{teacher_fingerprint[:16]}.safetensors"
         device = accelerator.device
         build = functools.partial(
-            _build, path, name, part, teacher, file, device, images, batch_size, workers
-        )
+            _build, path, name, part, teacher, file, device, images, batch_size, workers,
+            splits.train.class_names,
+        )  # fmt: skip
         cache = _once(accelerator, path, teacher_fingerprint, part.fingerprint(), build)
         if images is not None and cache.views.get("images") != str(images.resolve()):
             raise ValueError(
@@ -207,6 +217,7 @@ def _build(
     images: Path | None,
     batch_size: int,
     workers: int,
+    class_names: list[str],
 ) -> None:
     shapes: PointDataset | MultiViewImages = part
     spec = None
@@ -221,7 +232,8 @@ def _build(
     else:
         config = run_config_beside(file)
         size = config["config"]["views"]["size"] if config is not None else None
-        shapes = matching_images(images, part, "test" if name == "test" else "train", size, teacher.in_chans)
+        split: Split = "test" if name == "test" else "train"
+        shapes = matching_images(images, part, split, size, teacher.in_chans, class_names)
         described = {"images": str(images.resolve()), "size": size}
     batches = Batches(shapes, batch_size, device, workers=workers, what="view_points")
 

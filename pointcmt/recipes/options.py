@@ -46,8 +46,9 @@ def image_splits(root: Path, data: DataOptions, size: int, channels: int) -> Spl
     rows = {"train": np.arange(len(train)), "test": np.arange(len(test))}
     if data.test_per_class is not None:
         rows["test"] = class_rows(test.labels, data.test_per_class, data.data_seed)
-    if data.per_class is not None:
-        rows["train"] = class_rows(train.labels, data.per_class, data.data_seed)
+    few = data.per_class if data.labels_per_class is None else data.labels_per_class
+    if few is not None:
+        rows["train"] = class_rows(train.labels, few, data.data_seed)
     if data.holdout:
         drawn = train.labels[rows["train"]]
         counts = np.bincount(drawn)
@@ -75,11 +76,17 @@ def image_splits(root: Path, data: DataOptions, size: int, channels: int) -> Spl
 
 
 def matching_images(
-    root: Path, part: PointDataset, split: Split, size: int | None, channels: int
+    root: Path,
+    part: PointDataset,
+    split: Split,
+    size: int | None,
+    channels: int,
+    class_names: Sequence[str] | None = None,
 ) -> MultiViewImages:
-    """The images below ``root`` of the shapes in ``part``, in its order."""
+    """The images below ``root`` of the shapes in ``part``, in its order; ``class_names`` if it has none."""
+    names = list(class_names or part.class_names)
     return MultiViewImages(
-        root, split, size=size, in_chans=channels, shape_ids=part.shape_ids, class_names=part.class_names
+        root, split, size=size, in_chans=channels, shape_ids=part.shape_ids, class_names=names
     )
 
 
@@ -92,7 +99,8 @@ class ViewOptions:
     size: int = 128
     """Height and width of a view in pixels."""
     channels: tuple[str, ...] = ("depth",)
-    """What a view shows: depth, density, normal; several are stacked."""
+    """What a view shows: depth, near (depth turned round, for pretrained encoders), density, normal, shaded;
+    several are stacked."""
     splat: float = 0.0
     """Radius of a point in pixels."""
     up: Literal["auto", "x", "y", "z"] = "auto"

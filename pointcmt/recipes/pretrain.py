@@ -1,4 +1,4 @@
-"""Pre-training of a network by pictures, without labels: Pic@Point, MM-Point, CrossPoint."""
+"""Pre-training of a network by pictures, without labels: Pic@Point, MM-Point, CrossPoint, dense."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from pointcmt.adapters.registry import Adapter, find_adapter
 from pointcmt.checkpoint import save_module
-from pointcmt.data import PointDataset, subset
+from pointcmt.data import MultiViewImages, PointDataset, subset
 from pointcmt.data.contrastive import CloudAugmentation
-from pointcmt.methods import CrossPoint, MMPoint, PicAtPoint, freeze_unused
-from pointcmt.objectives import LocalInfoNCE
+from pointcmt.methods import CrossPoint, DenseDistillation, MMPoint, PicAtPoint, freeze_unused
+from pointcmt.objectives import LocalInfoNCE, PixelFeatures
 from pointcmt.recipes.batches import Batch, Batches
-from pointcmt.recipes.build import StudentOptions, make_student
+from pointcmt.recipes.build import StudentOptions, make_student, segmenter_options
 from pointcmt.recipes.config import plain, write_json
 from pointcmt.recipes.engine import (
     LoopOptions,
@@ -31,29 +31,31 @@ from pointcmt.recipes.engine import (
     make_accelerator,
     seed_everything,
 )
-from pointcmt.recipes.networks import clouds_of, encode
+from pointcmt.recipes.networks import clouds_of, encode, frozen_features
 from pointcmt.recipes.options import DataOptions, ViewOptions, parse_assignments
+from pointcmt.recipes.pretrain_pictures import SHAPES, VIEWS, draw_features, draw_similarity
 from pointcmt.recipes.progress import console, say, warn
 from pointcmt.recipes.run import RunFolder, find_checkpoint
 from pointcmt.tasks import Figure, Task
 from pointcmt.teacher import ImageTeacher
 from pointcmt.training import CrossModalTraining
 from pointcmt.types import StudentState, TeacherOutput, Views
-from pointcmt.views import ViewSpec
+from pointcmt.views import ViewSpec, pixels_of
 from pointcmt.views.augmentation import ViewAugmentation, crosspoint_level, view_levels
 from pointcmt.views.cells import moved
 from pointcmt.views.sampling import draw_cameras, project_chosen
 
-METHODS = ("pic-at-point", "mm-point", "crosspoint")
+METHODS = ("pic-at-point", "mm-point", "crosspoint", "dense")
 
 
 @dataclass
 class ContrastOptions:
     """Which method, and its ablations."""
 
-    method: Literal["pic-at-point", "mm-point", "crosspoint"] = "pic-at-point"
+    method: Literal["pic-at-point", "mm-point", "crosspoint", "dense"] = "pic-at-point"
     """pic-at-point: each point finds its cell in a picture, each cloud its picture. mm-point: two augmented
-    copies of each cloud and several pictures at once. crosspoint: two copies and one picture."""
+    copies of each cloud and several pictures at once. crosspoint: two copies and one picture. dense: each
+    point learns the picture's features at its pixels; for networks with a feature for each point."""
     temperature: float = 0.1
     """Of all terms."""
     local_weight: float = 1.0
@@ -66,36 +68,54 @@ class ContrastOptions:
     """mm-point, crosspoint: copies and pictures; 0 leaves it out."""
     pose: bool = True
     """pic-at-point: the head for points is told where the camera is."""
-    hidden_points: Literal["count", "skip"] = "count"
-    """pic-at-point: points that the cloud's own surface hides count, as in the paper, or are skipped."""
-    local_points: int | None = None
-    """pic-at-point: at most so many local features of each cloud in a step, drawn by chance; default: all, as
-    in the paper. Where the network has one per point, a few make the step much cheaper."""
+    hidden_points: Literal["auto", "count", "skip"] = "auto"
+    """pic-at-point, dense: points that the cloud's own surface hides count, or are skipped; auto: count for
+    pic-at-point, as in the paper, and skip for dense, where it is known which those are."""
+    local_points: int | None = 64
+    """pic-at-point, dense: at most so many local features of each cloud in a step, drawn by chance, which
+    leaves the loss its mean; None: all, as in the paper, which is dear where a network has one per point."""
     head_width: int = 512
     """pic-at-point: width of the heads and of the common spaces."""
     views_per_step: int | None = None
-    """Pictures of each shape in a step; default: 1, and 4 for mm-point."""
+    """Pictures of each shape in a step; default: 1, and 4 for mm-point and dense, as far as there are."""
     shared_head: bool = False
     """mm-point: one pair of heads for all pictures."""
     image_levels: int | None = None
     """mm-point: levels of change of the pictures from weak to strong (up to 4), spread over them; 0: none.
     crosspoint: its own change, or 0: none. Default: 4, and 1."""
+    pictures: Literal["auto", "stored", "projected"] = "auto"
+    """Real pictures that the data set itself has, with their cameras; or pictures of the points; auto: real
+    ones where there are."""
     augment_points: bool = True
-    """Turn the clouds about the up axis (pic-at-point), or all of CrossPoint's changes (mm-point,
+    """Turn the clouds about the up axis (pic-at-point, dense), or all of CrossPoint's changes (mm-point,
     crosspoint)."""
     train_images: Literal["auto", "yes", "no"] = "auto"
-    """Train the image encoder too; auto: not for pic-at-point."""
+    """Train the image encoder too; auto: not for pic-at-point and dense."""
+    image_lr: float | None = None
+    """Peak learning rate of what projects pictures: their heads, and the encoder where it is trained;
+    default: --lr. Pic@Point has 5e-5 for them, and 1e-3 for the rest."""
+
+    def by_points(self) -> bool:
+        """Whether points are looked for in pictures, so that a picture may not be cropped or turned."""
+        return self.method in ("pic-at-point", "dense")
 
     def trains_images(self) -> bool:
-        return self.train_images == "yes" or (self.train_images == "auto" and self.method != "pic-at-point")
+        return self.train_images == "yes" or (self.train_images == "auto" and not self.by_points())
 
-    def views(self) -> int:
-        default = 4 if self.method == "mm-point" else 1
+    def views(self, there: int | None = None) -> int:
+        """Pictures of each shape in a step, of ``there`` that there are."""
+        default = 4 if self.method in ("mm-point", "dense") else 1
+        if self.method == "dense" and there is not None:
+            default = min(default, there)
         return default if self.views_per_step is None else self.views_per_step
 
     def levels(self) -> int:
-        default = {"pic-at-point": 0, "mm-point": 4, "crosspoint": 1}[self.method]
+        default = {"pic-at-point": 0, "mm-point": 4, "crosspoint": 1, "dense": 0}[self.method]
         return default if self.image_levels is None else self.image_levels
+
+    def maps(self) -> bool:
+        """Whether feature maps are needed."""
+        return self.method == "dense" or (self.method == "pic-at-point" and self.local_weight > 0)
 
 
 @dataclass
@@ -113,6 +133,9 @@ class EncoderOptions:
     else timm's (needs the network)."""
     encoder_weights: Path | None = None
     """File with weights of the backbone, in timm's names: .safetensors or .pth."""
+    images: Path | None = None
+    """Folder of stored pictures of the same shapes, as pointcmt render-views writes them of their meshes,
+    with their cameras where --method needs them; they are brought to --size. Default: made of the points."""
 
 
 @dataclass
@@ -139,6 +162,15 @@ class Pretrain:
     """Continue the run in --out."""
 
 
+def hidden_points(options: Pretrain) -> Literal["count", "skip"]:
+    """What hidden points do; which they are is not known of stored pictures."""
+    wanted = options.contrast.hidden_points
+    if wanted == "auto":
+        skips = options.contrast.method == "dense" and options.images.images is None
+        return "skip" if skips else "count"
+    return wanted
+
+
 def check(options: Pretrain) -> None:
     """Raise a ValueError for options that cannot go together."""
     contrast, images = options.contrast, options.images
@@ -148,13 +180,25 @@ def check(options: Pretrain) -> None:
         )
     if images.pretrained and images.encoder_weights is not None:
         raise ValueError("--pretrained and --encoder-weights both say where the weights come from: give one")
-    if contrast.method == "pic-at-point" and contrast.levels():
+    if contrast.method == "dense" and contrast.trains_images():
+        raise ValueError(
+            "--method dense takes features that stand still: an encoder that is trained with it would put "
+            "out a constant. Leave out --train-images yes"
+        )
+    if contrast.by_points() and contrast.levels():
         raise ValueError(
             "--image-levels crops and flips pictures, after which a point is in another cell: use it with "
             "--method mm-point or crosspoint"
         )
     if contrast.method == "crosspoint" and contrast.levels() > 1:
         raise ValueError("--method crosspoint has one change of its pictures: --image-levels 1 or 0")
+    if images.images is not None and contrast.hidden_points == "skip":
+        raise ValueError(
+            "--hidden-points skip needs pictures that are made of the points: which points a stored picture "
+            "shows is not known. Leave out --images, or let hidden points count"
+        )
+    if contrast.image_lr is not None and not contrast.image_lr > 0:
+        raise ValueError(f"--image-lr is {contrast.image_lr}; expected a positive learning rate")
     if contrast.head_width < 1:
         raise ValueError(f"--head-width is {contrast.head_width}; expected at least 1")
     if contrast.views() < 1 or options.watch_shapes < 2:
@@ -172,20 +216,27 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
     """
     check(options)
     options = copy.deepcopy(options)
+    images = options.images.images
     accelerator = make_accelerator(options.machine)
     main, device = accelerator.is_main_process, accelerator.device
-    clouds = clouds_of(options.data, "train")
+    clouds = clouds_of(options.data, "train", labelled=False)
     train, watched, part = without_labels(
         clouds, options.data.holdout, options.watch_shapes, options.data.data_seed
     )
     inputs = {"data": clouds.fingerprint()}
-    encoder, spec = make_encoder(options, clouds.up, main)
+    photographs = uses_photographs(options, clouds)
+    encoder, spec = make_encoder(options, clouds.up, main, photographs)
+    sources = [source_of(options, part, spec, encoder.in_chans, device) for part in (train, watched)]
     encoder.to(device).train(options.contrast.trains_images())
     if options.images.encoder is not None or options.images.encoder_weights is not None:
         inputs["encoder"] = encoder.fingerprint()
 
     seed_everything(options.loop.seed)
-    network = make_student(options.student, clouds.num_classes).to(device)
+    # a network for parts or scenes is built as pointcmt segment builds it, so that its weights fit there
+    options.student = segmenter_options(options.student, clouds, clouds.points.shape[2])
+    segments = options.student.student.endswith(("_part", "_scene"))
+    classes = (segments and len(clouds.part_names)) or clouds.num_classes
+    network = make_student(options.student, classes).to(device)
     adapter = find_adapter(network, options.student.adapter)
     sample = torch.from_numpy(train.points[: min(4, len(train))]).to(device)
     run = RunFolder.start(
@@ -199,19 +250,20 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
         write_json(run.path / "shapes.json", parts)
 
     untouched = freeze_unused(network, adapter.arrange(sample), adapter)
-    method = make_method(options, encoder, network, adapter, adapter.arrange(sample), spec)
+    method = make_method(options, encoder, network, adapter, adapter.arrange(sample))
     config = {
         "student": plain(options.student),
-        "num_classes": clouds.num_classes,
+        "num_classes": classes,
         "classes": list(clouds.class_names),
         "num_points": options.data.num_points,
         "method": options.contrast.method,
     }
+    before = frozen_features(network, adapter, watched, device, options.loop.batch_size)
     with method as pre:
-        pictures = Pictures(encoder, spec, train, device, options)
-        watch = Watch(options, pre, adapter, watched, part, spec, device, main)
+        pictures = Pictures(encoder, sources[0], options)
+        watch = Watch(options, pre, adapter, watched, part, sources[1], device, main)
         task = Task(
-            step=make_step(options, pre, adapter, pictures, spec.up),
+            step=make_step(options, pre, adapter, pictures),
             evaluate=watch,
             watch=Figure(
                 watch.name,
@@ -232,10 +284,14 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
         def save(model: nn.Module, path: Any) -> None:
             save_module(path, model, "network", config)
 
+        rates = {}
+        if options.contrast.image_lr is not None:
+            rates = dict.fromkeys(pre.parameters("images"), options.contrast.image_lr)
         try:
             outcome = fit(
-                network, task, batches, save, options.loop, options.machine, accelerator, run, extras=pre
-            )
+                network, task, batches, save, options.loop, options.machine, accelerator, run,
+                extras=pre, rates=rates,
+            )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 f"a batch of {options.loop.batch_size} shapes does not fit into memory ({error}): use a "
@@ -243,6 +299,8 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
                 "smaller pictures (--size), fewer --views-per-step, or --precision bf16, and another --out"
             ) from error
         chance = chances(pre)
+        if main:
+            watch.draw(network, before, run.path)
     for parameter in untouched:
         parameter.requires_grad_(True)
     if main:
@@ -254,8 +312,12 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
             "student": options.student.student,
             "adapter": adapter.name,
             "encoder": encoder_words(options),
-            "views": spec.describe(),
-            "views_per_step": options.contrast.views(),
+            "views": "photographs"
+            if photographs
+            else spec.describe()
+            if images is None
+            else {"images": "stored", "size": options.views.size},
+            "views_per_step": pictures.count,
             "losses_at_chance": chance,
             "parameters": count_parameters(network),
             "not_trained": sum(parameter.numel() for parameter in untouched),
@@ -263,6 +325,18 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
             "seed": options.loop.seed,
         }
     )
+
+
+def uses_photographs(options: Pretrain, clouds: PointDataset) -> bool:
+    """Whether the real pictures that the data set itself has are used.
+
+    Raises:
+        ValueError: they are asked for, and there are none.
+    """
+    wanted = options.contrast.pictures
+    if wanted == "stored" and clouds.stored_views is None:
+        raise ValueError("--pictures stored: the data set has no pictures with cameras; use projected")
+    return clouds.stored_views is not None and wanted != "projected" and options.images.images is None
 
 
 def without_labels(
@@ -288,11 +362,16 @@ def without_labels(
 # ---- the image encoder
 
 
-def make_encoder(options: Pretrain, up: str | None, show: bool) -> tuple[ImageTeacher, ViewSpec]:
-    """The image encoder, and how its pictures are made of points whose recorded axis is ``up``."""
+def make_encoder(
+    options: Pretrain, up: str | None, show: bool, photographs: bool = False
+) -> tuple[ImageTeacher, ViewSpec]:
+    """The image encoder, and how its pictures are made of points whose recorded axis is ``up``; the data
+    set's own ``photographs`` have three colours, and are not made."""
     images, spec = options.images, options.views.spec(up)
     if images.encoder is not None:
         encoder = ImageTeacher.load(find_checkpoint(images.encoder, "teacher"))
+        if images.images is not None or photographs:
+            return encoder, spec
         if encoder.view_spec is not None:
             spec = replace(encoder.view_spec, rig=options.views.rig, up=spec.up)
         elif spec.num_channels != encoder.in_chans:
@@ -305,11 +384,11 @@ def make_encoder(options: Pretrain, up: str | None, show: bool) -> tuple[ImageTe
     encoder = ImageTeacher(
         num_classes=None,
         backbone=images.backbone,
-        in_chans=spec.num_channels,
+        in_chans=3 if images.images is not None or photographs else spec.num_channels,
         feature_dim=None,
         pretrained=images.pretrained if images.encoder_weights is None else images.encoder_weights,
         backbone_options=parse_assignments(images.backbone_options, "--backbone-options"),
-        view_spec=spec,
+        view_spec=spec if images.images is None and not photographs else None,
     )
     if not (images.pretrained or images.encoder_weights or options.contrast.trains_images()):
         warn(
@@ -342,10 +421,19 @@ def make_method(
     network: nn.Module,
     adapter: Adapter,
     points: Any,
-    spec: ViewSpec,
 ) -> CrossModalTraining:
     """The context of the method, not yet entered."""
     contrast = options.contrast
+    if contrast.method == "dense":
+        return DenseDistillation(
+            encoder,
+            network,
+            points=points,
+            adapter=adapter,
+            hidden_points=hidden_points(options),
+            local_points=contrast.local_points,
+            hidden=contrast.head_width,
+        )
     if contrast.method == "pic-at-point":
         return PicAtPoint(
             encoder,
@@ -355,7 +443,7 @@ def make_method(
             local_weight=contrast.local_weight,
             global_weight=contrast.global_weight,
             pose=contrast.pose,
-            hidden_points=contrast.hidden_points,
+            hidden_points=hidden_points(options),
             local_points=contrast.local_points,
             hidden=contrast.head_width,
             out_features=contrast.head_width,
@@ -365,10 +453,11 @@ def make_method(
     levels: list[Callable[[Tensor], Tensor]] = []
     if contrast.levels():
         # views of points are no photographs: depth and normals are not in [0, 1]
+        photographs = options.images.images is not None
         levels = (
-            view_levels(spec.size, contrast.levels(), photographs=False)
+            view_levels(options.views.size, contrast.levels(), photographs=photographs)
             if contrast.method == "mm-point"
-            else [crosspoint_level(photographs=False)]
+            else [crosspoint_level(photographs=photographs)]
         )
     augment = ViewAugmentation(levels) if levels else None
     if contrast.method == "mm-point":
@@ -398,46 +487,172 @@ def make_method(
     )
 
 
+class Made:
+    """Pictures that are made of points.
+
+    Args:
+        spec: how.
+        data: the shapes.
+        device: of the pictures.
+    """
+
+    def __init__(self, spec: ViewSpec, data: PointDataset, device: torch.device) -> None:
+        self.spec, self.up, self.num_views = spec, spec.up, spec.num_views
+        self.clouds = torch.from_numpy(np.ascontiguousarray(data.view_points)).to(device)
+
+    def __len__(self) -> int:
+        return len(self.clouds)
+
+    def take(self, rows: Tensor, cameras: Tensor) -> Views:
+        """Views by the cameras [B, V] of the shapes of ``rows`` [B]."""
+        return project_chosen(self.spec, self.clouds[rows.to(self.clouds.device)], cameras)
+
+
+class Photographs:
+    """Real pictures that a data set itself has of its shapes, with their cameras.
+
+    Args:
+        data: with ``stored_views``.
+        up: the axis of the clouds that points up.
+        device: of the pictures.
+    """
+
+    def __init__(self, data: PointDataset, up: str, device: torch.device) -> None:
+        assert data.stored_views is not None
+        self.stored, self.up, self.num_views = data.stored_views, up, data.stored_views.images.shape[1]
+        self.clouds = torch.from_numpy(np.ascontiguousarray(data.view_points)).to(device)
+
+    def __len__(self) -> int:
+        return len(self.clouds)
+
+    def take(self, rows: Tensor, cameras: Tensor) -> Views:
+        """Views by the cameras [B, V] of the shapes of ``rows`` [B]."""
+        return self.stored.take(rows, cameras, self.clouds[rows.to(self.clouds.device)])
+
+
+class Stored:
+    """Stored pictures, with their cameras in the frame of the clouds.
+
+    Args:
+        images: those of the shapes, in their order.
+        frames: [n, 4, 4] that took the coordinates that the cameras are for to those of the clouds; None: the
+            pictures alone, without cameras.
+        up: the axis of the clouds that points up.
+        device: of the pictures.
+    """
+
+    def __init__(self, images: MultiViewImages, frames: Tensor | None, up: str, device: torch.device) -> None:
+        self.images, self.frames, self.up, self.num_views = images, frames, up, images.num_views
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, rows: Tensor, cameras: Tensor) -> Views:
+        """Views by the cameras [B, V] of the shapes of ``rows`` [B]."""
+        known = self.frames is not None
+        parts = [
+            self.images.views(row, chosen, cameras=known)
+            for row, chosen in zip(rows.tolist(), cameras.tolist(), strict=True)
+        ]
+        views = Views(
+            *(None if of[0] is None else torch.cat(of).to(self.device) for of in zip(*parts, strict=True))  # type: ignore[arg-type]
+        )
+        return views if self.frames is None else moved(views, self.frames[rows.cpu()].to(self.device))
+
+
+Source = Made | Photographs | Stored
+
+
+def source_of(
+    options: Pretrain, data: PointDataset, spec: ViewSpec, channels: int, device: torch.device
+) -> Source:
+    """Where the pictures of some shapes come from.
+
+    Raises:
+        FileNotFoundError: stored pictures or cameras that are missing.
+        ValueError: cameras that are not of these clouds.
+    """
+    folder = options.images.images
+    if folder is None:
+        photographs = uses_photographs(options, data)
+        return Photographs(data, spec.up, device) if photographs else Made(spec, data, device)
+    images = MultiViewImages(
+        folder,
+        "train",
+        size=options.views.size,
+        in_chans=channels,
+        shape_ids=data.shape_ids,
+        class_names=data.class_names,
+    )
+    contrast = options.contrast
+    if not contrast.maps():
+        return Stored(images, None, spec.up, device)
+    stored = Stored(images, frames_of(options.data, data), spec.up, device)
+    few = torch.arange(min(8, len(data)))
+    views = stored.take(few, torch.arange(images.num_views).expand(len(few), -1))
+    assert views.view_matrix is not None and views.projection_matrix is not None
+    points = torch.from_numpy(data.points[: len(few), :, :3]).to(device)
+    pixels, _ = pixels_of(points, views.view_matrix, views.projection_matrix)
+    inside = ((pixels >= 0) & (pixels <= 1)).all(-1).float().mean()
+    if inside < 0.9:
+        raise ValueError(
+            f"{100 * (1 - float(inside)):.0f} % of the points are outside of their pictures: the cameras in "
+            f"{folder} are not of these clouds. Render the very meshes that --data samples "
+            "(pointcmt render-views), or leave out --images"
+        )
+    return stored
+
+
+def frames_of(options: DataOptions, data: PointDataset) -> Tensor:
+    """[n, 4, 4] that took each shape's coordinates as its file has them to those of its cloud."""
+    whole = torch.eye(4).repeat(len(data), 1, 1)
+    if not options.entry().takes("normalize"):
+        return whole
+    raw = replace(options, normalize=False).build("train", options.per_class)
+    rows = {name: row for row, name in enumerate(raw.shape_ids)}
+    before = torch.from_numpy(raw.points[[rows[name] for name in data.shape_ids], :, :3]).double()
+    after = torch.from_numpy(data.points[..., :3]).double()
+    centres = before.mean(1), after.mean(1)
+    spreads = [
+        (cloud - centre[:, None]).square().sum((1, 2)).sqrt()
+        for cloud, centre in zip((before, after), centres, strict=True)
+    ]
+    scale = spreads[1] / spreads[0].clamp(min=1e-12)
+    whole[:, :3, :3] *= scale[:, None, None]
+    whole[:, :3, 3] = centres[1] - scale[:, None] * centres[0]
+    return whole
+
+
 class Pictures:
     """Pictures of the training shapes, or what a frozen encoder says of them.
 
     Args:
         encoder: on the device it is used on.
-        spec: how pictures are made of points.
-        data: the shapes.
-        device: of the batches.
+        source: of the pictures.
         options: of the run.
     """
 
-    def __init__(
-        self,
-        encoder: ImageTeacher,
-        spec: ViewSpec,
-        data: PointDataset,
-        device: torch.device,
-        options: Pretrain,
-    ) -> None:
-        self.encoder, self.spec = encoder, spec
-        self.clouds = torch.from_numpy(np.ascontiguousarray(data.view_points)).to(device)
-        self.count, self.total = options.contrast.views(), spec.num_views
-        self.maps = options.contrast.method == "pic-at-point" and options.contrast.local_weight > 0
-        self.points = self.maps and options.contrast.hidden_points == "skip"
+    def __init__(self, encoder: ImageTeacher, source: Source, options: Pretrain) -> None:
+        self.encoder, self.source = encoder, source
+        self.count, self.total = options.contrast.views(source.num_views), source.num_views
+        self.maps = options.contrast.maps()
+        self.points = self.maps and hidden_points(options) == "skip"
         self.kept: list[tuple[TeacherOutput, Views]] | None = None
         frozen = not (options.contrast.trains_images() or options.contrast.levels())
         if frozen and options.cache_gb > 0 and self.total <= options.loop.epochs * self.count:
             first = self._say(torch.arange(1))
-            size = sum(part.nbytes for part in (*first[0][:4], *first[1]) if part is not None) * len(data)
+            size = sum(part.nbytes for part in (*first[0][:4], *first[1]) if part is not None) * len(source)
             if size <= options.cache_gb * 1e9:
-                with console.status(f"pictures of {len(data)} shapes, {self.total} views each"):
-                    self.kept = [self._say(rows) for rows in torch.arange(len(data)).split(16)]
+                with console.status(f"pictures of {len(source)} shapes, {self.total} views each"):
+                    self.kept = [self._say(rows) for rows in torch.arange(len(source)).split(16)]
 
     def take(self, index: Tensor, motion: Tensor | None) -> dict[str, Any]:
         """Arguments of ``loss()`` for the shapes of rows ``index`` [B], whose clouds were moved by ``motion``
         [B, 4, 4] since."""
         cameras = draw_cameras(len(index), self.total, self.count)
         if self.kept is None:
-            views = project_chosen(self.spec, self.clouds[index], cameras)
-            return {"views": views if motion is None else moved(views, motion)}
+            return {"views": _moved(self.source.take(index, cameras), motion)}
         rows = index.cpu()
         places = [(int(row) // 16, int(row) % 16) for row in rows]
 
@@ -455,14 +670,14 @@ class Pictures:
         assert per_view is not None
         pooled = per_view.amax(1) if self.encoder.view_pool == "max" else per_view.mean(1)
         said = TeacherOutput(pooled, None, per_view, pick(0, "maps"))
-        return {"image_features": said._replace(views=views if motion is None else moved(views, motion))}
+        return {"image_features": said._replace(views=_moved(views, motion))}
 
     @torch.no_grad()
     def _say(self, rows: Tensor) -> tuple[TeacherOutput, Views]:
         """What the encoder says of all views of some shapes, on the CPU, and the views without their
         images."""
-        views = self.spec.project(self.clouds[rows.to(self.clouds.device)], cameras=True)
-        encoder = self.encoder.to(self.clouds.device).eval()
+        views = self.source.take(rows, torch.arange(self.total).expand(len(rows), -1))
+        encoder = self.encoder.to(views.images.device).eval()
         said = encoder(views.images, per_view=True, maps=self.maps)
         views = views._replace(images=views.images.new_empty(*views.images.shape[:3], 0, 0))
         if not self.points:
@@ -470,18 +685,22 @@ class Pictures:
         return said.map(Tensor.cpu), views.map(Tensor.cpu)
 
 
+def _moved(views: Views, motion: Tensor | None) -> Views:
+    return views if motion is None or views.view_matrix is None else moved(views, motion)
+
+
 def make_step(
-    options: Pretrain, pre: CrossModalTraining, adapter: Adapter, pictures: Pictures, up: str
+    options: Pretrain, pre: CrossModalTraining, adapter: Adapter, pictures: Pictures
 ) -> Callable[[nn.Module, Batch, float], dict[str, Tensor]]:
     """A training step of the method."""
-    change = cloud_augmentation(options, up)
+    change = cloud_augmentation(options, pictures.source.up)
 
     def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
         if pre.copies == 1:
             points, motion = change.with_motion(batch.inputs)
         else:
             points, motion = torch.cat([change(batch.inputs) for _ in range(pre.copies)]), None
-        model(adapter.arrange(points))
+        adapter.call(model, points)
         loss = pre.loss(**pictures.take(batch.index, motion))
         return {"loss": loss, **pre.loss_tensors}
 
@@ -492,7 +711,7 @@ def cloud_augmentation(options: Pretrain, up: Any) -> CloudAugmentation:
     """What is done to the clouds of a step."""
     if not options.contrast.augment_points:
         return CloudAugmentation()
-    if options.contrast.method == "pic-at-point":
+    if options.contrast.by_points():
         return CloudAugmentation.pic_at_point(up)
     return CloudAugmentation.crosspoint(up)
 
@@ -508,7 +727,8 @@ class Watch:
     * ``retrieval``: in % of the shapes, the right picture (or copy) is the most similar of all;
     * ``alignment``, the mean squared distance of the right pairs on the unit sphere, and ``uniformity``, the
       log of the mean of exp(−2 d²) over pairs of clouds: both the lower the better (Wang and Isola 2020);
-    * ``cell``: in % of the local features, the right cell is the most similar of its picture.
+    * ``cell``: in % of the local features, the right cell is the most similar of its picture;
+    * ``pixels``: of dense distillation, the mean cosine in % of points with the features at their pixels.
 
     Args:
         options: of the run.
@@ -516,7 +736,7 @@ class Watch:
         adapter: of the network.
         shapes: what is looked at.
         part: what they are called in the metrics.
-        spec: how pictures are made of points.
+        source: of their pictures.
         device: to work on.
         show: whether to say, once, what guessing would give.
     """
@@ -528,55 +748,53 @@ class Watch:
         adapter: Adapter,
         shapes: PointDataset,
         part: str,
-        spec: ViewSpec,
+        source: Source,
         device: torch.device,
         show: bool,
     ) -> None:
-        self.pre, self.adapter, self.part, self.spec, self.show = pre, adapter, part, spec, show
+        self.pre, self.adapter, self.part, self.source, self.show = pre, adapter, part, source, show
+        self.shapes = shapes
         self.batches = Batches(shapes, options.loop.batch_size, device)
-        self.clouds = torch.from_numpy(np.ascontiguousarray(shapes.view_points)).to(device)
-        self.change = cloud_augmentation(options, spec.up)
-        self.count = options.contrast.views()
+        self.change = cloud_augmentation(options, source.up)
+        self.count = options.contrast.views(source.num_views)
         self.pairing: Any = next((o for o in pre.objectives if hasattr(o, "embed")), None)
-        self.local = next((o for o in pre.objectives if isinstance(o, LocalInfoNCE)), None)
+        self.local: LocalInfoNCE | PixelFeatures | None = next(
+            (o for o in pre.objectives if isinstance(o, LocalInfoNCE | PixelFeatures)), None
+        )
+        self.found = "pixels" if isinstance(self.local, PixelFeatures) else "cell"
 
     @property
     def name(self) -> str:
-        """The metric that stands for all: ``retrieval``, or ``cell`` where only points are compared."""
-        return f"{self.part}_{'cell' if self.pairing is None else 'retrieval'}"
+        """The metric that stands for all: ``retrieval``, or ``cell`` or ``pixels`` where only points are
+        compared."""
+        return f"{self.part}_{self.found if self.pairing is None else 'retrieval'}"
 
     @property
     def means(self) -> str:
         """What choosing by it means."""
-        what = "points find their cells" if self.pairing is None else "clouds find their pictures or copies"
+        if self.pairing is not None:
+            what = "clouds find their pictures or copies"
+        else:
+            what = "points find their cells" if self.found == "cell" else "points say what their pixels do"
         shapes = "training shapes that were held out" if self.part == "heldout" else "some training shapes"
         return f"how often {what}, of {shapes}; no label and no test shape is looked at"
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
         drawn = torch.Generator().manual_seed(0)  # the same copies at every epoch
-        encoder, total = self.pre.teacher, self.spec.num_views
+        encoder, total = self.pre.teacher, self.source.num_views
         pairs: list[tuple[Tensor, Tensor]] = []
         cells: list[tuple[float, int]] = []
         with in_eval_mode(self.pre.objectives, encoder):
             for batch in self.batches.epoch():
                 cameras = batch.index.cpu()[:, None] + torch.arange(self.count) * (total // self.count)
-                views = project_chosen(self.spec, self.clouds[batch.index], cameras % total)
+                views = self.source.take(batch.index, cameras % total)
                 said = encoder(views.images, per_view=True, maps=self.local is not None)
                 said = said._replace(views=views)
                 points = batch.inputs
                 if self.pre.copies > 1:
                     points = torch.cat([self.change(batch.inputs, drawn) for _ in range(self.pre.copies)])
-                found = encode(model, self.adapter, points)
-                state = StudentState(
-                    found.global_,
-                    None,
-                    None,
-                    found.local,
-                    found.centers,
-                    copies=self.pre.copies,
-                    global_=found.global_,
-                )
+                state = self._state(model, points, self.pre.copies)
                 if self.pairing is not None:
                     pairs.append(self.pairing.embed(state, said))
                 if self.local is not None:
@@ -590,14 +808,44 @@ class Watch:
             metrics[f"{self.part}_uniformity"] = float(torch.pdist(ours).square().mul(-2).exp().mean().log())
         if cells:
             shapes = sum(count for _, count in cells)
-            metrics[f"{self.part}_cell"] = sum(value * count for value, count in cells) / shapes
+            metrics[f"{self.part}_{self.found}"] = sum(value * count for value, count in cells) / shapes
         if self.show:
             self.show = False
             losses = ", ".join(f"{name} {value:.2f}" for name, value in chances(self.pre).items())
-            say(
-                f"who guesses has the losses {losses}, and {self.part}_retrieval {100 / self.batches.n:.2g} %"
-            )
+            if self.pairing is not None:
+                losses += f", and {self.part}_retrieval {100 / self.batches.n:.2g} %"
+            say(f"who guesses has the losses {losses or f'pixels 1, and {self.part}_pixels 0 %'}")
         return metrics
+
+    def _state(self, model: nn.Module, points: Tensor, copies: int) -> StudentState:
+        found = encode(model, self.adapter, points)
+        return StudentState(
+            found.global_, None, None, found.local, found.centers, copies=copies, global_=found.global_
+        )
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module, before: np.ndarray, folder: Path) -> None:
+        """Writes ``features.png`` and, of Pic@Point, ``similarity.png``.
+
+        Args:
+            model: in eval mode.
+            before: features [n, D] of the shapes before pre-training.
+            folder: of the run.
+        """
+        shapes = self.shapes
+        after = frozen_features(model, self.adapter, shapes, self.batches.device, self.batches.batch_size)
+        draw_features(before, after, shapes.labels, shapes.class_names, folder / "features.png")
+        if not isinstance(self.local, LocalInfoNCE):
+            return
+        rows = torch.linspace(0, len(shapes) - 1, min(SHAPES, len(shapes))).long()
+        places = torch.linspace(0, self.source.num_views - 1, min(VIEWS, self.source.num_views)).long()
+        views = self.source.take(rows, places.expand(len(rows), -1))
+        points = torch.from_numpy(shapes.points[rows.numpy()]).to(self.batches.device)
+        with in_eval_mode(self.pre.objectives, self.pre.teacher):
+            said = self.pre.teacher(views.images, per_view=True, maps=True)._replace(views=views)
+            names = [shapes.shape_ids[row] for row in rows.tolist()]
+            state = self._state(model, points, 1)
+            draw_similarity(self.local, state, said, names, self.source.up, folder / "similarity.png")
 
 
 def chances(pre: CrossModalTraining) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""``pointcmt render-views``: images of meshes, for ``train-teacher --images``."""
+"""``pointcmt render-views``: images of meshes, for ``train-teacher --images`` and ``pretrain --images``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pointcmt.data.dataset import Split
+from pointcmt.data.princeton import is_princeton, meshes_of
 from pointcmt.recipes.progress import say
+
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 @dataclass
 class RenderViews:
-    """Render a tree of meshes, CLASS/SPLIT/NAME.off as ModelNet's or SPLIT/CLASS/NAME.off, to images for
-    train-teacher --images."""
+    """Render a tree of meshes, CLASS/SPLIT/NAME.off as ModelNet's or SPLIT/CLASS/NAME.off, or the pack of the
+    Princeton shape benchmark, to images for train-teacher --images and pretrain --images."""
 
     meshes: Annotated[Path, tyro.conf.Positional]
-    """Folder of the meshes (OFF, OBJ, PLY)."""
+    """Folder of the meshes (OFF, OBJ, PLY), or of psb_meshes.h5."""
     out: Path
     """Folder of the images. What is there already is not rendered again."""
     rig: str = "dodecahedron20"
@@ -33,9 +37,18 @@ class RenderViews:
 def render_views(options: RenderViews) -> None:
     """Run the command."""
     # pyvista is an optional dependency
-    from pointcmt.views.mesh import render_folder
+    from pointcmt.views.mesh import render_folder, render_meshes
 
-    count = render_folder(
-        options.meshes, options.out, options.rig, options.size, up=options.up, splits=options.splits
-    )
+    if is_princeton(options.meshes):
+        meshes = {
+            k: v
+            for split in SPLITS
+            if split in options.splits
+            for k, v in meshes_of(options.meshes, split).items()
+        }
+        count = render_meshes(meshes, options.out, options.rig, options.size, up=options.up)
+    else:
+        count = render_folder(
+            options.meshes, options.out, options.rig, options.size, up=options.up, splits=options.splits
+        )
     say(f"{count} shapes rendered to {options.out}")

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from pointcmt.adapters import INPUT_LAYOUTS, Adapter, find_adapter
 from pointcmt.checkpoint import read_about, save_module, seen_before
 from pointcmt.data import Augmentation, FeatureCache, PointDataset
-from pointcmt.methods import PointCMT
-from pointcmt.objectives import Objective
-from pointcmt.recipes.batches import Batch, Batches, batches_of
+from pointcmt.data.unlabelled import apart_from, loose_clouds, without_labels
+from pointcmt.methods import PointCMT, unused_parameters
+from pointcmt.objectives import ClassifierEnhancement, Objective
+from pointcmt.recipes.batches import Batch, Batches, WithUnlabelled, batches_of
 from pointcmt.recipes.build import StudentOptions, adapter_of, make_objectives, make_student, split_weights
 from pointcmt.recipes.config import plain, read_json, write_json
 from pointcmt.recipes.engine import (
@@ -55,13 +56,24 @@ class MethodOptions:
     ce_weight: float = 0.3
     """Weight of CE, a sum over the batch; 0 leaves it out. Paper: 0.3 at batches of 32."""
     objectives: tuple[str, ...] = ()
-    """Further objectives as NAME=WEIGHT: soft_labels, nst, srrl, feature_l2, or one that --import brings."""
+    """Further objectives as NAME=WEIGHT, or with their arguments NAME=WEIGHT,temperature=2: soft_labels, nst,
+    srrl, feature_l2, or one that --import brings."""
+    unlabelled_objectives: tuple[str, ...] = ("soft_labels=1",)
+    """Objectives of the clouds without labels, where there are any (--unlabelled, --labels-per-class), as
+    --objectives; also feature_enhancement and classifier_enhancement."""
+    unlabelled_ratio: float = 1.0
+    """Clouds without labels to each labelled one in a step; 0 leaves them out."""
+    unlabelled_ramp: float = 0.0
+    """Part of the run in which the weights of --unlabelled-objectives rise from nearly none to the whole."""
     fe_distance: Literal["emd", "chamfer", "sinkhorn", "sliced_wasserstein"] = "emd"
     """Distance of FE."""
     fe_until: float = 1.0
     """Part of the run after which FE is off."""
     ce_until: float = 1.0
     """Part of the run after which CE is off."""
+    ce_ramp: float = 0.0
+    """Part of the run in which CE's weight rises from nearly none to the whole: with --fe-until, CE comes in
+    as FE goes."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Weights of all objectives over their part of the run: constant, or falling to zero."""
 
@@ -82,6 +94,12 @@ class MethodOptions:
         parts += [pair.partition("=")[0] for pair in self.objectives]
         return "pointcmt" if parts == ["fe", "ce"] else "+".join(parts)
 
+    def needs_generator(self) -> bool:
+        """Whether FE has a weight, on labelled clouds or on others."""
+        others = split_weights(self.unlabelled_objectives, "--unlabelled-objectives")
+        on_others = bool(self.unlabelled_ratio and others.get("feature_enhancement"))
+        return self.method != "none" and bool(self.fe_weight or on_others)
+
 
 @dataclass
 class Train:
@@ -100,6 +118,9 @@ class Train:
     """Folder of images, for a teacher that was trained on images."""
     features: Path | None = None
     """Folder of the cached features; default: features/ beside the teacher. Built where absent."""
+    unlabelled: Path | None = None
+    """Clouds without labels, which the teacher's images teach too: the folder of a data set, of which the
+    training shapes are taken and no label is read, or any folder with clouds in it or below it."""
     label_smoothing: float = 0.2
     """Of the cross-entropy."""
     augment_scale: float = 1.5
@@ -109,6 +130,9 @@ class Train:
     init: Path | None = None
     """Start from the weights of a run of pretrain or train, or of a file, wherever name and shape are equal:
     fine-tuning."""
+    head_lr: float | None = None
+    """Peak learning rate of the student's head, the layers behind the encoder's feature, which a pre-trained
+    network has new; default: --lr, as everything else."""
     loop: LoopOptions = field(default_factory=lambda: LoopOptions(epochs=200))
     machine: MachineOptions = field(default_factory=MachineOptions)
     resume: bool = False
@@ -119,6 +143,17 @@ def check(options: Train) -> None:
     """Raise a ValueError for options that make no sense, or cannot go together."""
     check_options(options)
     method = options.method
+    if options.unlabelled is not None and (method.method == "none" or not method.unlabelled_ratio):
+        raise ValueError(
+            "--unlabelled gives clouds that a teacher's images teach, and "
+            + ("--method none has no teacher" if method.method == "none" else "--unlabelled-ratio is 0")
+            + ": leave it out, or give --method pointcmt, --teacher and a ratio such as 1"
+        )
+    if options.unlabelled is not None and options.data.labels_per_class is not None:
+        raise ValueError(
+            "--unlabelled and --labels-per-class both say where clouds without labels come from: give one "
+            "(--per-class takes few labelled shapes and nothing of the others)"
+        )
     if method.method == "none":
         return
     if options.teacher is None:
@@ -126,7 +161,7 @@ def check(options: Train) -> None:
             "--method pointcmt needs --teacher: the run folder of `pointcmt train-teacher`. "
             "--method none trains the student alone"
         )
-    if method.fe_weight and options.generator is None:
+    if method.needs_generator() and options.generator is None:
         raise ValueError(
             "FE needs --generator: the run folder of `pointcmt train-generator`. --fe-weight 0 leaves FE out"
         )
@@ -135,11 +170,24 @@ def check(options: Train) -> None:
             "--draws needs views that are projected from the points, and this teacher has --images, which "
             "show the shapes as they are: use --draws 0"
         )
+    has_unlabelled = options.unlabelled is not None or options.data.labels_per_class is not None
+    if method.draws and method.unlabelled_ratio and has_unlabelled:
+        raise ValueError(
+            "--draws makes copies of labelled shapes alone: use --draws 0 with clouds that have no labels, "
+            "or --unlabelled-ratio 0"
+        )
+    if options.unlabelled is not None and options.images is not None:
+        raise ValueError(
+            "--unlabelled gives clouds of which --images has no pictures: use a teacher whose views are "
+            "projected from the points, or --labels-per-class"
+        )
 
 
 def check_options(options: Train) -> None:
     """Raise a ValueError for a value that makes no sense, whatever the teacher is."""
     check_loop(options.loop)
+    if options.head_lr is not None and not options.head_lr > 0:
+        raise ValueError(f"--head-lr is {options.head_lr}; expected a positive learning rate")
     if options.augment_scale < 1:
         raise ValueError(f"--augment-scale is {options.augment_scale}; expected 1 or more")
     if not 0 <= options.label_smoothing < 1:
@@ -149,9 +197,24 @@ def check_options(options: Train) -> None:
         raise ValueError(f"--layout {options.student.layout}: expected one of {', '.join(INPUT_LAYOUTS)}")
     method = options.method
     make_objectives(0, 0, method.objectives)
+    others = make_objectives(0, 0, method.unlabelled_objectives, option="--unlabelled-objectives")
+    if wrong := [objective.name for objective in others if objective.needs_labels]:
+        raise ValueError(
+            f"--unlabelled-objectives {wrong[0]} needs labels, which clouds without labels have none of: "
+            "give it in --objectives, which are of the labelled clouds"
+        )
+    if not 0 <= method.ce_ramp <= 1:
+        raise ValueError(f"--ce-ramp is {method.ce_ramp}; expected a part of the run in [0, 1]")
+    if method.unlabelled_ratio < 0 or not 0 <= method.unlabelled_ramp <= 1:
+        raise ValueError(
+            f"--unlabelled-ratio is {method.unlabelled_ratio} and --unlabelled-ramp {method.unlabelled_ramp}"
+            "; expected 0 or more, and a part of the run in [0, 1]"
+        )
     if method.method == "none":
         return
     weights = [method.fe_weight, method.ce_weight, *split_weights(method.objectives).values()]
+    if min([0.0, *(objective.weight for objective in others)]) < 0:
+        raise ValueError(f"--unlabelled-objectives {' '.join(method.unlabelled_objectives)}: weights below 0")
     if not any(weights):
         raise ValueError(
             "--method pointcmt with --fe-weight 0 and --ce-weight 0 and no --objectives is no method: "
@@ -179,6 +242,36 @@ def factor(decay: str, done: float, until: float = 1.0) -> float:
     return 1.0
 
 
+def ramp(until: float, done: float) -> float:
+    """Factor of the weights on clouds without labels when the part ``done`` of the run is over: the rise
+    exp(-5 (1 - x)²) of Laine and Aila, "Temporal ensembling for semi-supervised learning", ICLR 2017."""
+    return 1.0 if done >= until else float(np.exp(-5 * (1 - done / until) ** 2))
+
+
+def clouds_without_labels(options: Train, splits: Splits[PointDataset], show: bool) -> PointDataset | None:
+    """The clouds without labels of this run, none of which is a held-out or a test shape."""
+    if options.method.method == "none" or not options.method.unlabelled_ratio:
+        return None
+    if options.unlabelled is None:
+        return splits.unlabelled
+    data, root = options.data, options.unlabelled
+    asked = replace(data, data=str(root), dataset="auto", per_class=None)
+    try:
+        asked.entry()
+    except FileNotFoundError:
+        made = loose_clouds(
+            root, data.num_points, data.view_points, seed=data.data_seed,
+            normalize=data.normalize is not False, cache_dir=data.data_cache,
+        )  # fmt: skip
+    else:
+        made = asked.build("train")
+    made.up = made.up or splits.train.up
+    kept, known = apart_from(without_labels(made), [splits.test, *filter(None, [splits.heldout])])
+    if known:
+        warn(f"{known} of the clouds in {root} are held-out or test shapes of this run: left out", show)
+    return kept
+
+
 def train(options: Train) -> dict[str, Any]:
     """Train a student into a run folder and return its results.
 
@@ -191,12 +284,15 @@ def train(options: Train) -> dict[str, Any]:
     main = accelerator.is_main_process
     splits = options.data.load()
     inputs = {"data": splits.fingerprint()}
+    splits = replace(splits, unlabelled=clouds_without_labels(options, splits, main))
+    if splits.unlabelled is not None:
+        inputs["unlabelled"] = splits.unlabelled.fingerprint()
     teacher = generator = None
     if options.method.method != "none":
         assert options.teacher is not None
         teacher, teacher_file = load_teacher(options.teacher, splits.train.class_names)
         inputs["teacher"] = teacher.fingerprint()
-        if options.method.fe_weight and options.generator is not None:
+        if options.method.needs_generator() and options.generator is not None:
             generator, _ = load_generator(options.generator, teacher.feature_dim)
             inputs["generator"] = generator.fingerprint()
 
@@ -214,6 +310,9 @@ def train(options: Train) -> dict[str, Any]:
     adapter = adapter_of(student, options.student, sample)
     if adapter.input_layout != find_adapter(student, options.student.adapter).input_layout:
         options.student.layout = adapter.input_layout
+    rates = {}
+    if options.head_lr is not None:
+        rates = dict.fromkeys(unused_parameters(student, adapter.arrange(sample), adapter), options.head_lr)
     run = RunFolder.start(
         accelerator, options.out, options, command="train", inputs=inputs, resume=options.resume
     )
@@ -221,7 +320,9 @@ def train(options: Train) -> dict[str, Any]:
         say(f"{run.path} is finished", main)
         return done
     if main:
-        write_json(run.path / "shapes.json", {name: part.shape_ids for name, part in splits.parts().items()})
+        write_json(
+            run.path / "shapes.json", {name: part.shape_ids for name, part in every_part(splits).items()}
+        )
 
     change = Augmentation.of(options.augment_scale, options.augment_shift)
 
@@ -242,23 +343,37 @@ def train(options: Train) -> dict[str, Any]:
 
     task.step = augmented_step
     save = saver(options, splits.train)
-    cmt = observe = None
+    cmt = observe = seen = None
     with contextlib.ExitStack() as stack:
         if teacher is not None:
             method = options.method
             built = features_of(
                 splits, teacher, teacher_file, accelerator, options.features, options.images,
-                workers=options.machine.workers,
+                workers=options.machine.workers, without=("test",),
             )  # fmt: skip
             caches = {name: cache for name, (_, cache) in built.items()}
             features = caches["train"][torch.arange(len(splits.train))].to(accelerator.device)
             objectives = make_objectives(
-                method.fe_weight,
-                # CE is a sum over the batch, of which each process has a part, and gradients are averaged
-                method.ce_weight * accelerator.num_processes,
-                method.objectives,
-                method.fe_distance,
+                method.fe_weight, method.ce_weight, method.objectives, method.fe_distance
             )
+            others: list[Objective] = []
+            if splits.unlabelled is not None:
+                further = caches["unlabelled"][torch.arange(len(splits.unlabelled))]
+                # rows as WithUnlabelled counts them
+                features = torch.cat([features, further.to(accelerator.device)])
+                training = WithUnlabelled(training, splits.unlabelled, method.unlabelled_ratio)
+                seen = seen_by_teacher(splits.unlabelled, teacher_file)
+                if seen:
+                    say(
+                        f"the teacher was trained on {len(seen)} of the {len(splits.unlabelled)} clouds "
+                        "without labels: it knows their labels, and the student does not",
+                        main,
+                    )
+                others = make_objectives(0, 0, method.unlabelled_objectives, option="--unlabelled-objectives")
+            for objective in (*objectives, *others):
+                if isinstance(objective, ClassifierEnhancement):
+                    # a sum over the batch, of which each process has a part, and gradients are averaged
+                    objective.weight *= accelerator.num_processes
             guard = None
             if method.guard != "none":
                 steps = options.loop.epochs * (len(training) // options.loop.accumulate)
@@ -271,6 +386,8 @@ def train(options: Train) -> dict[str, Any]:
                     adapter=adapter,
                     objectives=objectives,
                     guard=guard,
+                    points=adapter.arrange(sample),
+                    unlabelled=others,
                 )
             )
             if guard is not None and splits.heldout is not None:
@@ -284,24 +401,26 @@ def train(options: Train) -> dict[str, Any]:
                     method.draws, change, splits.train, teacher, teacher_file, accelerator, options.features
                 )
             take = clouds_and_features(change, features, draws)
-            task.step = taught_step(plain_step, take, cmt, objectives, method)
+            task.step = taught_step(plain_step, take, cmt, method)
         outcome = fit(
             student, task, training, save, options.loop, options.machine, accelerator, run,
-            extras=cmt, observe=observe,
+            extras=cmt, rates=rates, observe=observe,
         )  # fmt: skip
 
     results: dict[str, Any] = {
         **outcome,
-        "method": options.method.name(),
+        "method": options.method.name() + (" and unlabelled clouds" if splits.unlabelled is not None else ""),
         "student": options.student.student,
         "adapter": adapter.name,
         "seed": options.loop.seed,
         "initialised": len(taken),
         "parameters": count_parameters(student),
         "classes": list(splits.train.class_names),
-        "shapes": {name: len(part) for name, part in splits.parts().items()},
+        "shapes": {name: len(part) for name, part in every_part(splits).items()},
         "milliseconds_per_cloud": milliseconds_per_cloud(student, adapter, sample),
     }
+    if splits.unlabelled is not None:
+        results["labels_that_only_the_teacher_saw"] = None if seen is None else len(seen)
     if teacher is not None:
         verdict = compare_with_teacher(
             lambda batch: logits(student, batch), tests, caches, splits, teacher_file
@@ -311,6 +430,12 @@ def train(options: Train) -> dict[str, Any]:
     if main:
         save(student, run.path / "student.safetensors")
     return run.finish(results)
+
+
+def every_part(splits: Splits[PointDataset]) -> dict[str, PointDataset]:
+    """All shapes of a run by name, those without labels too."""
+    parts = splits.parts()
+    return parts if splits.unlabelled is None else {**parts, "unlabelled": splits.unlabelled}
 
 
 def make_guard(
@@ -351,16 +476,23 @@ def taught_logits(cache: FeatureCache, count: int) -> np.ndarray:
     return logits.numpy()
 
 
+def seen_by_teacher(shapes: PointDataset, teacher_file: Path) -> list[str] | None:
+    """Which of the shapes the teacher was trained on, with their labels; None where nothing says it."""
+    digest, listed = read_about(teacher_file).get("trained_on"), teacher_file.parent / "shapes.json"
+    if isinstance(digest, str):
+        return seen_before(shapes.shape_ids, digest)
+    if listed.exists():
+        return sorted(set(read_json(listed)["train"]) & set(shapes.shape_ids))
+    return None
+
+
 def why_not_comparable(splits: Splits[PointDataset], teacher_file: Path) -> str | None:
     """Why teacher and student cannot be compared on the held-out shapes; None where they can."""
     if splits.heldout is None:
         return "--holdout is 0, so nothing is held out"
-    digest, listed = read_about(teacher_file).get("trained_on"), teacher_file.parent / "shapes.json"
-    if isinstance(digest, str):
-        seen = seen_before(splits.heldout.shape_ids, digest)
-    elif listed.exists():
-        seen = sorted(set(read_json(listed)["train"]) & set(splits.heldout.shape_ids))
-    else:
+    seen = seen_by_teacher(splits.heldout, teacher_file)
+    if seen is None:
+        listed = teacher_file.parent / "shapes.json"
         return f"neither {teacher_file} nor {listed} says what the teacher was trained on"
     if seen:
         return (
@@ -381,19 +513,22 @@ def clouds_and_features(change: Augmentation, features: Tensor, draws: Draws | N
     return lambda batch: (change(batch.inputs), features[batch.index])
 
 
-def taught_step(
-    plain_step: Any, take: Take, cmt: PointCMT, objectives: list[Objective], method: MethodOptions
-) -> Any:
+def taught_step(plain_step: Any, take: Take, cmt: PointCMT, method: MethodOptions) -> Any:
     """A training step whose loss has the objectives' in it, their weights following the schedule."""
     until = {"feature_enhancement": method.fe_until, "classifier_enhancement": method.ce_until}
+    objectives: list[Any] = [*cmt.objectives, *cmt.unlabelled]
+    ramps = {"classifier_enhancement": method.ce_ramp}
+    rises = [ramps.get(objective.name, 0.0) for objective in objectives[: len(cmt.objectives)]]
+    rises += [method.unlabelled_ramp] * len(cmt.unlabelled)
     weights = [objective.weight for objective in objectives]
 
     def step(model: nn.Module, batch: Batch, done: float) -> dict[str, Tensor]:
-        for objective, weight in zip(objectives, weights, strict=True):
-            objective.weight = weight * factor(method.decay, done, until.get(objective.name, 1.0))
+        for objective, weight, rise in zip(objectives, weights, rises, strict=True):
+            falls = factor(method.decay, done, until.get(objective.name, 1.0))
+            objective.weight = weight * falls * ramp(rise, done)
         points, image_features = take(batch)
         task_loss = plain_step(model, batch._replace(inputs=points), done)["loss"]
-        taught = cmt.loss(image_features=image_features)
+        taught = cmt.loss(image_features=image_features, labels=batch.labels)
         each = cmt.loss_tensors  # not .losses, which waits for the device
         if cmt.guard is not None:
             # what the held-out shapes say; the length of the schedule acts on FE and CE alone

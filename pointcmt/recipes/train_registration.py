@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from pointcmt.data import PointDataset
-from pointcmt.recipes.config import restore
+from pointcmt.recipes.config import restore, write_json
 from pointcmt.recipes.engine import (
     LoopOptions,
     MachineOptions,
@@ -25,6 +25,7 @@ from pointcmt.recipes.engine import (
 )
 from pointcmt.recipes.options import DataOptions
 from pointcmt.recipes.progress import console, say
+from pointcmt.recipes.registration_pictures import error_curves, save_curves_of_errors, save_pairs
 from pointcmt.recipes.run import RunFolder
 from pointcmt.registration import (
     CMIGNet,
@@ -105,6 +106,8 @@ class TrainRegistration:
     losses: LossWeights = field(default_factory=LossWeights)
     baselines: tuple[str, ...] = ("icp", "fgr")
     """What to measure beside it: icp, fgr, ransac, kiss, gicp (extra `registration`)."""
+    drawn: int = 32
+    """Test pairs that the report's pictures and error curves are of; 0: none."""
     loop: LoopOptions = field(
         default_factory=lambda: LoopOptions(
             epochs=100, batch_size=8, optimizer="adam", lr=1e-3, weight_decay=1e-4, clip=1.0
@@ -292,7 +295,23 @@ def train_registration(options: TrainRegistration) -> dict[str, Any]:
             network, parts.test, options.baselines, options.loop.batch_size, accelerator.device
         )
         show_comparison(results["test"], parts.test, "unseen categories" if options.unseen else "test shapes")
+        if options.drawn:
+            draw_for_report(network, parts.test, options, run.path)
     return run.finish(results)
+
+
+@torch.no_grad()
+def draw_for_report(network: CMIGNet, pairs: ShapePairs, options: TrainRegistration, folder: Path) -> None:
+    """Write what ``pointcmt report`` shows of a run: pairs.png, curves.json and errors.png."""
+    rows = np.unique(np.linspace(0, len(pairs) - 1, min(4, len(pairs))).astype(int))
+    batch = pairs.batch(rows).to(next(network.parameters()).device)
+    found = network.eval()(batch.source, batch.target, canonical_images(network, pairs, batch))
+    names = [pairs.dataset.class_names[label] for label in batch.labels.tolist()]
+    save_pairs(batch, found, names, folder / "pairs.png")
+    voxel = baseline_voxel([pairs.pair(int(row)) for row in rows])
+    curves = error_curves(network, pairs, options.baselines, voxel, canonical_images, options.drawn)
+    write_json(folder / "curves.json", curves)
+    save_curves_of_errors(curves, folder / "errors.png")
 
 
 def evaluate_run(

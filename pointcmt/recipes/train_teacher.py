@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +56,13 @@ class TrainTeacher:
     backbone_options: tuple[str, ...] = ()
     """Arguments for timm.create_model, as NAME=VALUE."""
     pretrained: bool = False
-    """Start from timm's pretrained weights (needs the network)."""
+    """Start from ImageNet's weights: of the installed extra pretrained (--backbone tf_efficientnet_lite0; let
+    --channels be near or shaded), else timm's (needs the network)."""
+    backbone_weights: Path | None = None
+    """File with weights of the backbone to start from, in timm's names: .safetensors or .pth."""
+    backbone_lr: float = 1.0
+    """Learning rate of the backbone as a part of --lr: 1 for one that starts from scratch, a tenth or less
+    for fine-tuning; 0 freezes it, so that only what comes after it is trained."""
     feature_dim: int = 512
     """Size D of the feature; the student's must be the same."""
     view_pool: Literal["max", "mean"] = "max"
@@ -87,6 +95,14 @@ def check(options: TrainTeacher) -> None:
         raise ValueError(f"--augment-scale is {options.augment_scale}; expected 1 or more")
     if options.feature_dim < 1:
         raise ValueError(f"--feature-dim is {options.feature_dim}; expected at least 1")
+    if options.pretrained and options.backbone_weights is not None:
+        raise ValueError("--pretrained and --backbone-weights both say where the weights come from: give one")
+    if not 0 <= options.backbone_lr <= 1:
+        raise ValueError(f"--backbone-lr is {options.backbone_lr}; expected a part of --lr in [0, 1]")
+    if options.backbone_lr == 0 and not (options.pretrained or options.backbone_weights):
+        raise ValueError(
+            "--backbone-lr 0 freezes a backbone of random weights: give --pretrained or --backbone-weights"
+        )
     for name in ("dropout", "label_smoothing"):
         if not 0 <= getattr(options, name) < 1:
             raise ValueError(
@@ -114,6 +130,8 @@ def train_teacher(options: TrainTeacher) -> dict[str, Any]:
         spec = options.views.spec(splits.train.up)
         channels = spec.num_channels
     inputs = {"data": splits.fingerprint()}
+    if options.backbone_weights is not None:
+        inputs["backbone"] = hashlib.sha256(options.backbone_weights.read_bytes()).hexdigest()
     run = RunFolder.start(
         accelerator, options.out, options, command="train-teacher", inputs=inputs, resume=options.resume
     )
@@ -128,11 +146,15 @@ def train_teacher(options: TrainTeacher) -> dict[str, Any]:
         in_chans=channels,
         feature_dim=options.feature_dim,
         view_pool=options.view_pool,
-        pretrained=options.pretrained,
+        pretrained=options.backbone_weights or options.pretrained,
         dropout=options.dropout,
         backbone_options=parse_assignments(options.backbone_options, "--backbone-options"),
         view_spec=None if options.images is not None else spec,
+        mean=statistics("mean", options, channels),
+        std=statistics("std", options, channels),
     )
+    if options.backbone_lr == 0:
+        teacher.freeze_backbone()
     change = Augmentation.of(options.augment_scale, options.augment_shift, shuffle=False)
 
     def logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -169,7 +191,10 @@ def train_teacher(options: TrainTeacher) -> dict[str, Any]:
 
     if accelerator.is_main_process:
         write_json(run.path / "shapes.json", {name: part.shape_ids for name, part in splits.parts().items()})
-    outcome = fit(teacher, task, training, save, options.loop, options.machine, accelerator, run)
+    rates = {}
+    if 0 < options.backbone_lr < 1:
+        rates = dict.fromkeys(teacher.backbone.parameters(), options.backbone_lr * options.loop.lr)
+    outcome = fit(teacher, task, training, save, options.loop, options.machine, accelerator, run, rates=rates)
     if accelerator.is_main_process:
         save(teacher, run.path / "teacher.safetensors")
         picture(
@@ -185,6 +210,14 @@ def train_teacher(options: TrainTeacher) -> dict[str, Any]:
             "views": None if options.images is not None else spec.describe(),
         }
     )
+
+
+def statistics(name: Literal["mean", "std"], options: TrainTeacher, channels: int) -> Any:
+    """What a backbone that starts from weights of photographs was given grey images with: the mean of its
+    statistics over the colours, where the views are no colours."""
+    starts = options.pretrained or options.backbone_weights is not None
+    config = timm.get_pretrained_cfg(options.backbone.split(".")[0]) if starts and channels != 3 else None
+    return "auto" if config is None else [float(np.mean(getattr(config, name)))] * channels
 
 
 def picture(test: Any, to_views: Callable[[Tensor], Tensor], path: Path, shapes: int = 6) -> None:

@@ -31,21 +31,86 @@ FEWEST_POINTS = 10
 OUTLIER = 20.0
 """Points this many times the middle 98 % of a cloud away from its median are left out."""
 
-# The verdict, of the motion after point-to-plane ICP. Chosen on the 45 pairs of the Stanford bunny's scans
-# and on 60 of 3DMatch's and 3DLoMatch's, by RANSAC and by FGR. Fitness does not tell right from wrong.
-LEAST_MATCHES = 15
-LEAST_ROOT = 1.0
-"""Matches that must agree, relative to the square root of all."""
-MOST_APART = 0.38
-"""Root mean square distance of the source's points from the target's tangent planes, in voxels, where they
-meet: right poses had at most 0.35, wrong ones with matches at least 0.41."""
-LEAST_NORMALS = 0.6
-"""Part of the places where surfaces meet whose normals must be within 26 degrees."""
-LEAST_FITNESS = 0.1
-LEAST_SPREAD = 0.02
-"""Standard deviation of the matches across their line, relative to the cloud's diagonal."""
-MOST_CORRECTION = 3.0
-"""Voxels by which ICP may move the source's points before a motion counts as not found."""
+
+class Thresholds(NamedTuple):
+    """When a motion, after point-to-plane ICP, is trusted.
+
+    Chosen on the 90 ordered pairs of the Stanford bunny's scans and on 60 of 3DMatch's and 3DLoMatch's, by
+    RANSAC and by FGR; docs/registration.md counts on pairs that took no part. Fitness does not tell right
+    from wrong.
+
+    Attributes:
+        matches: that must agree, and
+        root: relative to the square root of all.
+        apart: most root mean square distance of the source's points from the target's tangent planes, in
+            voxels, where they meet. Of those pairs right poses had at most 0.35, wrong ones with matches at
+            least 0.41.
+        normals: least part of the places where surfaces meet whose normals are within 26 degrees.
+        fitness: least part of the source that comes near the target.
+        spread: least standard deviation of the matches across their line, relative to the cloud's diagonal.
+        correction: voxels by which ICP may move the source's points before a motion counts as not found.
+    """
+
+    matches: int = 15
+    root: float = 1.0
+    apart: float = 0.38
+    normals: float = 0.6
+    fitness: float = 0.1
+    spread: float = 0.02
+    correction: float = 3.0
+
+
+class Evidence(NamedTuple):
+    """What :class:`Thresholds` are compared with.
+
+    Attributes:
+        matches: features that are each other's nearest, and
+        agree: how many of them the motion brings within 1.5 voxels.
+        fitness, apart, normals, spread: as there.
+        correction: voxels by which ICP moved the source's points, on average.
+    """
+
+    matches: int
+    agree: int
+    fitness: float
+    apart: float
+    normals: float
+    spread: float
+    correction: float
+
+    def reasons(self, least: Thresholds = Thresholds()) -> list[str]:  # noqa: B008  (immutable)
+        """Why the motion cannot be trusted; nothing where it can."""
+        reasons = []
+        expected = max(least.matches, math.ceil(least.root * math.sqrt(self.matches)))
+        if self.agree < expected:
+            reasons.append(
+                f"only {self.agree} of {self.matches} feature matches agree with it (expected at least "
+                f"{expected})"
+            )
+        elif self.spread < least.spread:
+            reasons.append("the feature matches that agree with it lie on a line, about which it may turn")
+        if self.fitness < least.fitness:
+            reasons.append(
+                f"only {100 * self.fitness:.0f} % of the source comes near the target (expected at least "
+                f"{100 * least.fitness:.0f} %)"
+            )
+            return reasons
+        if self.normals < least.normals:
+            reasons.append(
+                f"surfaces that meet are parallel in {100 * self.normals:.0f} % of places only (expected at "
+                f"least {100 * least.normals:.0f} %)"
+            )
+        if self.apart > least.apart:
+            reasons.append(
+                f"surfaces that meet lie {self.apart:.2f} voxels apart, as by chance (expected at most "
+                f"{least.apart:g})"
+            )
+        if self.correction > least.correction and not reasons:
+            reasons.append(
+                f"refining it moves the source by {self.correction:.1f} voxels (expected at most "
+                f"{least.correction:g}): use the refined one"
+            )
+        return reasons
 
 
 class Alignment(NamedTuple):
@@ -63,6 +128,7 @@ class Alignment(NamedTuple):
         correspondences: [m, 2, 3] points of the source (unmoved) and of the target that belong together.
         weights: [m] of them, in [0, 1].
         reasons: why the motion cannot be trusted; empty where it can.
+        evidence: of the motion after ICP.
     """
 
     motion: np.ndarray
@@ -75,6 +141,7 @@ class Alignment(NamedTuple):
     correspondences: np.ndarray
     weights: np.ndarray
     reasons: list[str]
+    evidence: Evidence
 
     @property
     def trusted(self) -> bool:
@@ -235,15 +302,18 @@ def _judged(
 ) -> Alignment:
     """The evidence for a motion of two thinned and centred clouds, and the motion in their own place."""
     source, target = (np.asarray(cloud.points) for cloud in clouds)
-    pose = _Evidence(motion, clouds, pairs, voxel)
-    best = pose if motion is refined else _Evidence(refined, clouds, pairs, voxel)
-    reasons = best.reasons()
+    pose = _Meeting(motion, clouds, pairs, voxel)
+    best = pose if motion is refined else _Meeting(refined, clouds, pairs, voxel)
     correction = float(np.linalg.norm(pose.moved - best.moved, axis=1).mean()) / voxel
-    if correction > MOST_CORRECTION and not reasons:
-        reasons.append(
-            f"refining it moves the source by {correction:.1f} voxels (expected at most "
-            f"{MOST_CORRECTION:g}): use the refined one"
-        )
+    evidence = Evidence(
+        matches=len(pairs),
+        agree=int(best.agree.sum()),
+        fitness=best.fitness,
+        apart=best.apart,
+        normals=best.parallel,
+        spread=best.spread,
+        correction=correction,
+    )
     if given is None:
         shown = pairs[pose.agree]
         residual = np.linalg.norm(pose.moved[shown[:, 0]] - target[shown[:, 1]], axis=1) / (REACH * voxel)
@@ -260,12 +330,13 @@ def _judged(
         voxel=voxel,
         correspondences=given[0] + np.stack(centres)[None],
         weights=given[1],
-        reasons=reasons,
+        reasons=evidence.reasons(),
+        evidence=evidence,
     )
 
 
-class _Evidence:
-    """What speaks for a motion of two thinned clouds."""
+class _Meeting:
+    """How two thinned clouds meet under a motion."""
 
     def __init__(self, motion: np.ndarray, clouds: tuple[Any, Any], pairs: np.ndarray, voxel: float) -> None:
         source, target = (np.asarray(cloud.points) for cloud in clouds)
@@ -283,39 +354,9 @@ class _Evidence:
             self.parallel = float((cosine[near] > 0.9).mean())
             planes = np.einsum("ij,ij->i", self.moved - target[nearest], normals[1][nearest])[near]
             self.apart = float(np.sqrt(np.square(planes).mean())) / voxel
-        self.matches = len(pairs)
         apart = np.linalg.norm(self.moved[pairs[:, 0]] - target[pairs[:, 1]], axis=1)
         self.agree = apart < REACH * voxel
         if self.agree.sum() >= 3:
             places = source[pairs[self.agree, 0]]
             deviations = np.linalg.svd(places - places.mean(0), compute_uv=False) / np.sqrt(len(places))
             self.spread = float(deviations[1] / np.linalg.norm(np.ptp(source, axis=0)))
-
-    def reasons(self) -> list[str]:
-        """Why the motion cannot be trusted; nothing where it can."""
-        reasons = []
-        count = int(self.agree.sum())
-        expected = max(LEAST_MATCHES, math.ceil(LEAST_ROOT * math.sqrt(self.matches)))
-        if count < expected:
-            reasons.append(
-                f"only {count} of {self.matches} feature matches agree with it (expected at least {expected})"
-            )
-        elif self.spread < LEAST_SPREAD:
-            reasons.append("the feature matches that agree with it lie on a line, about which it may turn")
-        if self.fitness < LEAST_FITNESS:
-            reasons.append(
-                f"only {100 * self.fitness:.0f} % of the source comes near the target (expected at least "
-                f"{100 * LEAST_FITNESS:.0f} %)"
-            )
-            return reasons
-        if self.parallel < LEAST_NORMALS:
-            reasons.append(
-                f"surfaces that meet are parallel in {100 * self.parallel:.0f} % of places only (expected at "
-                f"least {100 * LEAST_NORMALS:.0f} %)"
-            )
-        if self.apart > MOST_APART:
-            reasons.append(
-                f"surfaces that meet lie {self.apart:.2f} voxels apart, as by chance (expected at most "
-                f"{MOST_APART:g})"
-            )
-        return reasons

@@ -23,18 +23,22 @@ RANSAC_TRIALS, RANSAC_CONFIDENCE = 100_000, 0.999
 
 
 def need(module: str, package: str | None = None) -> Any:
-    """An optional library, or an ImportError that says how to get it."""
+    """An optional library, or an ImportError that says how to get it.
+
+    open3d loads shared libraries of the system as it is imported; where one is missing, it ends in an OSError
+    or an ImportError that names it.
+    """
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         package = package or module
-        system = ""
         if ".so" in str(error):
-            system = (
-                f" A system library is missing; on Debian: apt-get install libusb-1.0-0 libgl1. ({error})"
-            )
+            raise ImportError(
+                f"{package} is installed, and a shared library that it needs is missing ({error}); on Debian "
+                "and Ubuntu: apt-get install libgl1 libgomp1 libusb-1.0-0 libx11-6"
+            ) from error
         raise ImportError(
-            f"this needs {package}, which the extra brings: pip install 'pointcmt[registration]'.{system}"
+            f"this needs {package}, which the extra brings: pip install 'pointcmt[registration]' ({error})"
         ) from error
     if module == "open3d":  # what it warns of is said here, with the clouds' names
         found.utility.set_verbosity_level(found.utility.VerbosityLevel.Error)

@@ -76,7 +76,7 @@ class PointEncoder(nn.Module):
             last = layer(found, neighbors)
             found = torch.cat([found, last], -1)
         fused = self.fuse(found)
-        return F.relu(self.norm(fused.flatten(0, 1)).view_as(fused))
+        return F.relu_(self.norm(fused.flatten(0, 1))).view_as(fused)
 
 
 def first_cameras(name: str, views: int) -> Rig:
@@ -107,7 +107,9 @@ class ViewEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.cameras, self.size = cameras, size
-        self.backbone = SimpleViewResNet(1, width, layers, stem_kernel=5, stem_stride=2)
+        # at full width the stem is ResNet-18's: a stride of 2 and a pooling of 2, as one stride of 4
+        kernel, stride = (7, 4) if width >= 0.5 else (5, 2)
+        self.backbone = SimpleViewResNet(1, width, layers, kernel, stride)
         self.project = nn.Linear(self.backbone.num_features, feature_dim)
         # an attention over tokens has no order: which camera saw it is added to each
         self.camera = nn.Parameter(0.02 * torch.randn(len(cameras), feature_dim))
@@ -136,13 +138,29 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(channels, 2 * channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        def split(tensor: Tensor) -> Tensor:
-            return tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def _split(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        if self.heads * memory.shape[1] < x.shape[2] // 2:
+            return self.to_few(x, memory)
         key, value = self.key_value(memory).chunk(2, -1)
-        mixed = F.scaled_dot_product_attention(split(self.query(x)), split(key), split(value))
+        mixed = F.scaled_dot_product_attention(
+            self._split(self.query(x)), self._split(key), self._split(value)
+        )
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def to_few(self, x: Tensor, memory: Tensor) -> Tensor:
+        """The same to rounding, for a memory of few rows, such as view tokens: the two layers on N queries
+        are applied to the M rows, each head's part of them to its keys and values."""
+        key, value = (self._split(part) for part in self.key_value(memory).chunk(2, -1))  # [B, h, M, d]
+        scale = key.shape[-1] ** -0.5
+        asked = self.query.weight.unflatten(0, (self.heads, -1))  # [h, d, C]
+        keys = scale * (key @ asked)  # [B, h, M, C]
+        offset = scale * (key @ self.query.bias.view(self.heads, -1, 1)).transpose(2, 3)  # [B, h, 1, M]
+        weights = (x[:, None] @ keys.mT + offset).softmax(-1)  # [B, h, N, M]
+        values = value @ self.out.weight.t().unflatten(0, (self.heads, -1))  # [B, h, M, C]
+        return weights.transpose(1, 2).flatten(2) @ values.flatten(1, 2) + self.out.bias
 
 
 class Fusion(nn.Module):
@@ -158,7 +176,7 @@ class Fusion(nn.Module):
         self.across = Attention(channels, heads)
         self.to_views = Attention(channels, heads) if images else None
         self.feed_forward = nn.Sequential(
-            nn.Linear(channels, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, channels)
+            nn.Linear(channels, 2 * channels), nn.ReLU(inplace=True), nn.Linear(2 * channels, channels)
         )
 
     def attend(self, x: Tensor) -> Tensor:
@@ -188,8 +206,10 @@ class Significance(nn.Module):
         self.other = nn.Linear(channels, sizes[0], bias=False)
         last = nn.Linear(sizes[2], 1)
         nn.init.constant_(last.bias, start)
-        between = [nn.Linear(sizes[0], sizes[1]), nn.ReLU(), nn.Linear(sizes[1], sizes[2]), nn.ReLU()]
-        self.rest = nn.Sequential(nn.ReLU(), *between, last)
+        layers: list[nn.Module] = [nn.ReLU(inplace=True)]
+        for before, after in pairwise(sizes):
+            layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
+        self.rest = nn.Sequential(*layers, last)
 
     def forward(self, features: Tensor, pooled: Tensor) -> Tensor:
         return self.rest(self.own(features) + self.other(pooled)[:, None]).squeeze(-1)
@@ -199,7 +219,7 @@ def _head(sizes: Sequence[int]) -> nn.Sequential:
     """Linear layers with LayerNorm and ReLU before each but the first; the last has one output."""
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes):
-        layers += [nn.LayerNorm(before), nn.ReLU(), nn.Linear(before, after)]
+        layers += [nn.LayerNorm(before), nn.ReLU(inplace=True), nn.Linear(before, after)]
     return nn.Sequential(*layers)
 
 
@@ -218,16 +238,29 @@ class FeatureMatcher(nn.Module):
     def __init__(self, channels: int, width: float = 1.0) -> None:
         super().__init__()
         sizes = [max(8, round(size * width)) for size in (256, 128, 64, 32, 32, 32)]
-        self.hidden = sizes[0]
-        self.first = nn.Linear(channels + 1, self.hidden)
+        self.kept = 3 * sum(sizes)  # each layer, normalised, rectified
+        self.first = nn.Linear(channels + 1, sizes[0])
         self.rest = _head([*sizes, 1])
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        of_distance, of_difference = self.first.weight[:, 0], self.first.weight[:, 1:]
+        return self.compare(source, self.project(source), target, self.project(target))
+
+    def project(self, features: Tensor) -> Tensor:
+        """The first layer of features: [B, K, C] → [B, K, hidden]."""
+        return features @ self.first.weight[:, 1:].t()
+
+    def compare(self, source: Tensor, own: Tensor, target: Tensor, other: Tensor) -> Tensor:
+        """Logits [B, K, L] of features [B, K, C] and [B, L, C] with their projections."""
         distance = torch.cdist(source, target, compute_mode="donot_use_mm_for_euclid_dist")[..., None]
-        difference = (target @ of_difference.t())[:, None] - (source @ of_difference.t())[:, :, None]
-        first = torch.addcmul(self.first.bias, distance, of_distance)
-        return self.rest(torch.addcmul(first, difference, 1 / (distance + _NO_DISTANCE))).squeeze(-1)
+        inverse = 1 / (distance + _NO_DISTANCE)
+        # (other - own) / distance + distance * weight + bias, in two passes over the [K, L, hidden]
+        scalars = torch.cat([inverse, distance, torch.ones_like(distance)], -1)
+        of_distance, bias = self.first.weight[:, 0].expand_as(own), self.first.bias.expand_as(own)
+        rows = torch.stack([-own, of_distance, bias], -2)
+        first = torch.baddbmm(
+            (other[:, None] * inverse).flatten(0, 1), scalars.flatten(0, 1), rows.flatten(0, 1)
+        )
+        return self.rest(first).squeeze(-1).unflatten(0, distance.shape[:2])
 
     def naive(self, source: Tensor, target: Tensor) -> Tensor:
         """The readable twin of :meth:`forward`."""
@@ -246,6 +279,7 @@ class CoordinateMatcher(nn.Module):
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
         hidden = max(16, round(32 * width))
+        self.kept = 3 * 3 * hidden
         self.first = nn.Linear(7, hidden)
         self.rest = _head([hidden, hidden, hidden, 1])
 
@@ -258,22 +292,21 @@ class CoordinateMatcher(nn.Module):
 
 
 class Matching(nn.Module):
-    """One iteration's heads: logits of all pairs of keypoints, and how credible each match is."""
+    """One iteration's heads: logits of all pairs of keypoints, and how credible each match is.
 
-    def __init__(self, channels: int, width: float = 1.0) -> None:
+    Args:
+        width: factor of the hidden layers.
+    """
+
+    def __init__(self, width: float = 1.0) -> None:
         super().__init__()
-        self.features = FeatureMatcher(channels, width)
         self.coordinates = CoordinateMatcher(width)
         hidden = max(16, round(32 * width))
         self.pairs = nn.Linear(2, hidden)
         self.credibility = _head([hidden, hidden, 1])
 
-    def forward(
-        self, source: Tensor, target: Tensor, source_points: Tensor, target_points: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Features [B, K, C], [B, L, C] and coordinates [B, K, 3], [B, L, 3] → logits [B, K, L] and the
-        logits [B, K] of credibility."""
-        both = torch.stack(
-            [self.features(source, target), self.coordinates(source_points, target_points)], -1
-        )
+    def forward(self, features: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, K, L] from features (of :class:`FeatureMatcher`) and coordinates [B, K, 3], [B, L, 3] →
+        logits [B, K, L] of both and the logits [B, K] of credibility."""
+        both = torch.stack([features, self.coordinates(source, target)], -1)
         return both.sum(-1), self.credibility(self.pairs(both).amax(2)).squeeze(-1)

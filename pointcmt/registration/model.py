@@ -14,6 +14,7 @@ from pointcmt import checkpoint as files
 from pointcmt.ops import furthest_point_sample, knn, weighted_procrustes
 from pointcmt.ops.rigid import Rigid
 from pointcmt.registration.layers import (
+    FeatureMatcher,
     Fusion,
     Matching,
     PointEncoder,
@@ -24,9 +25,10 @@ from pointcmt.registration.layers import (
 
 Images = Literal["observed", "canonical", "none"]
 
-KEPT_NUMBERS = 2**24
-"""A layer whose largest tensor has more numbers than this (64 MB in float32) is cut into pieces where it can
-be, and computed again in the backward pass."""
+KEPT_NUMBERS = 2**26
+"""A part of the network that would keep more numbers than this for the backward pass (256 MB in float32) is
+computed again in it; matching, in pieces of a sixteenth of this, also where nothing is kept: that is what a
+processor's cache holds of its largest tensor."""
 
 
 class Iteration(NamedTuple):
@@ -93,6 +95,8 @@ class CMIGNet(nn.Module):
 
     The method is the paper's. What differs from the public code (IvanXie416/CMIGNet), and why:
 
+    - Each cloud is centred first, so a translation of either changes nothing but the translation found. There
+      the networks see absolute coordinates and have to learn as much.
     - Images are rendered from *each cloud as it is observed*. There they show the complete object in its
       canonical pose, which no real registration has; ``images="canonical"`` takes such images, as a prior.
     - A point attends to V view tokens. There the memory is one vector repeated N times: a softmax over equal
@@ -106,6 +110,9 @@ class CMIGNet(nn.Module):
       and without gradient where it is on.
     - Procrustes has weighted centroids; there they are unweighted. No gradient passes through the pose, as
       there.
+    - Features do not change between iterations, so one head compares them, once; there each iteration has one
+      of its own on the same input, two thirds of the whole network's work. Coordinates, which do change, have
+      heads of their own in each.
     - Matching heads normalise channels (LayerNorm), not the batch: the result does not depend on the other
       pairs of a batch, and large ones are computed pair by pair and again in the backward pass, in bounded
       memory.
@@ -188,7 +195,8 @@ class CMIGNet(nn.Module):
             self.views = ViewEncoder(first_cameras(rig, views), size, self.feature_dim, width, layers)
         self.fusion = Fusion(self.feature_dim, heads, self.views is not None) if fusion else None
         self.significance = Significance(self.feature_dim, -math.log(keypoints)) if mask else None
-        self.matching = nn.ModuleList(Matching(self.feature_dim, width) for _ in range(iterations))
+        self.features = FeatureMatcher(self.feature_dim, width)
+        self.matching = nn.ModuleList(Matching(width) for _ in range(iterations))
 
     def forward(
         self,
@@ -213,6 +221,9 @@ class CMIGNet(nn.Module):
                 or missing in it.
         """
         self._check(source, target, truth)
+        centres = source.mean(1, keepdim=True), target.mean(1, keepdim=True)
+        given = source, target
+        source, target = source - centres[0], target - centres[1]
         source_features, target_features = self._encode(source, target)
         source_tokens, target_tokens = self._tokens(source, target, images)
         source_fused, target_fused = self._fuse(
@@ -227,7 +238,7 @@ class CMIGNet(nn.Module):
                 for points, score in zip((source, target), scores, strict=True)
             ]
         else:
-            chosen, matched = draw_keypoints(source, target, truth, self.keypoints)
+            chosen, matched = draw_keypoints(*given, truth, self.keypoints)
         keys = [_rows(x, index) for x, index in zip((source_fused, target_fused), chosen, strict=True)]
         places = [_rows(x, index) for x, index in zip((source, target), chosen, strict=True)]
         pose, correspondences, weights, steps = self._iterate(*keys, *places)
@@ -253,7 +264,8 @@ class CMIGNet(nn.Module):
                 steps,
             )
         pairs = torch.stack([chosen[0], chosen[1].gather(1, correspondences)], -1)
-        return Registration(*pose, pairs, weights, trace)
+        shift = pose.translation[:, None] + centres[1] - centres[0] @ pose.rotation.mT
+        return Registration(pose.rotation, shift.squeeze(1), pairs, weights, trace)
 
     def save(self, path: files.PathLike) -> None:
         """Write the network, with its configuration, as one safetensors file."""
@@ -333,11 +345,10 @@ class CMIGNet(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if self.fusion is None:
             return source, target
-        large = 16 * source.numel() > KEPT_NUMBERS
-        source, target = (self._bounded(large, self.fusion.attend, x) for x in (source, target))
+        source, target = (self._by_pairs(self.fusion.attend, x) for x in (source, target))
         return (
-            self._bounded(large, self.fusion, source, target, source_tokens),
-            self._bounded(large, self.fusion, target, source, target_tokens),
+            self._by_pairs(self.fusion, source, target, source_tokens),
+            self._by_pairs(self.fusion, target, source, target_tokens),
         )
 
     def _scores(self, source: Tensor, target: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -353,31 +364,44 @@ class CMIGNet(nn.Module):
             return furthest_point_sample(points, count).long()
         return score.topk(count, dim=1).indices
 
-    def _bounded(self, large: bool, function: Any, *inputs: Any) -> Any:
-        """``function`` of the inputs; where large, computed again in the backward pass instead of kept."""
-        if large and self.training and torch.is_grad_enabled():
+    def _again(self, function: Any, *inputs: Any) -> Any:
+        """``function`` of the inputs, in training computed again in the backward pass instead of kept."""
+        if torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
         return function(*inputs)
 
-    def _match(self, heads: Matching, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """``heads`` of a batch: at once where that is small, else some rows of one pair after the other,
-        which do not depend on each other."""
-        source, target, source_points, target_points = inputs
-        row = target.shape[1] * heads.features.hidden
-        if source.shape[0] * source.shape[1] * row <= KEPT_NUMBERS:
-            return heads(*inputs)
-        size = max(1, KEPT_NUMBERS // 4 // row)
+    def _by_pairs(self, function: Any, *inputs: Tensor | None) -> Tensor:
+        """``function`` of a batch; where it would keep much, of one pair after the other, computed again."""
+        first = inputs[0]
+        assert first is not None
+        if not torch.is_grad_enabled() or 32 * first.numel() <= KEPT_NUMBERS:  # some 16 tensors of each cloud
+            return function(*inputs)
+        pairs = ([None if x is None else x[one : one + 1] for x in inputs] for one in range(len(first)))
+        return torch.cat([self._again(function, *pair) for pair in pairs])
+
+    def _by_rows(
+        self, function: Any, kept: int, rows: tuple[Tensor, ...], others: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """``function(*rows, *others)`` of K keypoints with L others each: at once where that is small, else
+        for some rows of one pair after the other, which do not depend on each other.
+
+        Args:
+            function: of the rows [B, K, …] and the others [B, L, …]; its results have the rows in front.
+            kept: numbers that it keeps for one of the K·L.
+            rows, others: its arguments.
+        """
+        row = others[0].shape[1] * kept
+        piece = KEPT_NUMBERS // 16
+        if rows[0].shape[0] * rows[0].shape[1] * row <= (KEPT_NUMBERS if torch.is_grad_enabled() else piece):
+            return function(*rows, *others)
         found = []
-        for one in range(len(source)):
+        for one in range(len(rows[0])):
             pair = slice(one, one + 1)
-            pieces = [
-                self._bounded(True, heads, rows, target[pair], places, target_points[pair])
-                for rows, places in zip(
-                    source[pair].split(size, 1), source_points[pair].split(size, 1), strict=True
-                )
-            ]
-            found.append([torch.cat(parts, 1) for parts in zip(*pieces, strict=True)])
-        return torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])
+            pieces = zip(*(tensor[pair].split(max(1, piece // row), 1) for tensor in rows), strict=True)
+            whole = [tensor[pair] for tensor in others]
+            results = [self._again(function, *some, *whole) for some in pieces]
+            found.append([torch.cat(parts, 1) for parts in zip(*results, strict=True)])
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
     def _iterate(
         self, source: Tensor, target: Tensor, places: Tensor, others: Tensor
@@ -386,9 +410,16 @@ class CMIGNet(nn.Module):
         pose = Rigid(rotation, places.new_zeros(len(places), 3))
         steps: list[Iteration] = []
         moved, chosen, weights = places, None, None
+        head = self.features
+        (features,) = self._by_rows(
+            lambda *pair: (head.compare(*pair),),
+            head.kept,
+            (source, head.project(source)),
+            (target, head.project(target)),
+        )
         for heads in self.matching:
             assert isinstance(heads, Matching)
-            logits, credibility = self._match(heads, source, target, moved, others)
+            logits, credibility = self._by_rows(heads, heads.coordinates.kept, (features, moved), (others,))
             chosen = logits.argmax(2)
             steps.append(Iteration(logits, credibility, chosen))
             with torch.no_grad():

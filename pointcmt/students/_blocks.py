@@ -39,6 +39,83 @@ class Student(nn.Module):
         return self.head(self.encode(points).global_)
 
 
+class Segmenter(nn.Module):
+    """Class scores for every point: an encoder and decoder, and a head on what they say of each point.
+
+    Args:
+        name: for messages.
+        in_channels: C of the points, their coordinates first.
+        categories: how many categories of shapes there are, where the scores depend on the shape's; 0: they
+            do not.
+
+    Attributes:
+        pool: called with the cloud's global feature [B, D], changes nothing: for hooks.
+    """
+
+    def __init__(self, name: str, in_channels: int, categories: int = 0) -> None:
+        super().__init__()
+        self.name, self.in_channels, self.categories = name, in_channels, categories
+        self.pool = nn.Identity()
+
+    def encode(self, points: Tensor, category: Tensor | None = None) -> PointFeatures:
+        """points [B, N, in_channels], category int64 [B] -> global feature [B, D], a feature for each point
+        [B, N, C], and the points [B, N, 3]."""
+        raise NotImplementedError
+
+    def score(self, local: Tensor) -> Tensor:
+        """A feature for each point [B, N, C] -> logits [B, N, num_classes]."""
+        raise NotImplementedError
+
+    def forward(self, points: Tensor, category: Tensor | None = None) -> Tensor:
+        """points [B, N, in_channels] -> logits [B, N, num_classes].
+
+        Args:
+            points: the coordinates first.
+            category: int64 [B], of each shape, for networks of parts. None: not known, as in pre-training;
+                zeros stand in for it.
+        """
+        local = self.encode(points, category).local
+        assert local is not None
+        return self.score(local)
+
+    def one_hot(self, points: Tensor, category: Tensor | None) -> Tensor:
+        """The shapes' categories [B, categories], zeros where they are not known.
+
+        Raises:
+            ValueError: a category for each shape was not given, or there are fewer.
+        """
+        if category is None:
+            return points.new_zeros(len(points), self.categories)
+        if category.shape != points.shape[:1] or category.dtype != torch.int64:
+            raise ValueError(
+                f"{self.name}: category is {category.dtype} {list(category.shape)}; expected int64 "
+                f"[{len(points)}], a number from 0 to {self.categories - 1} for each shape"
+            )
+        if category.device.type == "cpu" and len(category):
+            low, high = int(category.min()), int(category.max())
+            if not 0 <= low <= high < self.categories:
+                raise ValueError(
+                    f"{self.name}: categories from {low} to {high}; expected 0 to {self.categories - 1}. "
+                    "Build the network with categories=<their number>"
+                )
+        return F.one_hot(category, self.categories).to(points.dtype)
+
+
+def interpolate(near: Tensor, far: Tensor, features: Tensor, squared: bool) -> Tensor:
+    """Features [B, M, C] of points ``far`` [B, M, 3] at points ``near`` [B, N, 3]: the mean of the three
+    nearest, weighted by the inverse distance, or by its square.
+
+    Source: Qi et al., PointNet++ (NeurIPS 2017), section 3.4, where it is the square. yanx27's code has that,
+    OpenPoints' the plain distance.
+    """
+    if far.shape[1] == 1:
+        return features.expand(-1, near.shape[1], -1)
+    distance, idx = ops.three_nn(near, far)
+    weight = 1 / ((distance.square() if squared else distance) + 1e-8)
+    weight = (weight / weight.sum(-1, keepdim=True)).to(features.dtype)
+    return ops.three_interpolate(features.transpose(1, 2).contiguous(), idx, weight).transpose(1, 2)
+
+
 def check_points(student: str, points: Tensor, in_channels: int, at_least: int, why: str = "") -> None:
     """ValueError unless points are floating [B, N, in_channels] with B ≥ 1 and N ≥ at_least."""
     if points.dim() != 3 or not points.is_floating_point() or points.shape[2] != in_channels:
@@ -280,7 +357,7 @@ def norm_act_highest(x: Tensor | Edges, norm: nn.Module, slope: float = 0.0) -> 
         or not (is_plain(norm) and isinstance(norm, nn.BatchNorm2d) and norm.affine)
         or norm.momentum is None
         or norm.num_batches_tracked is None
-        or rows_of_x.dtype != norm.weight.dtype
+        or norm.weight.dtype not in (rows_of_x.dtype, torch.float32)
         or norm.num_features % 8  # the operator's vectors
     ):
         x = x.gathered() if isinstance(x, Edges) else x
@@ -289,6 +366,7 @@ def norm_act_highest(x: Tensor | Edges, norm: nn.Module, slope: float = 0.0) -> 
         norm.num_batches_tracked.add_(1)
     statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
     rule = norm.training, norm.momentum, norm.eps, slope
+    # half precision is widened: one pass more, and still less than normalising and pooling apart
     if isinstance(x, Edges):
         return ops.norm_act_max(rows_of_x, *statistics, *rule, around, x.idx)
-    return ops.norm_act_max(rows_of_x, *statistics, *rule)
+    return ops.norm_act_max(rows_of_x.to(norm.weight.dtype), *statistics, *rule).to(rows_of_x.dtype)

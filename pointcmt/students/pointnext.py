@@ -33,27 +33,36 @@ class Stem(nn.Module):
 
 
 class ResidualAbstraction(nn.Module):
-    """Set abstraction with a skip connection: half of the points, balls around them, shared MLP, maximum.
+    """Set abstraction with a skip connection: a part of the points, balls around them, shared MLP, maximum.
 
     Args:
         in_channels, channels: of the features before and after; half of ``channels`` lie between.
         radius: of the ball; the neighbours' relative coordinates are divided by it.
         nsample: neighbours in a ball, short ones filled with the first.
         random_start: in training mode furthest point sampling starts at a random point.
+        stride: one of so many points is a centre.
+        layers: of the shared MLP.
     """
 
     def __init__(
-        self, in_channels: int, channels: int, radius: float, nsample: int, random_start: bool
+        self,
+        in_channels: int,
+        channels: int,
+        radius: float,
+        nsample: int,
+        random_start: bool,
+        stride: int = 2,
+        layers: int = 2,
     ) -> None:
         super().__init__()
-        self.radius, self.nsample, self.random_start = radius, nsample, random_start
+        self.radius, self.nsample, self.random_start, self.stride = radius, nsample, random_start, stride
         self.skipconv = blocks.Layer(nn.Conv1d(in_channels, channels, 1))
-        self.convs = _shared_mlp(in_channels + 3, channels // 2, channels)
+        self.convs = _shared_mlp(in_channels + 3, *[channels // 2] * (layers - 1), channels)
         self.act = nn.ReLU()
 
     def forward(self, xyz: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, N, 3] and [B, N, in_channels] -> centres [B, N // 2, 3] and features [B, N // 2, channels]."""
-        chosen = blocks.sample(xyz, xyz.shape[1] // 2, self.random_start and self.training)
+        """[B, N, 3] and [B, N, in_channels] -> centres [B, N // stride, 3] and features [.., channels]."""
+        chosen = blocks.sample(xyz, xyz.shape[1] // self.stride, self.random_start and self.training)
         centres = blocks.rows(xyz, chosen)
         idx = ball_query(self.radius, self.nsample, xyz, centres)
         edges = blocks.Edges([(xyz / self.radius, -centres / self.radius), (features, None)], idx)
@@ -66,7 +75,7 @@ class Aggregation(nn.Module):
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.convs = _shared_mlp(in_channels + 3, channels, channels, nn.ReLU())
+        self.convs = _shared_mlp(in_channels + 3, channels, channels, last=True)
 
     def forward(self, xyz: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """[B, N, 3] and [B, N, in_channels] -> the origin [B, 1, 3] and the feature [B, 1, channels]."""
@@ -74,11 +83,15 @@ class Aggregation(nn.Module):
         return xyz.new_zeros(len(xyz), 1, 3), blocks.highest(self.convs(blocks.image(x)))
 
 
-def _shared_mlp(in_channels: int, middle: int, channels: int, *act: nn.Module) -> nn.Sequential:
-    return nn.Sequential(
-        blocks.Layer(nn.Conv2d(in_channels, middle, 1, bias=False), nn.BatchNorm2d(middle), nn.ReLU()),
-        blocks.Layer(nn.Conv2d(middle, channels, 1, bias=False), nn.BatchNorm2d(channels), *act),
-    )
+def _shared_mlp(*channels: int, last: bool = False) -> nn.Sequential:
+    """Layers from ``channels[0]`` to ``channels[-1]``; the last one has its activation where ``last``."""
+    layers = [
+        blocks.Layer(nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+        for before, after in pairwise(channels)
+    ]
+    if not last:
+        del layers[-1][2]
+    return nn.Sequential(*layers)
 
 
 class Encoder(nn.Module):

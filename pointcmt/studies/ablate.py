@@ -300,7 +300,7 @@ def prepare(study: Study, name: str, out: Path, machine: MachineOptions) -> None
         plan = TrainTeacher(folder / "teacher", data=data, views=study.views, machine=machine, resume=True)
         results = train_teacher(override(plan, values.get("teacher"), f"{where}.teacher"))
         generator = None
-        if any(method.method != "none" and method.fe_weight for method in study.methods.values()):
+        if any(method.needs_generator() for method in study.methods.values()):
             made = TrainGenerator(
                 folder / "generator", teacher=folder / "teacher", data=data, machine=machine, resume=True
             )
@@ -313,6 +313,7 @@ def prepare(study: Study, name: str, out: Path, machine: MachineOptions) -> None
             CacheFeatures(
                 folder / "teacher",
                 data=plan.data,
+                images=plan.images,
                 draws=count,
                 augment_scale=plan.augment_scale,
                 augment_shift=plan.augment_shift,
@@ -360,7 +361,7 @@ def run_cell(
             student=copy.deepcopy(study.students[cell.student]),
             method=method,
             teacher=teachers / "teacher" if taught else None,
-            generator=teachers / "generator" if taught and method.fe_weight else None,
+            generator=teachers / "generator" if method.needs_generator() else None,
             data=study.data,
             machine=machine,
             resume=True,

@@ -182,6 +182,8 @@ class Row:
     """OA that the paper reports."""
     teacher_oa: float | None = None
     """OA of the teacher on the same test shapes."""
+    p: dict[str, float] = field(default_factory=dict)
+    """Of the paired t-test of each difference, two-sided; by test set."""
 
 
 def save_rows(rows: Sequence[Row], path: Path) -> Path:

@@ -18,6 +18,7 @@ from pointcmt.recipes.config import read_json
 from pointcmt.recipes.progress import say
 from pointcmt.recipes.run import read_metrics
 from pointcmt.studies.charts import HEADINGS, Curve, Entry, save_comparison, save_curves
+from pointcmt.studies.registration_report import ablation_rows, find_registration_runs, method_rows
 
 
 @dataclass
@@ -107,6 +108,9 @@ def write_page(title: str, lead: str, sections: Sequence[Section], path: Path) -
 
 # what a report is made from: the run folders below one folder
 
+ORDER = {"train-teacher": 0, "train-generator": 1, "pretrain": 2, "train": 3, "segment": 4}
+"""The commands whose runs are shown, in their order."""
+
 
 @dataclass
 class Run:
@@ -140,7 +144,7 @@ def find_runs(folder: Path) -> list[Run]:
         if not (place / "results.json").exists():
             continue
         described = read_json(config)
-        if described.get("command") not in ("train-teacher", "train-generator", "train"):
+        if described.get("command") not in ORDER:
             continue
         runs.append(
             Run(
@@ -155,17 +159,16 @@ def find_runs(folder: Path) -> list[Run]:
     if not runs:
         raise FileNotFoundError(
             f"no finished run in {folder} or below it; make one with pointcmt train-teacher, "
-            f"train-generator or train"
+            "train-generator, pretrain, train, segment or train-registration"
         )
-    order = {"train-teacher": 0, "train-generator": 1, "train": 2}
-    return sorted(runs, key=lambda run: (order[run.command], run.role != "none", run.role, str(run.path)))
+    return sorted(runs, key=lambda run: (ORDER[run.command], run.role != "none", run.role, str(run.path)))
 
 
 def compare(runs: Sequence[Run]) -> list[Entry]:
     """Teacher and students as lines of a comparison; seeds of one student and method together."""
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        if run.role == "generator":
+        if run.role == "generator" or run.command in ("pretrain", "segment"):
             continue
         key = (run.role, str(run.results.get("student", "")))
         groups.setdefault(key, []).append(run)
@@ -192,6 +195,57 @@ def compare(runs: Sequence[Run]) -> list[Entry]:
     return entries
 
 
+def segmented(runs: Sequence[Run]) -> list[Section]:
+    """Figures and pictures of runs of segment; none where there is no such run."""
+    if not runs:
+        return []
+    figures = {
+        "instance_miou": "instance mIoU %", "class_miou": "class mIoU %", "miou": "mIoU %", "macc": "mAcc %",
+        "oa": "OA %",
+    }  # fmt: skip
+    shown = [name for name in figures if any(name in run.results["test"] for run in runs)]
+    rows = [["run", "network", "starts from", *(figures[name] for name in shown)]]
+    classes = [["run and class", "IoU %"]]
+    for run in runs:
+        test = run.results["test"]
+        values = [f"{test[name]:.2f}" if name in test else "" for name in shown]
+        rows.append([run.path.name, run.results["student"], run.results["init"] or "scratch", *values])
+        for name, value in test.items():
+            if name.startswith("iou/"):
+                classes.append([f"{run.path.name}: {name.removeprefix('iou/')}", f"{value:.1f}"])
+    argmax = {run.results["test"]["argmax"] for run in runs if "argmax" in run.results["test"]}
+    text = "Test clouds after the last epoch; of rooms every point of the file."
+    if argmax:
+        text += f" Parts: the highest score among {' or '.join(sorted(argmax))} (argmax)."
+    pictures = [
+        (run.path / "segmentation.png", f"{run.path.name}: labels above, predictions below")
+        for run in runs
+        if (run.path / "segmentation.png").exists()
+    ]
+    return [
+        Section("Parts and scenes", text, rows, pictures),
+        Section("Parts and scenes, class by class", table=classes),
+    ]
+
+
+def registration_sections(folder: Path) -> list[Section]:
+    """What the page says of runs of train-registration: figures, ablation, pairs before and after."""
+    runs = find_registration_runs(folder)
+    sections = []
+    if rows := ablation_rows(runs):
+        text = f"{len(runs)} networks, each measured on its own test pairs after the last epoch."
+        sections.append(Section("Registration: what was changed", text, rows))
+    captions = {
+        "errors.png": "Mean rotation error over the overlap of the clouds, and over noise",
+        "pairs.png": "Test pairs before and after, with keypoints, and the correspondences by weight",
+    }
+    for run in runs:
+        text = f"{run.results['protocol']}. Mean overlap {run.results['overlap']:.2f}."
+        images = [(run.path / file, words) for file, words in captions.items() if (run.path / file).exists()]
+        sections.append(Section(f"Registration: {run.path.name}", text, method_rows(run), images))
+    return sections
+
+
 def write_report(folder: Path, title: str = "PointCMT: images teach a point-cloud network") -> Path:
     """Pictures and one page of all finished runs in ``folder``: ``report.html`` and PNG files in ``report/``.
 
@@ -199,7 +253,14 @@ def write_report(folder: Path, title: str = "PointCMT: images teach a point-clou
         FileNotFoundError: no finished run.
     """
     folder = Path(folder)
-    runs = find_runs(folder)
+    registration = registration_sections(folder)
+    try:
+        runs = find_runs(folder)
+    except FileNotFoundError:
+        if not registration:
+            raise
+        lead = f"Registration, in {folder.resolve().name}"
+        return write_page(title, lead, registration, folder / "report.html")
     pictures = folder / "report"
     pictures.mkdir(exist_ok=True)
     sections = []
@@ -227,6 +288,7 @@ def write_report(folder: Path, title: str = "PointCMT: images teach a point-clou
                 [(save_comparison(entries, pictures / "comparison.png"), "OA and mAcc on the test shapes")],
             )
         )
+    sections += segmented([run for run in runs if run.command == "segment"])
     curves = [Curve(run.path.name, run.role, run.records) for run in runs if run.records]
     if curves:
         sections.append(
@@ -245,12 +307,25 @@ def write_report(folder: Path, title: str = "PointCMT: images teach a point-clou
                 "What the generator makes",
                 "Test shapes, and the clouds made from their images",
             ),
+            (
+                "similarity.png",
+                "What pre-training finds similar",
+                "One local feature of each shape, compared with the others of the shape, with the cells of "
+                "its pictures, and with the local features of another shape",
+            ),
+            (
+                "features.png",
+                "Features before and after pre-training",
+                "t-SNE of the pooled features of the shapes that were watched; colours are classes, which "
+                "pre-training did not look at",
+            ),
         ):
             if (run.path / file).exists():
                 sections.append(Section(heading, images=[(run.path / file, caption)]))
     guards = [run.results["teacher_check"]["verdict"] for run in students if "teacher_check" in run.results]
     if guards:
         sections.append(Section("Is the teacher worth listening to?", "\n\n".join(dict.fromkeys(guards))))
+    sections += registration
     one = runs[-1].environment
     rows = [["", ""]]
     rows += [

@@ -36,6 +36,26 @@ def paired_interval(differences: np.ndarray, level: float = 0.95) -> tuple[float
     return float(differences.mean()), float(stats.t.ppf(0.5 + level / 2, len(differences) - 1) * error)
 
 
+def p_value(differences: np.ndarray) -> float:
+    """Of the two-sided t-test of paired differences; 1 for fewer than two, 0 where all are the same but 0."""
+    if len(differences) < 2:
+        return 1.0
+    if np.ptp(differences) == 0:
+        return float(differences[0] == 0)
+    return float(stats.ttest_1samp(differences, 0).pvalue)
+
+
+def holm(values: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which of several tests stand when all are taken together (Holm 1979): of m p-values the smallest is
+    compared with ``level``/m, the next with ``level``/(m-1), …, until one fails."""
+    stand = [False] * len(values)
+    for tried, place in enumerate(np.argsort(values, kind="stable")):
+        if values[place] > level / (len(values) - tried):
+            break
+        stand[place] = True
+    return stand
+
+
 def accuracy(record: Record, test: str) -> float | None:
     """Last-epoch OA in % on a test set (``test`` is the data's own); None where it was not measured."""
     if test == "test":
@@ -69,7 +89,7 @@ def rows_of(
                 if not mine:
                     continue
                 ordered = [mine[seed] for seed in sorted(mine)]
-                known, difference = {}, {}
+                known, difference, p = {}, {}, {}
                 for test in test_sets(records) if tests is None else tests:
                     values = {r["seed"]: accuracy(r, test) for r in ordered}
                     found = [value for value in values.values() if value is not None]
@@ -83,7 +103,8 @@ def rows_of(
                         and (before := accuracy(plain[seed], test)) is not None
                     ]
                     if method != baseline and pairs:
-                        difference[test] = paired_interval(np.array([a - b for a, b in pairs]))
+                        apart = np.array([a - b for a, b in pairs])
+                        difference[test], p[test] = paired_interval(apart), p_value(apart)
                 rows.append(
                     Row(
                         student,
@@ -94,6 +115,7 @@ def rows_of(
                         difference,
                         (paper or {}).get(student, {}).get(method),
                         ordered[0].get("teacher_oa"),
+                        p,
                     )
                 )
     return rows
@@ -106,12 +128,15 @@ def table_of(rows: Sequence[Row], tests: Sequence[str]) -> tuple[list[str], list
         headings += [f"{test} OA %", "difference"]
     headings += ["best epoch OA %", "paper"]
     lines = []
-    for row in rows:
+    compared = [(at, test) for at, row in enumerate(rows) for test in tests if row.difference.get(test)]
+    stand = dict(zip(compared, holm([rows[at].p.get(test, 1.0) for at, test in compared]), strict=True))
+    for at, row in enumerate(rows):
         known = "–" if row.teacher_oa is None else f"{row.teacher_oa:.1f}"
         line = [row.student, row.method, row.teacher or "", known, str(len(row.best))]
         for test in tests:
             values = row.oa.get(test)
-            line += [mean_sd(values) if values else "–", interval_text(row.difference.get(test))]
+            interval = interval_text(row.difference.get(test), stand.get((at, test), False))
+            line += [mean_sd(values) if values else "–", interval]
         line += [mean_sd(row.best), "–" if row.paper is None else f"{row.paper:.1f}"]
         lines.append(line)
     dropped = []
@@ -125,12 +150,12 @@ def table_of(rows: Sequence[Row], tests: Sequence[str]) -> tuple[list[str], list
     return [headings[k] for k in keep], [[line[k] for k in keep] for line in lines]
 
 
-def interval_text(interval: tuple[float, float] | None) -> str:
-    """``+1.20 ± 0.40``; bold where the interval excludes zero."""
+def interval_text(interval: tuple[float, float] | None, stands: bool = False) -> str:
+    """``+1.20 ± 0.40``; bold where the interval excludes zero, † where it ``stands`` among others too."""
     if interval is None:
         return "–"
     text = f"{interval[0]:+.2f} ± {interval[1]:.2f}"
-    return f"**{text}**" if excludes_zero(interval) else text
+    return f"**{text}**{' †' * stands}" if excludes_zero(interval) else text
 
 
 def excludes_zero(interval: tuple[float, float]) -> bool:
@@ -155,7 +180,8 @@ def notes(records: Sequence[Record], baseline: str, paper: bool) -> list[str]:
     """What a reader of the table has to know."""
     said = [
         "Overall accuracy in %, last epoch, mean ± standard deviation over the seeds; difference to "
-        f"{baseline}, paired by seed, with the 95 % t-interval (bold: it excludes zero).",
+        f"{baseline}, paired by seed, with the 95 % t-interval (bold: it excludes zero; †: also when all "
+        "differences of the table are taken together, by Holm's correction).",
         f"Best epoch: chosen by {records[0]['best']['chosen_by']}.",
     ]
     if paper:

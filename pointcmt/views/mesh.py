@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -123,10 +124,7 @@ def render_folder(
         ModuleNotFoundError, RuntimeError, ValueError: as ``render_mesh``; the message names the mesh. Or two
             meshes that would write the same images.
     """
-    from rich.progress import track
-
-    root, out = Path(meshes_root), Path(out)
-    cameras = find_rig(rig, up)
+    root = Path(meshes_root)
     folders: dict[Path, Path] = {}  # of the mesh → below ``out``, of its images without their number
     for path in sorted(root.glob("*/*/*")):
         below = path.relative_to(root)
@@ -143,27 +141,48 @@ def render_folder(
     for path, folder in folders.items():
         if owners.setdefault(folder, path) != path:
             raise ValueError(f"{owners[folder]} and {path} would write the same images; rename one")
+    meshes = {folder: partial(_read_surface, path) for path, folder in folders.items()}
+    return render_meshes(meshes, out, rig, size, up=up, progress=progress)
 
-    def image(path: Path, view: int) -> Path:
-        return out / folders[path].with_name(f"{folders[path].name}_{view:03d}.png")
 
-    found = list(folders)
-    todo = [path for path in found if not image(path, len(cameras)).exists()]
+def render_meshes(
+    meshes: Mapping[Path, Callable[[], tuple[np.ndarray, np.ndarray]]],
+    out: PathLike,
+    rig: str | Rig = "dodecahedron20",
+    size: int = 224,
+    *,
+    up: str = "z",
+    progress: bool = True,
+) -> int:
+    """Render meshes to images and cameras as :func:`render_folder` does, wherever the meshes are kept.
+
+    Args:
+        meshes: ``<split>/<class>/<name>`` of each, and what reads its vertices [n, 3] and triangles [m, 3].
+        out, rig, size, up, progress: as of :func:`render_folder`; it returns and raises the same.
+    """
+    from rich.progress import track
+
+    cameras, out = find_rig(rig, up), Path(out)
+
+    def image(folder: Path, view: int) -> Path:
+        return out / folder.with_name(f"{folder.name}_{view:03d}.png")
+
+    todo = [folder for folder in meshes if not image(folder, len(cameras)).exists()]
     if not todo:
         return 0
     with _plotter(size) as plotter:
-        for path in track(todo, description="rendering meshes", disable=not progress):
-            vertices, faces = _read_surface(path)
+        for folder in track(todo, description="rendering meshes", disable=not progress):
+            vertices, faces = meshes[folder]()
             views = _render(plotter, vertices, faces, cameras, up)
             pixels = (views * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
             matrices = zip(CAMERA_KEYS, mesh_cameras(vertices, faces, cameras), strict=True)
-            with atomic_write(image(path, 1).with_name(f"{path.stem}{CAMERAS}")) as temporary:
+            with atomic_write(image(folder, 1).with_name(f"{folder.name}{CAMERAS}")) as temporary:
                 temporary.write_text(
                     json.dumps({name: value.tolist() for name, value in matrices}), encoding="utf-8"
                 )
             # the last view last: it says that the shape is done
             for view, picture in enumerate(pixels, start=1):
-                with atomic_write(image(path, view)) as temporary:
+                with atomic_write(image(folder, view)) as temporary:
                     Image.fromarray(picture).save(temporary)
     return len(todo)
 

@@ -15,13 +15,14 @@ from pointcmt.views.cameras import Rig
 from pointcmt.views.cameras import rig as find_rig
 
 # channels that project_points knows, and how many image channels each takes
-CHANNELS = {"depth": 1, "density": 1, "normal": 3}
+CHANNELS = {"depth": 1, "near": 1, "density": 1, "normal": 3, "shaded": 1}
 
 # Sums over the points of a pixel are kept in 64-bit integers: the order of addition, which a GPU does not
 # fix, then cannot change the result. The count lies in the high bits, the sum of 1/depth in the low ones.
 _FRACTION = 20
 _COUNT_SHIFT = 44
 _MAX_POINTS = 1 << 19
+_AMBIENT = 0.25  # part of the light that comes from all around
 # points nearer than this to a camera are not drawn; keeps 1/depth inside its bits
 _NEAR = 0.1
 
@@ -82,9 +83,13 @@ def project_points(
             2048 points). A ``Rig`` object is taken as it is.
         channels: what the image shows, in this order.
             ``depth``: distance from the camera along its axis, in the units of the cloud.
+            ``near``: the same turned round, as encoders of photographs take it: 1 at the front of the unit
+            sphere, 0 at its back and where there is no point.
             ``density``: log(1 + number of points on the pixel).
             ``normal``: 3 channels, the mean surface normal on the pixel in the camera's axes (right, down,
             forward), each turned towards the camera; estimated by PCA of ``neighbors`` nearest points.
+            ``shaded``: the mean brightness on the pixel of a surface with these normals under a light at the
+            camera, as ``render_mesh`` lights meshes: 0.25 + 0.75 |cos|, in front of black.
         splat: radius of a point in pixels; 0 draws one pixel, 1 a plus, 1.5 a 3×3 square.
         normalize: centre each cloud and scale it to the unit sphere first.
         neighbors: points in each normal's estimate (at most N are used).
@@ -163,12 +168,26 @@ def project_points(
         for name in channels:
             if name == "depth":
                 # Σ w·d / Σ w with w = 1/d; an empty pixel is 0 / 1
-                images.append(count * (1 << _FRACTION) / total_inverse.clamp_(min=1))
+                images.append(count * (1 << _FRACTION) / total_inverse.clamp(min=1))
+            elif name == "near":
+                depths = count * (1 << _FRACTION) / total_inverse.clamp(min=1)
+                # the front and the back of the unit sphere are 1 nearer and 1 further than its centre
+                back = eyes.norm(dim=-1)[:, None, None, None] + 1
+                images.append(torch.where(count > 0, ((back - depths) / 2).clamp(0, 1), 0.0))
             elif name == "density":
                 images.append(count.log1p())
             else:
                 normals = estimate_normals(points, neighbors)  # [B, N, 3]
                 seen = torch.stack(_turn(normals, rotation), dim=-1)  # [B, V, N, 3]
+                if name == "shaded":
+                    rays = torch.stack(camera, dim=-1)
+                    cosine = (seen * rays).sum(-1).abs() / rays.norm(dim=-1).clamp(min=_NEAR)
+                    light = torch.where(drawn, _AMBIENT + (1 - _AMBIENT) * cosine, 0.0)
+                    fixed = (light * (1 << _FRACTION)).round_().long().reshape(-1, 1)
+                    sums = _accumulate(fixed, pixel, offsets, batch * views * width * width)
+                    mean = _crop(sums, batch, views, width, margin).float() / (1 << _FRACTION)
+                    images.append(mean / count.clamp(min=1))
+                    continue
                 # towards the camera: against the ray from the eye to the point
                 away = (seen * torch.stack(camera, dim=-1)).sum(-1, keepdim=True) > 0
                 seen = torch.where(drawn[..., None], torch.where(away, -seen, seen), 0.0)

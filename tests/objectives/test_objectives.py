@@ -14,12 +14,19 @@ from torch import nn
 
 from pointcmt.objectives import (
     ClassifierEnhancement,
+    DecoupledSoftLabels,
     FeatureEnhancement,
     FeatureL2,
+    ImageLabels,
     NeuronSelectivityTransfer,
     Objective,
+    ProjectedL2,
+    RelationalDistillation,
+    ScaledClassifierEnhancement,
+    Sizes,
     SoftLabels,
     SoftmaxRegression,
+    StandardisedSoftLabels,
 )
 from pointcmt.objectives.cloud_distances import DISTANCES, chamfer, sinkhorn, sliced_wasserstein
 from pointcmt.ops.emd import DEFAULT_TOLERANCE
@@ -121,6 +128,20 @@ def test_soft_labels(temperature):
     assert SoftLabels(temperature=temperature)(student, teacher).item() == pytest.approx(expected, rel=1e-9)
     with pytest.raises(ValueError, match="temperature"):
         SoftLabels(temperature=0)
+
+
+def test_soft_labels_of_a_teacher_that_is_sure():
+    student, teacher, _ = states(8)
+    teacher = teacher._replace(logits=teacher.logits * torch.tensor([[0.1], [9.0], [0.1], [9.0]]))
+    kept = torch.tensor([1, 3])
+    some = SoftLabels(confidence=0.9)(student, teacher)
+    assert (teacher.logits.softmax(1).amax(1) > 0.9).tolist() == [False, True, False, True]
+    those = SoftLabels()(
+        student._replace(logits=student.logits[kept]), teacher.map(lambda value: value[kept])
+    )
+    assert some.item() == pytest.approx(those.item() / 2)
+    with pytest.raises(ValueError, match="confidence is 1"):
+        SoftLabels(confidence=1.0)
 
 
 def test_feature_l2():
@@ -343,3 +364,122 @@ def test_sliced_wasserstein_of_a_shifted_cloud_is_the_mean_shadow_of_the_shift()
     state = torch.get_rng_state()
     sliced_wasserstein(x, x)
     assert torch.equal(state, torch.get_rng_state())
+
+
+# ---- labels, scale, a map, relations, logits in other forms
+
+
+LABELS = torch.tensor([1, 0, 2, 1])
+
+
+def labelled(seed: int) -> tuple[StudentState, TeacherOutput, nn.Linear]:
+    student, teacher, classifier = states(seed)
+    return student._replace(labels=LABELS), teacher, classifier
+
+
+def test_image_labels_teach_the_classifier_what_the_images_show():
+    student, teacher, classifier = labelled(31)
+    loss = ImageLabels(label_smoothing=0.2)(student, teacher)
+    rows = [softmax(row) for row in classifier(teacher.feature).tolist()]
+    smooth = 0.2 / CLASSES
+    expected = [
+        -sum((smooth + 0.8 * (k == label)) * math.log(p) for k, p in enumerate(row))
+        for row, label in zip(rows, LABELS.tolist(), strict=True)
+    ]
+    assert loss.item() == pytest.approx(sum(expected) / 4)
+    loss.backward()
+    assert classifier.weight.grad is not None and student.feature.grad is None
+
+
+def test_scaled_ce_does_not_depend_on_the_length_of_image_features():
+    student, teacher, _ = states(32)
+    scaled = ScaledClassifierEnhancement()
+    longer = teacher._replace(feature=7 * teacher.feature)
+    value = scaled(student, teacher)
+    assert scaled(student, longer).item() == pytest.approx(value.item())
+    factor = student.feature.norm(dim=1).mean() / teacher.feature.norm(dim=1).mean()
+    same = ClassifierEnhancement()(student, teacher._replace(feature=factor.detach() * teacher.feature))
+    assert value.item() == pytest.approx(same.item(), rel=1e-6)
+
+
+def test_a_map_takes_up_a_change_of_coordinates():
+    student, teacher, _ = states(33)
+    objective = ProjectedL2()
+    with pytest.raises(ValueError, match="size of the student's feature is not known"):
+        objective.bind()
+    objective.bind(sizes=Sizes(feature=FEATURE, image=FEATURE))
+    objective.double()
+    turn = torch.linalg.qr(torch.randn(FEATURE, FEATURE, dtype=torch.float64))[0]
+    with torch.no_grad():
+        objective.map.weight.copy_(turn)
+        objective.map.bias.zero_()
+    turned = teacher._replace(feature=3 * student.feature.detach() @ turn.T)
+    assert objective(student, turned).item() == pytest.approx(0, abs=1e-12)
+    assert 0 < objective(student, teacher).item() < 4
+    with pytest.raises(ValueError, match="use a new objective"):
+        objective.bind(sizes=Sizes(feature=FEATURE + 1, image=FEATURE))
+
+
+def test_relations_are_those_of_every_two_and_three_shapes():
+    student, teacher, _ = states(34)
+    moved = teacher._replace(feature=5 * student.feature.detach() + 2)  # the same relations
+    assert RelationalDistillation()(student, moved).item() == pytest.approx(0, abs=1e-10)
+
+    def relations(features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        x = features.detach().numpy()
+        n = len(x)
+        apart = np.array([[np.linalg.norm(x[i] - x[j]) for j in range(n)] for i in range(n)])
+        apart = apart / apart[~np.eye(n, dtype=bool)].mean()
+        angle = np.zeros((n, n, n))
+        for i, j, k in itertools.product(range(n), repeat=3):
+            a, b = x[j] - x[i], x[k] - x[i]
+            if i not in (j, k):
+                angle[i, j, k] = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        return apart, angle
+
+    def huber(a: np.ndarray, b: np.ndarray) -> float:
+        d = np.abs(a - b)
+        return float(np.where(d < 1, d**2 / 2, d - 0.5).mean())
+
+    (apart, angle), (theirs, their_angle) = relations(student.feature), relations(teacher.feature)
+    expected = 25 * huber(apart, theirs) + 50 * huber(angle, their_angle)
+    loss = RelationalDistillation()(student, teacher)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert student.feature.grad.isfinite().all()
+
+
+def test_standardised_soft_labels_do_not_see_the_scale_of_logits():
+    student, teacher, _ = states(35)
+    objective = StandardisedSoftLabels()
+    value = objective(student, teacher).item()
+    other = objective(student._replace(logits=0.1 * student.logits - 3), teacher)
+    assert other.item() == pytest.approx(value, rel=1e-5)
+
+    def soft(row: list[float]) -> list[float]:
+        x = np.array(row)
+        return softmax(list((x - x.mean()) / x.std(ddof=1) / 2))
+
+    pairs = zip(teacher.logits.tolist(), student.logits.tolist(), strict=True)
+    expected = 4 * np.mean([kl(soft(theirs), soft(ours)) for theirs, ours in pairs])
+    assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_decoupled_soft_labels_are_two_parts_of_hinton_s():
+    student, teacher, _ = labelled(36)
+    right, others = [], []
+    for ours, theirs, label in zip(
+        student.logits.tolist(), teacher.logits.tolist(), LABELS.tolist(), strict=True
+    ):
+        p, q = softmax([x / 4 for x in theirs]), softmax([x / 4 for x in ours])
+        right.append(kl([p[label], 1 - p[label]], [q[label], 1 - q[label]]))
+        rest = [k for k in range(CLASSES) if k != label]
+        others.append(kl(*([values[k] / (1 - values[label]) for k in rest] for values in (p, q))))
+    loss = DecoupledSoftLabels(alpha=1.5, beta=3.0)(student, teacher)
+    assert loss.item() == pytest.approx(16 * (1.5 * np.mean(right) + 3 * np.mean(others)))
+    # with the second part weighed by how unsure the teacher is, it is Hinton's loss
+    unsure = [
+        1 - softmax([x / 4 for x in row])[k] for row, k in zip(teacher.logits.tolist(), LABELS, strict=True)
+    ]
+    hinton = 16 * np.mean([a + w * b for a, w, b in zip(right, unsure, others, strict=True)])
+    assert SoftLabels()(student, teacher).item() == pytest.approx(hinton)

@@ -124,6 +124,17 @@ def test_far_clusters_of_a_thousand_sides_and_a_cloud_of_the_same_points():
         assert bound.double() <= best and distance.double() <= best * 1.0051 + 1e-12
 
 
+@needs_kernel
+def test_a_shuffled_cloud_costs_two_rounds_and_one_that_float32_cannot_tell_from_it_is_matched_in_float64():
+    x, y = (torch.from_numpy(c)[None] for c in KINDS["same cloud, shuffled"](np.random.default_rng(0), 1024))
+    distance, _, statistics = emd_statistics(x.float(), y.float())
+    assert distance.item() == 0 and statistics.rounds <= 2
+    near = y + 1e-12 * torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype)
+    distance, _, bound = emd(x, near, return_certificate=True)
+    best = optimum(x, near)
+    assert 0 < 0.994 * best < bound < best * (1 + 1e-12) and best * (1 - 1e-12) < distance < 1.0051 * best
+
+
 @pytest.mark.parametrize("op", [emd, reference_emd])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cloud_and_itself(op, kind):

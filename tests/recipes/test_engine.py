@@ -27,6 +27,7 @@ from pointcmt.recipes.engine import (
     fit,
     learning_rate,
     make_accelerator,
+    make_optimizer,
     seed_everything,
 )
 from pointcmt.recipes.run import RunFolder, read_metrics
@@ -56,6 +57,18 @@ def clouds(n: int = 37, seed: int = 0) -> PointDataset:
     labels = np.arange(n) % 4
     points = rng.normal(size=(n, 20, 3)) * (1 + labels[:, None, None] * np.array([0.3, 0.0, 0.1]))
     return PointDataset(points.astype(np.float32), labels, list("abcd"), [f"a_{k:04d}" for k in range(n)])
+
+
+def test_parameters_with_a_rate_of_their_own_follow_the_same_schedule():
+    model = Small()
+    head = model.mlp[4]
+    optimizer = make_optimizer(
+        LoopOptions(lr=1e-2), model.parameters(), dict.fromkeys(head.parameters(), 1e-3)
+    )
+    assert [len(group["params"]) for group in optimizer.param_groups] == [4, 2]
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3]
+    assert [group["factor"] for group in optimizer.param_groups] == [1.0, pytest.approx(0.1)]
+    assert len(make_optimizer(LoopOptions(), model.parameters()).param_groups) == 1
 
 
 def run_toy(
@@ -334,3 +347,34 @@ print(plain, faults())
     if plain < 20 * 100:
         pytest.skip(f"the C library keeps freed memory as it is: {plain} page faults")
     assert kept < plain / 10
+
+
+def test_parts_of_a_network_have_rates_of_their_own(tmp_path):
+    accelerator = make_accelerator(MachineOptions(device="cpu"))
+    loop = LoopOptions(epochs=2, batch_size=12, optimizer="sgd", lr=0.1, weight_decay=0, schedule="constant")
+    run = RunFolder.start(accelerator, tmp_path, Config(loop), command="train", resume=False)
+    seed_everything(0)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    before = [layer.weight.detach().clone() for layer in model]
+
+    def step(model, batch, done):
+        return {"loss": sum(layer.weight.sum() for layer in model)}  # a gradient of one everywhere
+
+    task = Task(step, lambda model: {"x": 0.0}, Figure("x", "highest", "x"))
+    batches = Batches(clouds(), 12, accelerator.device, 0)
+    machine = MachineOptions(device="cpu", tensorboard=False, progress=False)
+    fit(
+        model,
+        task,
+        batches,
+        lambda m, p: None,
+        loop,
+        machine,
+        accelerator,
+        run,
+        rates={model[0].weight: 0.25 * loop.lr},
+    )
+    moved = [(old - layer.weight).detach() for old, layer in zip(before, model, strict=True)]
+    assert (moved[1] > 0.1).all()
+    torch.testing.assert_close(moved[0], 0.25 * moved[1])
+    assert [record["lr"] for record in read_metrics(tmp_path)] == [0.1, 0.1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,18 @@ from torch import nn
 
 from pointcmt.adapters import register_adapter, unregister_adapter
 from pointcmt.cli import main
-from pointcmt.data.dataset import PointDataset
+from pointcmt.data.dataset import PointDataset, StoredViews
+from pointcmt.data.registry import register_dataset, unregister_dataset
 from pointcmt.methods import freeze_unused
-from pointcmt.recipes import networks, pretrain
+from pointcmt.recipes import networks, pretrain, pretrain_pictures
 from pointcmt.recipes.few_shot import episode
 from pointcmt.recipes.networks import encode, find_weights, load_network, start_from
+from pointcmt.recipes.pretrain_pictures import draw_features, draw_similarity
 from pointcmt.recipes.probe import linear_svm
 from pointcmt.recipes.run import read_metrics
+from pointcmt.studies.report import write_report
+from pointcmt.types import StudentState, TeacherOutput, Views
+from pointcmt.views import pixels_of
 from tests.pretraining_toys import LOCAL, Network, adapter
 
 TOY = ["--student", "tests.pretraining_toys:made", "--adapter", "toy"]
@@ -63,12 +69,13 @@ def test_a_run_saves_just_the_network_and_says_what_it_did(method, runs):
     assert results["last"]["epoch"] == 2 and results["method"] == method
     assert results["shapes"] == {"train": 43, "heldout": 5}
     assert "no label and no test shape" in results["best"]["chosen_by"]
-    names = {"pic-at-point": {"local", "global"}, "mm-point": {"intra", "inter"}}
+    names = {"pic-at-point": {"local", "global"}, "mm-point": {"intra", "inter"}, "dense": {"pixels"}}
     terms = names.get(method, {"intra", "cross"})
-    assert results["losses_at_chance"].keys() == terms
+    assert results["losses_at_chance"].keys() == (set() if method == "dense" else terms)
     records = read_metrics(folder)
+    watched = {f"heldout_{name}" for name in ("retrieval", "alignment", "uniformity")}
     for record in records:
-        assert {"loss", *terms, "heldout_retrieval", "heldout_alignment", "heldout_uniformity"} <= set(record)
+        assert {"loss", *terms, *({"heldout_pixels"} if method == "dense" else watched)} <= set(record)
         assert record["loss"] == pytest.approx(sum(record[term] for term in terms), rel=1e-5)
     assert ("heldout_cell" in records[0]) is (method == "pic-at-point")
     # anybody's load_state_dict takes it, and the head's layers are as they were made
@@ -77,6 +84,46 @@ def test_a_run_saves_just_the_network_and_says_what_it_did(method, runs):
     assert results["not_trained"] == sum(
         p.numel() for part in (network.hidden, network.head) for p in part.parameters()
     )
+
+
+def test_pictures_of_what_is_similar_are_in_the_report(runs):
+    assert (runs / "pic-at-point" / "similarity.png").stat().st_size > 10_000
+    assert not (runs / "crosspoint" / "similarity.png").exists()  # it has no local features
+    page = write_report(runs).read_text()
+    assert page.count("What pre-training finds similar") == 1
+    assert f"{len(pretrain.METHODS)} runs" in page and "Comparison" not in page
+
+
+def test_the_similarities_that_are_drawn():
+    local = torch.nn.functional.normalize(
+        torch.tensor([[[[1.0, 0], [0, 1], [1, 1]]], [[[0, 1.0], [1, 0], [-1, 0]]]]), dim=-1
+    )
+    cells = torch.eye(2).reshape(1, 1, 2, 1, 2).repeat(2, 1, 1, 1, 1)
+
+    class Heads:
+        def embed_cells(self, state, said):
+            return local, cells
+
+    centers = torch.tensor([[[2.0, 0, 0], [1, 0, 0], [0, 0, 0]], [[0.0, 0, 0], [1, 0, 0], [3, 0, 0]]])
+    state = StudentState(torch.zeros(2, 1), None, None, None, centers)
+    said = TeacherOutput(torch.zeros(2, 1), views=Views(torch.zeros(2, 1, 1, 4, 4)))
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain_pictures, "save_similarity", lambda *values: seen.update(enumerate(values)))
+        draw_similarity(Heads(), state, said, ["a", "b"], "z", Path())
+    assert seen[1] == [0, 2]  # the outermost points
+    np.testing.assert_allclose(seen[2], [[1, 0, 0.5**0.5], [0, -1, 1]], atol=1e-6)
+    np.testing.assert_allclose(seen[3], [[0, 1, -1], [-1, 0, -(0.5**0.5)]], atol=1e-6)
+    np.testing.assert_allclose(seen[5], [[[[1, 0]]], [[[-1, 0]]]], atol=1e-6)
+
+
+def test_features_are_laid_out(tmp_path):
+    draw = np.random.default_rng(0)
+    labels = np.repeat(np.arange(2), 6)
+    features = draw.normal(size=(12, 5)) + 9 * labels[:, None]
+    assert draw_features(features[:4], features[:4], labels[:4], ["a", "b"], tmp_path / "no.png") is None
+    path = draw_features(features, features, labels, ["a", "b"], tmp_path / "yes.png")
+    assert path is not None and path.stat().st_size > 5000
 
 
 def test_the_last_network_is_the_one_that_is_saved(runs):
@@ -89,9 +136,9 @@ def test_no_label_and_no_test_shape_is_looked_at(runs, tmp_path, monkeypatch):
     asked = []
     whole = networks.clouds_of
 
-    def scrambled(data, split):
+    def scrambled(data, split, **more):
         asked.append(split)
-        found = whole(data, split)
+        found = whole(data, split, **more)
         found.labels = np.roll(found.labels, 7)
         return found
 
@@ -115,6 +162,56 @@ def test_a_stopped_run_goes_on_to_the_same_bits(method, runs, tmp_path):
     keep = {"loss", "heldout_retrieval", "heldout_alignment"}
     mine, other = read_metrics(tmp_path / "run"), read_metrics(runs / method)
     assert [{k: r[k] for k in keep} for r in mine] == [{k: r[k] for k in keep} for r in other]
+
+
+def test_real_pictures_teach_where_the_data_has_them(tmp_path):
+    """Points learn the colour of their pixel in pictures that are stored, not made of the points."""
+
+    @register_dataset("photographed", up="y")
+    def photographed(split: str, num_points: int) -> PointDataset:
+        generator = np.random.default_rng(0)
+        points = generator.uniform(-0.5, 0.5, (8, num_points, 3)).astype(np.float32)
+        labels = (points[..., 0] > 0).astype(np.int64)
+        made = PointDataset(
+            points, np.zeros(8), ["table"], [f"{split}/table/{k}" for k in range(8)], up="y",
+            part_names=["left", "right"], point_labels=labels,
+        )  # fmt: skip
+        image = np.zeros((8, 1, 3, 32, 32), dtype=np.uint8)
+        image[..., 16:] = 255
+        view = np.tile(np.eye(4, dtype=np.float32), (8, 1, 1, 1))
+        view[..., 2, 3] = 2.0
+        projection = np.zeros((8, 1, 4, 4), dtype=np.float32)
+        projection[..., 0, 0] = projection[..., 1, 1] = 3.0
+        projection[..., 2, 2] = projection[..., 3, 2] = 1.0
+        made.stored_views = StoredViews(image, view, projection)
+        return made
+
+    try:
+        words = ["--dataset", "photographed", "--num-points", "40", "--holdout", "0", *CPU]
+        words += [
+            "--student",
+            "pointnet2_scene",
+            "--width",
+            "0.05",
+            "--student-options",
+            "npoints=(16,8,4,2)",
+        ]
+        run("pretrain", "--out", tmp_path / "pre", "--method", "dense", *words, *SMALL, "--head-width", "8")
+        results = read(tmp_path / "pre")
+        assert results["views"] == "photographs" and results["views_per_step"] == 1
+        records = read_metrics(tmp_path / "pre")
+        assert records[-1]["loss"] < records[0]["loss"]
+        # its network goes on as that of pointcmt segment, all of it
+        more = ["--epochs", "1", "--batch-size", "4", "--inputs", "points"]
+        run("segment", "--out", tmp_path / "seg", "--init", tmp_path / "pre", *words, *more)
+        assert read(tmp_path / "seg")["initialised"] == len(
+            load_file(tmp_path / "pre" / "network.safetensors")
+        )
+        words[1] = "synthetic"
+        more = ["--per-class", "2", *SMALL, "--pictures", "stored"]
+        assert main([str(word) for word in ["pretrain", "--out", tmp_path / "none", *words, *more]]) == 1
+    finally:
+        unregister_dataset("photographed")
 
 
 def test_what_a_frozen_encoder_says_can_be_kept(tmp_path):
@@ -149,6 +246,89 @@ def test_ablations(ablation, tmp_path):
         assert "heldout_cell" in results["last"] and "heldout_retrieval" not in results["last"]
     if "--holdout" in ablation:
         assert "train_retrieval" in results["last"]
+
+
+# ---- stored pictures, and normals
+
+
+@pytest.fixture(scope="module")
+def meshes(tmp_path_factory) -> Path:
+    """Boxes of many sizes, far from the origin."""
+    root = tmp_path_factory.mktemp("meshes")
+    draw = np.random.default_rng(0)
+    corners = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
+    faces = ["0 1 3 2", "4 6 7 5", "0 4 5 1", "2 3 7 6", "0 2 6 4", "1 5 7 3"]
+    for split, count in (("train", 6), ("test", 1)):
+        for name in ("flat", "tall"):
+            folder = root / name / split
+            folder.mkdir(parents=True)
+            for number in range(count):
+                sides = draw.uniform(20, 60, 3) * ([1, 1, 0.2] if name == "flat" else [1, 1, 3])
+                points = corners * sides + draw.uniform(-500, 500, 3)
+                rows = [" ".join(f"{x:.4f}" for x in point) for point in points]
+                text = ["OFF", "8 6 0", *rows, *(f"4 {face}" for face in faces)]
+                (folder / f"{name}_{number:04d}.off").write_text("\n".join(text) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def rendered(meshes, tmp_path_factory) -> Path:
+    pytest.importorskip("pyvista", reason="pyvista is not installed: pip install 'pointcmt[mesh]'")
+    out = tmp_path_factory.mktemp("images")
+    run("render-views", meshes, "--out", out, "--rig", "simpleview", "--size", 32)
+    return out
+
+
+STORED = ["--num-points", "48", "--up", "z", "--data-up", "z", "--holdout", "0.3", *TOY, *CPU, *SMALL]
+
+
+def test_stored_pictures_show_the_points_where_their_cameras_say(meshes, rendered, tmp_path):
+    options = pretrain.Pretrain(tmp_path, data=networks.DataOptions(str(meshes), num_points=48, data_up="z"))
+    options.images.images, options.views.size = rendered, 32
+    clouds = networks.clouds_of(options.data, "train")
+    stored = pretrain.source_of(options, clouds, options.views.spec("z"), 3, torch.device("cpu"))
+    rows, cameras = torch.tensor([5, 0, 9]), torch.tensor([[0, 3], [4, 1], [2, 5]])
+    views = stored.take(rows, cameras)
+    assert views.images.shape == (3, 2, 3, 32, 32) and views.view_matrix.shape == (3, 2, 4, 4)
+    points = torch.from_numpy(clouds.points[rows])
+    pixels, _ = pixels_of(points, views.view_matrix, views.projection_matrix)
+    place = (pixels * 32).long().clamp(0, 31)
+    for shape in range(3):
+        for view in range(2):
+            column, row = place[shape, view].unbind(-1)
+            shown = views.images[shape, view, 0, row, column] < 0.99  # the ground is white
+            assert shown.float().mean() > 0.9
+    run("pretrain", "--data", meshes, "--images", rendered, "--out", tmp_path / "run", *STORED)
+    assert read(tmp_path / "run")["views"] == {"images": "stored", "size": 16}
+
+
+def test_stored_pictures_without_the_right_cameras(meshes, rendered, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(rendered, images)
+    words = ["pretrain", "--data", str(meshes), "--images", str(images), *STORED]
+    files = sorted((images / "train").rglob("*_cameras.json"))
+    for file, other in zip(files, [*files[1:], files[0]], strict=True):
+        shutil.copy(rendered / other.relative_to(images), file)
+    assert main([*words, "--out", str(tmp_path / "a")]) == 1
+    assert "are not of these clouds. Render the very meshes" in capsys.readouterr().err.replace("\n", " ")
+    for file in files:
+        file.unlink()
+    assert main([*words, "--out", str(tmp_path / "b")]) == 1
+    assert "render-views` writes it with the images" in capsys.readouterr().err.replace("\n", " ")
+    run(*words, "--out", tmp_path / "c", "--method", "crosspoint")  # needs no cameras
+    assert main([*words, "--out", str(tmp_path / "d"), "--hidden-points", "skip"]) == 1
+    assert "which points a stored picture shows is not known" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_with_normals(meshes, tmp_path, capsys):
+    network = ["--student", "pointnet2", "--width", "0.125", "--student-options", "in_channels=6"]
+    words = ["--data", meshes, "--num-points", "48", "--data-up", "z", *network, "--normals"]
+    small = [*CPU, *SMALL[: SMALL.index("--epochs")], "--epochs", 1, "--up", "z", "--holdout", 0.3]
+    run("pretrain", "--out", tmp_path / "run", *words, *small, "--batch-size", 8)
+    assert load_file(tmp_path / "run" / "network.safetensors")["sa1.mlp_convs.0.weight"].shape[1] == 6
+    run("probe", tmp_path / "run", *words, "--device", "cpu", "--c", 1, "--folds", 2)
+    assert main(["pretrain", "--out", str(tmp_path / "no"), "--normals", *TOY, *DATA, *CPU]) == 1
+    assert "data set 'synthetic' has no --normals" in capsys.readouterr().err.replace("\n", " ")
 
 
 # ---- weights
@@ -209,6 +389,31 @@ def test_a_student_starts_from_a_pre_trained_network(runs, tmp_path, capsys):
     assert "init" in capsys.readouterr().err, "a resumed run cannot start from something else"
 
 
+def test_the_head_can_have_a_rate_of_its_own(runs, tmp_path):
+    new = ["train", *TOY, *DATA, *CPU, "--method", "none", "--epochs", 1, "--weight-decay", 0]
+    new += ["--init", runs / "crosspoint", "--optimizer", "sgd"]
+    run(*new, "--out", tmp_path / "a", "--lr", 1e-9, "--head-lr", 1e-2)
+    run(*new, "--out", tmp_path / "b", "--lr", 1e-2, "--head-lr", 1e-9)
+    saved = load_file(runs / "crosspoint" / "network.safetensors")
+    moved = {}
+    for name in ("a", "b"):
+        weights = load_file(tmp_path / name / "student.safetensors")
+        moved[name] = {key for key in saved if (weights[key] - saved[key]).abs().max() > 1e-6}
+    parts = {name: {key.split(".")[0] for key in keys} for name, keys in moved.items()}
+    assert parts == {"a": {"hidden", "head"}, "b": {"points"}}
+
+
+def test_pictures_heads_can_have_a_rate_of_their_own(tmp_path, monkeypatch):
+    groups = {}
+    fit = pretrain.fit
+    monkeypatch.setattr(
+        pretrain, "fit", lambda *a, rates, **o: groups.update(rates) or fit(*a, rates=rates, **o)
+    )
+    once = ["--epochs", "1", "--image-lr", "5e-5"]
+    run("pretrain", "--out", tmp_path / "run", *TOY, *DATA, *CPU, *SMALL, *once)
+    assert set(groups.values()) == {5e-5} and len(groups) == 12  # two heads of two layers and a norm
+
+
 def test_layers_without_a_part_in_the_features_are_set_aside():
     network = Network()
     unused = freeze_unused(network, torch.randn(2, 5, 3), adapter())
@@ -230,7 +435,7 @@ def test_probe_has_both_figures_the_protocol_and_random_weights_beside(runs, tmp
     rows = result["rows"]
     assert list(rows) == [str(runs / "crosspoint"), "random weights"]
     for row in rows.values():
-        assert 0 <= row["oa"] <= 100 and row["c"] in (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
+        assert 0 <= row["oa"] <= 100 and row["c"] in (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
         assert row["fixed_c"] == 0.01 and row["feature_size"] == LOCAL
     assert result["protocol"]["points"] == 48 and result["protocol"]["train"] == 48
     run("probe", "--student", "pointnet2", "--width", 0.125, *DATA, "--device", "cpu", "--c", 0.1)
@@ -289,6 +494,7 @@ def test_an_episode_classifies_other_shapes_than_it_learns_from():
         (["--views-per-step", "9"], "a rig with 6 cameras"),
         (["--encoder-weights", "nowhere.pth"], "there are no weights at"),
         (["--holdout", "1.5"], "expected a part of the training shapes"),
+        (["--image-lr", "0"], "expected a positive learning rate"),
     ],
 )
 def test_errors_say_what_to_do(words, message, tmp_path, capsys):

@@ -1,20 +1,31 @@
-"""Real clouds where this machine has them; a test that needs them is skipped elsewhere, and says why."""
+"""Real clouds, and libraries, where this machine has them; a test that needs them is skipped elsewhere, and
+says why."""
 
 from __future__ import annotations
 
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
 from pointcmt.data import PointDataset
+from pointcmt.registration.baselines import need
 
 _BESIDE = Path(__file__).resolve().parents[3] / "shared" / "data"
 SCANS = Path(os.environ.get("POINTCMT_SCANS", _BESIDE / "registration"))
 MODELNET40 = Path(os.environ.get("POINTCMT_MODELNET40", _BESIDE / "modelnet40_ply_hdf5_1024"))
+
+
+def library(module: str, package: str | None = None) -> Any:
+    """An optional library; without it the tests, or the whole file, are skipped with what to install."""
+    try:
+        return need(module, package)
+    except ImportError as error:
+        pytest.skip(str(error), allow_module_level=True)
 
 
 def scans(name: str) -> Path:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from pointcmt.registration import CMIGNet, ScanPairs
-from pointcmt.registration.align import FEWEST_POINTS, MOST_POINTS, align
+from pointcmt.registration import CMIGNet, ScanPairs, baselines
+from pointcmt.registration.align import FEWEST_POINTS, MOST_POINTS, Evidence, Thresholds, align
 from pointcmt.registration.baselines import BASELINES, need, run_baseline
 from pointcmt.tasks.registration import rotation_errors
-from tests.registration.real import scans
+from tests.registration.real import library, scans
 
-pytest.importorskip("open3d", reason="open3d is in the extra `registration`", exc_type=ImportError)
+library("open3d")
 
 
 def bumpy(count: int = 2500, seed: int = 0) -> np.ndarray:
@@ -49,7 +49,7 @@ def errors(found: np.ndarray, truth: np.ndarray, at: np.ndarray) -> tuple[float,
 @pytest.mark.parametrize("method", ["ransac", "fgr", "kiss"])
 def test_two_samples_of_a_shape_are_registered_from_anywhere(method):
     if method == "kiss":
-        pytest.importorskip("kiss_matcher")
+        library("kiss_matcher", "kiss-matcher")
     source, target = bumpy(), apply(bumpy(seed=1))
     found = align(source, target, method, refine=True)
     degrees, apart = errors(found.motion, MOTION, source)
@@ -160,13 +160,56 @@ def test_identical_clouds_and_stray_points_are_registered():
     assert found.trusted and errors(found.motion, MOTION, points)[0] < 1
 
 
-def test_large_clouds_take_bounded_time():
+@pytest.mark.parametrize("method", ["icp", "kiss", "cmignet"])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(bumpy(1000), np.random.default_rng(0).uniform(-1, 1, (1000, 3))), (line(200), line(200))],
+    ids=["no overlap", "lines"],
+)
+def test_no_method_is_trusted_without_evidence(source, target, method):
+    if method == "kiss":
+        library("kiss_matcher", "kiss-matcher")
+    began = time.process_time()
+    found = align(source, target, method, refine=True)
+    assert not found.trusted and all(found.reasons)
+    assert np.isfinite(found.motion).all() and time.process_time() - began < 30
+
+
+def test_a_million_points_take_bounded_time():
     random = np.random.default_rng(0)
-    volume = random.uniform(-1, 1, (300_000, 3))  # fills its box: the worst for voxels
+    volume = random.uniform(-1, 1, (1_000_000, 3))  # fills its box: the worst for voxels
     began = time.process_time()
     found = align(volume, volume[:100], "icp")
     assert time.process_time() - began < 20
     assert found.voxel > np.sqrt(12) / 100 and found.matches <= MOST_POINTS
+
+
+def test_a_verdict_follows_from_its_thresholds():
+    evidence = Evidence(matches=400, agree=40, fitness=0.5, apart=0.2, normals=0.9, spread=0.1, correction=0)
+    assert evidence.reasons() == []
+    for change, words in (
+        ({"agree": 19}, "19 of 400 feature matches"),
+        ({"spread": 0.01}, "on a line"),
+        ({"fitness": 0.05}, "5 % of the source"),
+        ({"normals": 0.5}, "parallel in 50 %"),
+        ({"apart": 0.5}, "0.50 voxels apart"),
+        ({"correction": 4.0}, "use the refined one"),
+    ):
+        (reason,) = evidence._replace(**change).reasons()
+        assert words in reason
+    assert evidence.reasons(Thresholds(apart=0.1)) and not evidence._replace(apart=0.5).reasons(
+        Thresholds(apart=0.6)
+    )
+
+
+@pytest.mark.parametrize("error", [OSError, ImportError])
+def test_a_missing_system_library_is_named_with_what_to_install(monkeypatch, error):
+    def fail(name: str) -> None:
+        raise error("libGL.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(baselines.importlib, "import_module", fail)
+    with pytest.raises(ImportError, match=r"libGL\.so\.1.*apt-get install libgl1"):
+        need("open3d")
 
 
 def test_bad_options_are_named():
@@ -184,7 +227,7 @@ def test_bad_options_are_named():
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_baseline_gives_a_motion(name):
     if name in ("kiss", "gicp"):
-        pytest.importorskip({"kiss": "kiss_matcher", "gicp": "small_gicp"}[name])
+        library(*{"kiss": ("kiss_matcher", "kiss-matcher"), "gicp": ("small_gicp",)}[name])
     near = np.eye(4)
     near[:3, :3] = Rotation.from_euler("z", 4, degrees=True).as_matrix()
     source, target = bumpy(), apply(bumpy(seed=1), near)

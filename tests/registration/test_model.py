@@ -9,7 +9,7 @@ import torch
 
 from pointcmt.registration import CMIGNet, LossWeights, registration_loss
 from pointcmt.registration import model as model_module
-from pointcmt.registration.layers import FeatureMatcher, PointEncoder
+from pointcmt.registration.layers import Attention, FeatureMatcher, PointEncoder
 from pointcmt.registration.losses import match_loss, nt_xent, overlap_contrast
 from pointcmt.registration.model import draw_keypoints
 
@@ -79,6 +79,19 @@ def test_the_matching_heads_first_layer_on_points_is_that_on_pairs(dtype):
     torch.testing.assert_close(
         same, head.naive(target[:, :5], target[:, :5]).diagonal(dim1=1, dim2=2), atol=0.02, rtol=0
     )
+
+
+def test_attention_to_few_rows_is_attention():
+    torch.manual_seed(0)
+    attention = Attention(32, 4)
+    x, memory = torch.randn(2, 50, 32, requires_grad=True), torch.randn(2, 3, 32, requires_grad=True)
+    few = attention(x, memory)
+    torch.testing.assert_close(few, attention.to_few(x, memory), atol=0, rtol=0)
+    whole = attention(x, memory.repeat(1, 2, 1))  # twice each: another way, and the same weights
+    torch.testing.assert_close(few, whole, atol=1e-5, rtol=1e-4)
+    gradients = [torch.autograd.grad(out.square().sum(), (x, memory)) for out in (few, whole)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +196,8 @@ def test_columns_of_one_target_point_count_together():
     assert float(match_loss(logits, same, torch.zeros(1, 3, dtype=torch.bool))) == 0
 
 
-def test_what_training_keeps_stays_below_a_gigabyte_at_batch_8(monkeypatch):
+def test_what_training_keeps_stays_below_half_a_gigabyte_at_batch_8(monkeypatch):
+    """Of the paper's network; benchmarks/registration_cost.py measures what the whole process takes."""
     kept: dict[int, int] = {}
     alive = []  # a storage that is freed gives its address to another
 
@@ -195,29 +209,40 @@ def test_what_training_keeps_stays_below_a_gigabyte_at_batch_8(monkeypatch):
 
     # a fourth of the batch, and a fourth of the limit: what is kept is in proportion
     monkeypatch.setattr(model_module, "KEPT_NUMBERS", model_module.KEPT_NUMBERS // 4)
-    model = CMIGNet(keypoints=256, iterations=1).train()
+    model = CMIGNet(keypoints=256).train()
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     source, truth = clouds(2, 768), turn()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(source, source, None, truth)
-    tensors = 4 * sum(size for pointer, size in kept.items() if pointer not in parameters)
-    # what one piece of a matching head, computed again, keeps: about 7 tensors like its first for all layers
-    again = 7 * 4 * 4 * model_module.KEPT_NUMBERS // 4
-    assert 2e8 < tensors + again < 1e9, f"{tensors / 1e6:.0f} + {again / 1e6:.0f} MB"
+    size = 4 * sum(size for pointer, size in kept.items() if pointer not in parameters)
+    assert 1e8 < size < 5e8, f"{size / 1e6:.0f} MB"
+
+
+def test_a_translation_changes_nothing_but_the_translation():
+    model, source, target = network().eval(), clouds(), clouds(seed=1)
+    shifts = torch.tensor([[0.5, -2.0, 1.0]]), torch.tensor([[3.0, 0.0, -0.5]])
+    with torch.no_grad():
+        here, there = model(source, target), model(source + shifts[0], target + shifts[1])
+    torch.testing.assert_close(here.rotation, there.rotation, atol=1e-3, rtol=0)
+    expected = here.translation + shifts[1] - shifts[0] @ here.rotation[0].mT
+    torch.testing.assert_close(there.translation[:1], expected[:1], atol=1e-3, rtol=0)
 
 
 def test_rows_computed_in_pieces_are_those_computed_at_once(monkeypatch):
     source, truth = clouds(), turn()
     results = []
-    for limit in (2**24, 2000):
+    for limit in (2**26, 32_000):
         monkeypatch.setattr(model_module, "KEPT_NUMBERS", limit)
         model = network().train()
         torch.manual_seed(1)
         loss = registration_loss(model(source, source, None, truth), source, source, truth)["loss"]
         loss.backward()
-        results.append((loss, model.matching[1].features.first.weight.grad, model.encoder.fuse.weight.grad))
+        with torch.no_grad():
+            found = model.eval()(source, source).rotation
+        gradients = (model.features.first.weight.grad, model.encoder.fuse.weight.grad)
+        results.append((loss, *gradients, model.matching[1].coordinates.first.weight.grad, found))
     for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one, other, atol=5e-5, rtol=1e-3)
 
 
 def test_a_saved_network_is_complete_by_itself(tmp_path):

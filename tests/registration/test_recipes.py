@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +17,17 @@ import torch
 from pointcmt.cli import main
 from pointcmt.recipes.register import NOT_TRUSTED, Cloud, read_cloud, write_cloud
 from pointcmt.registration import CMIGNet
+from pointcmt.studies.report import write_report
 from pointcmt.tasks.registration import rotation_errors
+from tests.registration.real import library
 from tests.registration.test_align import MOTION, apply, bumpy
 
-o3d = pytest.importorskip("open3d", reason="open3d is in the extra `registration`", exc_type=ImportError)
+o3d = library("open3d")
 
 TRAIN = [
     "train-registration", "--per-class", "2", "--test-per-class", "1", "--pair-points", "64",
     "--width", "0.06", "--keypoints", "16", "--iterations", "1", "--view-size", "8", "--views", "2",
-    "--batch-size", "8", "--epochs", "2", "--baselines", "icp", "--device", "cpu",
+    "--batch-size", "8", "--epochs", "2", "--baselines", "icp", "--device", "cpu", "--drawn", "6",
 ]  # fmt: skip
 
 
@@ -46,6 +53,23 @@ def test_training_prints_the_protocol_and_figures_beside_doing_nothing(finished,
     assert CMIGNet.load(finished / "registration.safetensors").config["points"] == 48
 
 
+def test_the_report_shows_pairs_curves_and_what_was_changed(finished, tmp_path):
+    curves = json.loads((finished / "curves.json").read_text())
+    assert set(curves["errors"]) == {"CMIGNet", "nothing", "icp"} and curves["noise"][0] == "0"
+    nothing = curves["errors"]["nothing"]
+    assert nothing["0"] == nothing["0.06"]  # noise moves no cloud, so doing nothing is as wrong with it
+    assert all(len(values) == len(curves["overlap"]) for values in nothing.values())
+    for name in ("one", "other"):
+        shutil.copytree(finished, tmp_path / "runs" / name)
+    config = json.loads((tmp_path / "runs/other/config.json").read_text())
+    config["config"]["network"]["mask"] = False
+    (tmp_path / "runs/other/config.json").write_text(json.dumps(config))
+    page = write_report(tmp_path / "runs").read_text()
+    assert "network.mask False" in page and page.count("data:image/png;base64,") == 4
+    error = json.loads((finished / "results.json").read_text())["test"]["CMIGNet"]["rotation_error"]
+    assert f"{error:.2f}" in page and "independent: 64 points" in page
+
+
 def test_a_stopped_run_resumes_to_the_same_bits(finished, tmp_path):
     out = ["--out", str(tmp_path / "run")]
     assert main([*TRAIN, *out, "--minutes", "0.000001"]) == 1  # stops after its first epoch
@@ -53,6 +77,26 @@ def test_a_stopped_run_resumes_to_the_same_bits(finished, tmp_path):
     whole = CMIGNet.load(finished / "registration.safetensors").state_dict()
     resumed = CMIGNet.load(tmp_path / "run" / "registration.safetensors").state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(finished, tmp_path):
+    out = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-m", "pointcmt", *TRAIN, "--out", str(out)], env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "state.pt").exists() and time.monotonic() < deadline:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (out / "results.json").exists()
+    assert main([*TRAIN, "--out", str(out), "--resume"]) == 0
+    whole, resumed = (json.loads((path / "results.json").read_text())["test"] for path in (finished, out))
+    assert whole == resumed
+    files = [CMIGNet.load(path / "registration.safetensors").state_dict() for path in (finished, out)]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
 @pytest.mark.parametrize(
@@ -103,7 +147,7 @@ def test_a_mesh_gives_points_on_its_surface(tmp_path):
 def test_what_is_written_is_what_is_read(tmp_path):
     points, normals = bumpy(20), bumpy(20, seed=1)
     colors = np.random.default_rng(0).integers(0, 256, (20, 3)) / 255
-    write_cloud(tmp_path / "cloud.ply", Cloud(points, normals, colors))
+    write_cloud(tmp_path / "cloud.ply", Cloud(points, normals, colors=colors))
     read = read_cloud(tmp_path / "cloud.ply")
     np.testing.assert_array_equal(read.points, points)
     np.testing.assert_allclose(read.normals, normals, atol=1e-6)
@@ -170,9 +214,9 @@ def test_points_that_are_not_finite_are_left_out_and_said(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "name", "words"),
     [
-        (b"", "a.ply", "holds no points"),
-        (b"", "a.npy", "not a readable array"),
-        (b"nothing", "a.pcd", "holds no points"),
+        (b"", "a.ply", "cannot be read as a mesh"),
+        (b"", "a.npy", "a.npy cannot be read"),
+        (b"nothing", "a.pcd", "has no DATA line"),
         (b"v 0 0 0", "a.obj", "1 finite points"),
         (b"0 0 0\n", "a.stl", "no known format"),
         (None, "a.ply", "no such file"),

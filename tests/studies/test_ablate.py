@@ -264,11 +264,56 @@ def test_the_side_studies_are_sound(name):
     assert "none" in made.methods and "hard" in made.tests
 
 
+@pytest.mark.parametrize("name", ["unlabelled", "unlabelled-details", "losses", "students", "princeton"])
+def test_the_studies_of_what_images_add_are_sound(name):
+    made = study.read_study(Path(__file__).resolve().parents[2] / f"benchmarks/configs/{name}.yaml")
+    assert "none" in made.methods and len(made.seeds) >= 3 and next(iter(made.students)) == "pointnet2"
+    assert all(method.guard == "none" for method in made.methods.values() if method.method != "none")
+    with_others = [n for n, m in made.methods.items() if m.method != "none" and m.unlabelled_ratio]
+    few = made.data.labels_per_class
+    if name in ("unlabelled", "students"):
+        assert few == 20 and with_others and "hard" in made.tests
+        assert (
+            made.views
+            == study.read_study(Path(__file__).resolve().parents[2] / "benchmarks/configs/cpu.yaml").views
+        )
+    elif name in ("unlabelled-details", "losses"):
+        # as many held out as labelled, to choose by
+        assert (few or made.data.per_class, made.data.holdout) == (40, 0.5)
+        assert bool(with_others and few) == (name == "unlabelled-details")
+    else:
+        assert made.data.dataset == "princeton36" and made.train["images"] == "runs/princeton/princeton36"
+    if name in ("students", "princeton"):
+        assert len(made.students) == 4 and len(made.seeds) >= 5
+        assert {"FE", "CE", "FE+CE", "Hinton", "SRRL", "FE+CE+Hinton"} <= made.methods.keys()
+
+
 def test_the_paired_interval_against_the_textbook():
     # n = 5, t(0.975, 4) = 2.776; differences 1 … 5: mean 3, sd 1.5811
     mean, half = paired_interval(np.array([1.0, 2, 3, 4, 5]))
     assert mean == 3 and half == pytest.approx(2.776 * 1.5811 / 5**0.5, rel=1e-3)
     assert paired_interval(np.array([1.0])) is None
+
+
+def test_what_stands_among_many_comparisons():
+    # Holm: 0.01 < 0.05/4, 0.016 < 0.05/3, and 0.03 > 0.05/2 ends it, though 0.04 < 0.05/1
+    assert tables.holm([0.04, 0.01, 0.03, 0.016]) == [False, True, False, True]
+    assert tables.holm([0.049]) == [True] and tables.holm([]) == []
+    # t = 3 / (1.5811 / sqrt 5) = 4.243 with 4 degrees of freedom
+    assert tables.p_value(np.array([1.0, 2, 3, 4, 5])) == pytest.approx(0.01324, abs=1e-4)
+    assert tables.p_value(np.array([2.0, 2.0])) == 0 and tables.p_value(np.array([0.0, 0.0])) == 1
+    assert tables.p_value(np.array([1.0])) == 1
+    assert tables.interval_text((4.0, 1.0), True) == "**+4.00 ± 1.00** †"
+    assert tables.interval_text((0.5, 1.0), True) == "+0.50 ± 1.00"
+    records = [record("net", "none", None, seed, 50 + seed) for seed in range(4)]
+    for method, gains in (("sure", (9.0, 9.1, 8.9, 9.2)), ("hardly", (1, 2, 0.2, 1)), ("not", (1, -1, 0, 1))):
+        records += [record("net", method, "t", s, 50 + s + gain) for s, gain in enumerate(gains)]
+    rows = rows_of(records, ["net"], ["none", "sure", "hardly", "not"], ["t"])
+    headings, lines = table_of(rows, ["test"])
+    said = {line[1]: line[headings.index("difference")] for line in lines[1:]}
+    assert said["sure"].endswith("** †") and said["not"][0] != "*"
+    # 0.067 by itself
+    assert tables.p_value(np.array([1, 2, 0.2, 1])) > 0.05 and "†" not in said["hardly"]
 
 
 @pytest.mark.parametrize(

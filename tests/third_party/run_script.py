@@ -9,8 +9,8 @@ checkout. The script's source is not touched; around it
   the script's own files (some refuse to run otherwise);
 * packages that it imports without needing them here are stubs.
 
-REPORT gets, as JSON, the total loss of every backward pass and, of every :meth:`PointCMT.loss`, what it
-returned and the objectives in it.
+REPORT gets, as JSON, the total loss of every backward pass and, of every :meth:`CrossModalTraining.loss`,
+what it returned and the objectives in it.
 """
 
 from __future__ import annotations
@@ -52,27 +52,27 @@ class Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def spied(report: dict[str, Any], stack: ExitStack) -> None:
-    backward, loss = torch.Tensor.backward, pointcmt.PointCMT.loss
-    leave = pointcmt.PointCMT.__exit__
+    backward, loss = torch.Tensor.backward, pointcmt.CrossModalTraining.loss
+    leave = pointcmt.CrossModalTraining.__exit__
 
     def spy_backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         report["totals"].append(self.item())
         backward(self, *args, **kwargs)
 
-    def spy_loss(self: pointcmt.PointCMT, **kwargs: Any) -> torch.Tensor:
+    def spy_loss(self: pointcmt.CrossModalTraining, **kwargs: Any) -> torch.Tensor:
         value = loss(self, **kwargs)
         report["taught"].append(value.item())
         report["objectives"].append(self.losses)
         report["adapter"] = self.adapter.name
         return value
 
-    def spy_leave(self: pointcmt.PointCMT, *args: Any) -> None:
+    def spy_leave(self: pointcmt.CrossModalTraining, *args: Any) -> None:
         leave(self, *args)
         report["left"] += 1
 
     stack.enter_context(mock.patch.object(torch.Tensor, "backward", spy_backward))
-    stack.enter_context(mock.patch.object(pointcmt.PointCMT, "loss", spy_loss))
-    stack.enter_context(mock.patch.object(pointcmt.PointCMT, "__exit__", spy_leave))
+    stack.enter_context(mock.patch.object(pointcmt.CrossModalTraining, "loss", spy_loss))
+    stack.enter_context(mock.patch.object(pointcmt.CrossModalTraining, "__exit__", spy_leave))
 
 
 def in_this_process(stack: ExitStack) -> None:

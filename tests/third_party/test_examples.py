@@ -29,6 +29,9 @@ DIFFS = {
 }
 
 
+PRETRAIN = ("yanx27", "antao97", "openpoints")
+
+
 def target_of(diff: Path) -> str:
     return next(
         line.removeprefix("+++ b/") for line in diff.read_text().splitlines() if line.startswith("+++ b/")
@@ -51,6 +54,16 @@ def test_a_diff_is_a_few_lines_and_uses_the_public_face(name):
     assert f"examples/{name}/pointcmt.diff" in (EXAMPLES / name / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", PRETRAIN)
+def test_a_diff_that_pre_trains_is_a_few_lines_and_uses_the_public_face(name):
+    diff = (EXAMPLES / name / "pretrain.diff").read_text()
+    added = [line[1:] for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++")]
+    assert len(added) <= 20
+    text = "\n".join(added)
+    assert "from pointcmt import ImageTeacher, PicAtPoint" in text and "pre.loss(views=" in text
+    assert f"examples/{name}/pretrain.diff" in (EXAMPLES / name / "README.md").read_text()
+
+
 @pytest.fixture(autouse=True)
 def no_stand_ins():
     from pointcmt import compat
@@ -59,12 +72,17 @@ def no_stand_ins():
     compat.uninstall()
 
 
-@pytest.mark.parametrize(("name", "marker"), DIFFS.items())
-def test_a_diff_applies_to_the_real_checkout(name, marker, repos, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "file", "call"),
+    [(name, "pointcmt.diff", "cmt.loss(") for name in DIFFS]
+    + [(name, "pretrain.diff", "pre.loss(") for name in PRETRAIN],
+)
+def test_a_diff_applies_to_the_real_checkout(name, file, call, repos, tmp_path):
+    marker = DIFFS[name]
     checkouts = [folder for folder in [repos, *sorted(repos.iterdir())] if (folder / marker).exists()]
     if not checkouts:
         pytest.skip(f"no checkout in {repos} holds {marker}")
-    diff = EXAMPLES / name / "pointcmt.diff"
+    diff = EXAMPLES / name / file
     copy = tmp_path / target_of(diff)
     copy.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(checkouts[0] / target_of(diff), copy)
@@ -72,7 +90,7 @@ def test_a_diff_applies_to_the_real_checkout(name, marker, repos, tmp_path):
     done = subprocess.run(["git", "apply", "-v", str(diff)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stderr} (checked at {commit_of(checkouts[0])})"
     source = copy.read_text()
-    assert "cmt.loss(" in source
+    assert call in source
     compile(source, str(copy), "exec")
 
 

