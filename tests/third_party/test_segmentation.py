@@ -25,7 +25,6 @@ from pointcmt import ops, students
 from pointcmt.adapters import find_adapter, verify_adapter
 from pointcmt.adapters.proof import observe
 from tests.third_party.catalogue import load
-from tests.third_party.cuda_on_cpu import cuda_on_cpu
 from tests.third_party.sandbox import checkout
 
 
@@ -186,8 +185,7 @@ def pair(request, tmp_path) -> Iterator[tuple[Public, nn.Module, nn.Module]]:
         else:
             if importlib.util.find_spec("openpoints") is None:
                 pytest.skip("openpoints is not installed: pip install openpoints (a development dependency)")
-            stack.enter_context(checkout(tmp_path))
-            stack.enter_context(cuda_on_cpu())
+            stack.enter_context(checkout(tmp_path, cuda_on_cpu=True))
         assert place is not None
         torch.manual_seed(0)
         theirs, ours = public.build(place), public.ours()
