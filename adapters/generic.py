@@ -187,25 +187,23 @@ def _gives(output: Tensor, flat: Tensor, log_softmax: bool) -> bool:
 
 def _outermost(module: nn.Module, passes: list[_Pass], seen: _Pass) -> _Pass:
     """The module around a linear layer that is part of the same layer: LoRA's, with its own parameters."""
-    while "." in seen.path:
-        path = seen.path.rpartition(".")[0]
+    path = seen.path
+    while "." in path:
+        path = path.rpartition(".")[0]
         around = next((other for other in passes if other.path == path), None)
+        if around is None:
+            # LoRA keeps its layers in dictionaries, which are never called
+            if isinstance(module.get_submodule(path), (nn.ModuleDict, nn.ModuleList)):
+                continue
+            break
         same = (
-            around is not None
-            and around.input.shape == seen.input.shape
+            around.input.shape == seen.input.shape
             and torch.equal(around.input, seen.input)
             and around.output.shape == seen.output.shape
         )
-        if not same:
-            # LoRA keeps its layers in dictionaries, which are never called
-            if isinstance(module.get_submodule(path), (nn.ModuleDict, nn.ModuleList)):
-                seen = seen._replace(path=path)
-                continue
-            break
         own = {id(p) for p in module.get_submodule(path).parameters()}
         inner = {id(p) for p in module.get_submodule(seen.path).parameters()}
-        assert around is not None
-        if own == inner:
+        if not same or own == inner:
             break
         seen = around
     return seen

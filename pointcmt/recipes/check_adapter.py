@@ -476,12 +476,12 @@ def _why_not_imported(target: str, option: str, error: ImportError) -> str:
     if missing in compat.STAND_INS or missing.split(".")[0] in compat.STAND_INS:
         return text + "pointcmt stands in for it only where that is allowed (stand_ins=True)"
     text += f"{target} itself was found, and imports {missing or 'something'}, which is not there"
-    folder = _folder_with(missing.partition(".")[0]) if missing else None
-    if folder is None:
+    holds_it = _folder_with(missing.partition(".")[0]) if missing else None
+    if holds_it is None:
         return text + ": install it"
     return text + (
-        f" but in {folder}: go there and give {option} as it is seen from there, or put that folder on the "
-        f"path (PYTHONPATH={folder})"
+        f" but in {holds_it}: go there and give {option} as it is seen from there, or put that folder on the "
+        f"path (PYTHONPATH={holds_it})"
     )
 
 

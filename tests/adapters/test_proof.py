@@ -379,6 +379,18 @@ def test_low_rank_updates_of_the_classifier_are_part_of_it(zero):
     assert report.feature_path == "head" and report.feature_shape == (BATCH, FEATURE)
 
 
+def test_a_layer_in_a_list_that_is_never_called_is_that_layer():
+    class Listed(Student):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(FEATURE, FEATURE), nn.Linear(FEATURE, CLASSES)])
+
+        def forward(self, points):
+            return self.layers[1](self.layers[0](self.feature(points)).relu())
+
+    assert verify_adapter(Listed(), batch(0)[0]).feature_path == "layers.1"
+
+
 class Own(nn.Module):
     """A linear layer of one's own class, as PyTorch Geometric's."""
 
