@@ -18,6 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tests.third_party.cuda_on_cpu import cuda_on_cpu
 from torch import Tensor, nn
 
 from benchmarks._public_students import _first_point, _imported, _TorchWithoutCuda
@@ -25,7 +26,6 @@ from pointcmt import ops, students
 from pointcmt.adapters import find_adapter, verify_adapter
 from pointcmt.adapters.proof import observe
 from tests.third_party.catalogue import load
-from tests.third_party.cuda_on_cpu import cuda_on_cpu
 from tests.third_party.sandbox import checkout
 
 

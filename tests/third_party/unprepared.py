@@ -1,4 +1,4 @@
-"""Public classifiers that pointcmt has no adapter of: whatever they need is what a new user's network needs."""
+"""Public classifiers that pointcmt has no adapter of: what they need is what a new user's network needs."""
 
 from __future__ import annotations
 
