@@ -1,7 +1,7 @@
 """The record of what the conformance suite ran, and the tables in docs/adapters.md that are written from it.
 
-``python -m tests.third_party.table`` writes them again; a test holds the page to the record. ``--scan DIR`` looks
-through checkouts for what they import, and records that first.
+``python -m tests.third_party.table`` writes them again, and a test holds the page to the record; with
+``--scan DIR`` it looks through checkouts for what they import, and records that first.
 """
 
 from __future__ import annotations
