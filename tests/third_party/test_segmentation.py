@@ -18,7 +18,6 @@ from unittest import mock
 
 import pytest
 import torch
-from tests.third_party.cuda_on_cpu import cuda_on_cpu
 from torch import Tensor, nn
 
 from benchmarks._public_students import _first_point, _imported, _TorchWithoutCuda
@@ -186,8 +185,7 @@ def pair(request, tmp_path) -> Iterator[tuple[Public, nn.Module, nn.Module]]:
         else:
             if importlib.util.find_spec("openpoints") is None:
                 pytest.skip("openpoints is not installed: pip install openpoints (a development dependency)")
-            stack.enter_context(checkout(tmp_path))
-            stack.enter_context(cuda_on_cpu())
+            stack.enter_context(checkout(tmp_path, cuda_on_cpu=True))
         assert place is not None
         torch.manual_seed(0)
         theirs, ours = public.build(place), public.ours()
