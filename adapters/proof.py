@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from pointcmt.adapters._untouched import (
     copied,
+    gather_sharded,
     is_sharded,
     quiet_evaluation,
     untouched,
@@ -149,7 +150,7 @@ def verify_call(
         return _warned(module, _prove(module, generic_adapter(module, given), run))
     try:
         report = _prove(module, named, run)
-    except AdapterError as error:
+    except Exception as error:  # also of a tap or a classifier that looks for what this network lacks
         try:
             report = _prove(module, generic_adapter(module, given), run)
         except Exception:
@@ -253,7 +254,8 @@ def fit_adapter(
                 return module(*copy_args, **copy_kwargs)
 
             with quiet_evaluation(module):
-                _exchanged(module, _buffers_of(module), run)
+                output = _exchanged(module, _buffers_of(module), run)
+            _require_batch(adapter, output, len(clouds))
         except Exception as error:
             failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
@@ -272,6 +274,17 @@ def fit_adapter(
         "own layout: pointcmt.adapters.INPUT_LAYOUTS['mine'] = lambda points: <a tensor, or a tuple of "
         "arguments>, then layout='mine'."
     )
+
+
+def _require_batch(adapter: Adapter | str | None, output: Any, clouds: int) -> None:
+    """A layout that a network takes for another may run, with the clouds joined to one."""
+    find = adapter.logits if isinstance(adapter, Adapter) else first_tensor
+    try:
+        scores = find(output)
+    except AdapterError:  # which part of the output they are is not known yet
+        return
+    if scores.ndim < 2 or len(scores) != clouds:
+        raise ValueError(f"it gives {list(scores.shape)} for {clouds} clouds")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -335,8 +348,7 @@ def _compared(module: nn.Module, adapter: Adapter, run: Callable[[], Any], when:
     local_shape, global_shape = _prove_taps(module, adapter, seen, len(feature), help_)
     if logits is None:
         return _Compared(feature, None, 0.0, 0.0, False, local_shape, global_shape)
-    if is_sharded(next(module.parameters(), feature)) and hasattr(module, "unshard"):
-        module.unshard()  # FSDP2 gave the parameters back when the pass ended
+    gather_sharded(module)
     again = _classified(module, adapter, feature, logits, where, help_)
     difference, tolerance = _difference(again, logits), _tolerance(feature, logits)
     # `not <=` so that NaN fails too

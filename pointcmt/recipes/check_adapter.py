@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,8 +221,8 @@ def check_network(
         clouds = _clouds(points, 6, batch, seed).to(where)
         try:
             report = fit_adapter(network, clouds, adapter, layout)
-        except NoLayout:
-            raise error from None
+        except NoLayout as other:
+            raise NoLayout(f"{other}\nWith 3 channels: {error}") from None
     chosen = report.adapter
     if report.logits_shape is None:
         raise ValueError(
@@ -434,6 +435,8 @@ def imported(target: str, option: str = "--import") -> ModuleType:
             return importlib.import_module(target)
         except ImportError as error:
             raise ValueError(_why_not_imported(target, option, error)) from error
+        except Exception as error:
+            raise ValueError(_failed(f"{option} {target} fails while it is imported", error)) from error
     path = Path(target)
     if not path.is_file():
         raise ValueError(f"there is no file {path.resolve()}, which {option} names")
@@ -443,10 +446,19 @@ def imported(target: str, option: str = "--import") -> ModuleType:
     sys.modules[path.stem] = module  # the code may import itself by name
     try:
         spec.loader.exec_module(module)
-    except ImportError as error:
+    except Exception as error:
         del sys.modules[path.stem]
-        raise ValueError(_why_not_imported(target, option, error)) from error
+        if isinstance(error, ImportError):
+            raise ValueError(_why_not_imported(target, option, error)) from error
+        raise ValueError(_failed(f"{option} {target} fails while it is imported", error)) from error
     return module
+
+
+def _failed(what: str, error: Exception) -> str:
+    """With the last place in the user's code, which a message without a traceback does not show."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{what}: {type(error).__name__}: {error}{place}"
 
 
 def _why_not_imported(target: str, option: str, error: ImportError) -> str:
@@ -463,18 +475,35 @@ def _why_not_imported(target: str, option: str, error: ImportError) -> str:
         )
     if missing in compat.STAND_INS or missing.split(".")[0] in compat.STAND_INS:
         return text + "pointcmt stands in for it only where that is allowed (stand_ins=True)"
+    text += f"{target} itself was found, and imports {missing or 'something'}, which is not there"
+    folder = _folder_with(missing.partition(".")[0]) if missing else None
+    if folder is None:
+        return text + ": install it"
     return text + (
-        f"{target} itself was found, and imports {missing or 'something'} that is not there: install it, or "
-        "check from the folder that the codebase's own scripts run in"
+        f" but in {folder}: go there and give {option} as it is seen from there, or put that folder on the "
+        f"path (PYTHONPATH={folder})"
     )
+
+
+def _folder_with(module: str) -> Path | None:
+    """A folder above or below the one at hand, never that one, which holds a module of that name."""
+    here = Path.cwd()
+    below = [path.parent for path in sorted(here.rglob(f"{module}.py"))]
+    below += [path.parent for path in sorted(here.rglob(module)) if any(path.glob("*.py"))]
+    above = [
+        folder
+        for folder in here.parents[:3]
+        if (folder / f"{module}.py").is_file() or any((folder / module).glob("*.py"))
+    ]
+    return next((folder for folder in [*above, *below] if folder != here), None)
 
 
 def _called(factory: Callable[..., Any], arguments: str, spec: str) -> Any:
     names = {"torch": torch, "nn": nn, "SimpleNamespace": SimpleNamespace, "_factory": factory}
     try:
         return eval(f"_factory({arguments})", names)  # the user's own command line
-    except (TypeError, SyntaxError, NameError, AttributeError, KeyError, AssertionError) as error:
+    except Exception as error:
+        what = f"{spec} cannot be built as {spec.rpartition(':')[2]}({arguments})"
         raise ValueError(
-            f"{spec} cannot be built as {spec.rpartition(':')[2]}({arguments}): {error}. Give its arguments "
-            "by init (--init '40, normal_channel=False')"
+            f"{_failed(what, error)}. Give its arguments by init (--init '40, normal_channel=False')"
         ) from error

@@ -1,6 +1,6 @@
 """The third-party networks that the conformance suite knows: where each is, how it is built, what it needs.
 
-A codebase is found by a file that only it has, whatever its folder is called.
+A codebase is found by a file that few others have; a folder of its name comes first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Case:
         codebase: owner/name of the public repository.
         label: the class, as the table shows it.
         marker: a file of the checkout that tells the codebase; ``find`` looks for it.
-        adapter: name of the adapter that must be found.
+        adapter: name of the adapter that must be found; of those that are not ``unprepared``.
         build: makes the network, inside :func:`tests.third_party.sandbox.checkout`.
         paths: folders to put on ``sys.path``.
         stubs: packages imported there but not needed here.
@@ -60,11 +60,11 @@ class Case:
     needs: tuple[str, ...] = ()
 
     def find(self, repos: Path) -> Path | None:
-        """The checkout in ``repos`` (or ``repos`` itself) that holds the marker."""
-        for folder in [repos, *sorted(path for path in repos.iterdir() if path.is_dir())]:
-            if (folder / self.marker).exists():
-                return folder
-        return None
+        """The checkout in ``repos`` that holds the marker, one of that name first; or ``repos`` itself."""
+        name = self.codebase.rpartition("/")[2]
+        folders = sorted(path for path in repos.iterdir() if path.is_dir())
+        folders.sort(key=lambda folder: folder.name not in (name, self.codebase.replace("/", "+")))
+        return next((folder for folder in [*folders, repos] if (folder / self.marker).exists()), None)
 
 
 def commit_of(folder: Path) -> str:

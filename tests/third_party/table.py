@@ -1,14 +1,11 @@
 """The record of what the conformance suite ran, and the tables in docs/adapters.md that are written from it.
 
-``python -m tests.third_party.table`` writes them again, and a test holds the page to the record; with
-``--scan DIR`` it looks through checkouts for what they import, and records that first.
+``python -m tests.third_party.table`` writes them again; a test holds the page to the record.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +13,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "third_party" / "classes.json"
-OTHERS = ("pytorch3d", "torch_cluster", "torch_points_kernels", "MinkowskiEngine", "spconv", "cpp_wrappers")
 IMPORTS = ROOT / "benchmarks" / "results" / "third_party" / "extensions.json"
 PAGE = ROOT / "docs" / "adapters.md"
 
@@ -71,8 +67,8 @@ def classes(rows: list[Row]) -> str:
     devices = " and ".join(sorted({"a CPU" if row.device == "cpu" else "a GPU" for row in rows}))
     lines = [
         f"{len(rows)} classes of {codebases} codebases, on {devices}: {len(free)} need no help, "
-        f"{len(unknown)} of them through the generic adapter. "
-        f"Refused: {sum(bool(row.failure) for row in rows)}. With local features: {len(local)}.",
+        f"{len(unknown)} of them through the generic adapter; {sum(bool(row.failure) for row in rows)} do "
+        f"not pass; {len(local)} have local features.",
         "",
         "| codebase | class | classifier | local features | help needed |",
         "|---|---|---|---|---|",
@@ -87,7 +83,7 @@ def classes(rows: list[Row]) -> str:
 def imports(record: Mapping[str, Any]) -> str:
     """The table of extensions that public code imports."""
     lines = [
-        f"Of {record['codebases']} checkouts of public repositories so many import each:",
+        f"Of {record['codebases']} codebases so many import each:",
         "",
         "| extension | codebases | stand-in |",
         "|---|---|---|",
@@ -95,28 +91,6 @@ def imports(record: Mapping[str, Any]) -> str:
     for name, entry in record["extensions"].items():
         lines.append(f"| `{name}` | {entry['codebases']} | {'yes' if entry['stand_in'] else '–'} |")
     return "\n".join(lines)
-
-
-def scan(folder: Path) -> dict[str, Any]:
-    """In how many of the checkouts in ``folder`` some Python file imports each compiled extension."""
-    from pointcmt.compat import STAND_INS
-
-    checkouts = sorted(path for path in folder.iterdir() if path.is_dir())
-    found: dict[str, set[str]] = {name: set() for name in [*STAND_INS, *OTHERS]}
-    patterns = {name: re.compile(rf"^\s*(?:import|from)\s+{re.escape(name)}\b", re.M) for name in found}
-    for checkout in checkouts:
-        for file in checkout.rglob("*.py"):
-            text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-            for name, pattern in patterns.items():
-                if pattern.search(text):
-                    found[name].add(checkout.name)
-    counted = sorted(((name, len(those)) for name, those in found.items()), key=lambda pair: -pair[1])
-    return {
-        "codebases": len(checkouts),
-        "extensions": {
-            name: {"codebases": count, "stand_in": name in STAND_INS} for name, count in counted if count
-        },
-    }
 
 
 def tables() -> dict[str, str]:
@@ -147,9 +121,4 @@ def write(path: Path = PAGE) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scan", type=Path, metavar="DIR", help="checkouts to look through first")
-    folder = parser.parse_args().scan
-    if folder is not None:
-        IMPORTS.write_text(json.dumps(scan(folder), indent=1) + "\n")
     write()

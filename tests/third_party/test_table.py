@@ -1,4 +1,4 @@
-"""The record of what ran, and the tables that docs/adapters.md shows of it."""
+"""The record of what ran, and the page that is written from it."""
 
 from __future__ import annotations
 
@@ -6,71 +6,73 @@ import dataclasses
 
 import pytest
 
+from pointcmt.compat import STAND_INS
 from tests.third_party import table
-from tests.third_party.table import Row
+from tests.third_party.extensions import search
+from tests.third_party.table import Row, between, classes, keep, read, tables, write
 
 ROW = Row(
-    "owner/name",
-    "abc123",
-    "Net",
-    "net",
-    "512-d, input of `drop`",
-    "B3N",
-    3,
-    "",
-    "",
-    "",
-    1_480_000,
-    "cpu",
-    False,
+    codebase="owner/name",
+    commit="abc123",
+    label="Net",
+    adapter="generic",
+    feature="512-d, input of `drop`",
+    layout="B3N",
+    channels=3,
+    local="64 of 384-d",
+    help="",
+    failure="",
+    parameters=1_480_000,
+    device="cpu",
+    redirected=False,
 )
 
 
 def test_the_page_shows_the_record():
-    page = table.PAGE.read_text(encoding="utf-8")
-    for name, text in table.tables().items():
-        assert table.between(page, name) == text, "run: python -m tests.third_party.table"
+    for name, expected in tables().items():
+        assert between(table.PAGE.read_text(), name) == expected
 
 
-def test_a_later_run_takes_the_place_of_an_earlier_one_of_the_same_class(tmp_path):
-    record = tmp_path / "classes.json"
-    table.keep([ROW, dataclasses.replace(ROW, label="Net (big)")], record)
-    table.keep([dataclasses.replace(ROW, commit="def456"), dataclasses.replace(ROW, device="cuda")], record)
-    assert [(row.label, row.commit, row.device) for row in table.read(record)] == [
-        ("Net", "def456", "cpu"),
-        ("Net", "abc123", "cuda"),
-        ("Net (big)", "abc123", "cpu"),
-    ]
+def test_the_record_is_of_enough_classes_and_most_need_no_help():
+    rows = read()
+    assert len(rows) >= 55 and len({row.codebase for row in rows}) >= 35
+    assert sum(not row.help and not row.failure for row in rows) >= 50
 
 
-def test_the_table_counts_what_needs_help_and_what_does_not_pass():
-    rows = [
-        ROW,
-        dataclasses.replace(ROW, label="B", adapter="generic", local="64 of 32-d"),
-        dataclasses.replace(ROW, label="C", help="3 lines: feature="),
-        dataclasses.replace(ROW, label="D", adapter="", feature="", failure="no single layer classifies"),
-    ]
-    text = table.classes(rows)
-    assert "4 classes of 1 codebases, on a CPU: 2 need no help, 1 of them through the generic adapter" in text
-    assert "Refused: 1. With local features: 1." in text
-    assert "| owner/name `abc123` | B | `generic`: 512-d, input of `drop` | 64 of 32-d | none |" in text
-    assert "| owner/name `abc123` | D | no single layer classifies | – | none |" in text
+def test_rows_join_what_is_there_or_take_its_place(tmp_path):
+    record = tmp_path / "folder" / "classes.json"
+    keep([ROW], record)
+    keep([dataclasses.replace(ROW, device="cuda"), dataclasses.replace(ROW, commit="def456")], record)
+    assert [(row.device, row.commit) for row in read(record)] == [("cpu", "def456"), ("cuda", "abc123")]
+
+
+def test_a_class_with_help_and_one_that_fails_are_counted_and_shown():
+    helped = dataclasses.replace(ROW, label="Helped", adapter="own", help="an adapter", local="")
+    failed = dataclasses.replace(ROW, label="Failed", adapter="", failure="does not run: why")
+    text = classes([ROW, helped, failed])
+    assert "3 classes of 1 codebases, on a CPU: 1 need no help, 1 of them through the generic" in text
+    assert "| owner/name `abc123` | Net | `generic`: 512-d, input of `drop` | 64 of 384-d | none |" in text
+    assert "| Helped | `own`: 512-d, input of `drop` | – | an adapter |" in text
+    assert "| Failed | does not run: why |" in text
 
 
 def test_a_page_without_markers_is_an_error(tmp_path):
     (tmp_path / "other.md").write_text("# No markers\n")
     with pytest.raises(ValueError, match="has no line"):
-        table.write(tmp_path / "other.md")
+        write(tmp_path / "other.md")
 
 
-def test_what_checkouts_import_is_counted_once_each(tmp_path):
-    for name, text in (("a", "import chamfer\nfrom pointnet2_ops import x\n"), ("b", "    import chamfer\n")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "one.py").write_text(text)
-        (tmp_path / name / "two.py").write_text("import chamfer_of_ours\nimport chamfer\n")
-    found = table.scan(tmp_path)
+def test_the_search_finds_what_is_built_and_imported(tmp_path):
+    (tmp_path / "owner+one").mkdir()
+    (tmp_path / "one").mkdir()  # the same codebase again
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "setup.py").write_text("CUDAExtension('own_cuda', [])")
+    (tmp_path / "two" / "old.py").write_text("import own_cuda\nimport chamfer\nprint 'of another age'\n")
+    for folder in ("owner+one", "one"):
+        (tmp_path / folder / "net.py").write_text("from pointnet2_ops import pointnet2_utils\nimport os\n")
+    found = search(tmp_path)
     assert found["codebases"] == 2
-    assert found["extensions"] == {
-        "chamfer": {"codebases": 2, "stand_in": True},
-        "pointnet2_ops": {"codebases": 1, "stand_in": True},
-    }
+    counts = {name: entry["codebases"] for name, entry in found["extensions"].items()}
+    assert counts["own_cuda"] == counts["chamfer"] == counts["pointnet2_ops"] == 1 and "os" not in counts
+    assert set(STAND_INS) <= set(counts) and counts["knn_cuda"] == 0
+    assert found["extensions"]["chamfer"]["stand_in"] and not found["extensions"]["own_cuda"]["stand_in"]

@@ -1,4 +1,4 @@
-"""Public classifiers that pointcmt has no adapter of: what they need is what a new user's network needs."""
+"""Public classifiers that pointcmt has no adapter of: they stand for the network that a user brings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TOKENS = {
 
 
 def _case(codebase: str, label: str, marker: str, build: Callable[[], nn.Module], **rest: Any) -> Case:
-    common: Mapping[str, Any] = {"adapter": "generic", "layout": "", "unprepared": True}
+    common: Mapping[str, Any] = {"adapter": "", "layout": "", "unprepared": True}
     return Case(codebase=codebase, label=label, marker=marker, build=build, **{**common, **rest})
 
 
@@ -56,7 +56,7 @@ def _transformers() -> Iterator[Case]:
         lambda: load("models.act:PointTransformer")(
             Config(_TOKENS, embed_dim=384, transfer_type="full", type="full")
         ),
-        adapter="point-mae",
+        stubs={"mmcv": {}, "mmcv.utils": {"collect_env": None, "get_git_hash": None}},
     )
     yield _case(
         "CGuangyan-BIT/PointGPT",
@@ -69,7 +69,7 @@ def _transformers() -> Iterator[Case]:
         "PointTransformer (fine-tuning)",
         "models/ReCon.py",
         lambda: load("models.transformer:PointTransformer")(
-            Config(_TOKENS, embed_dim=384, type="full", transfer_type="full")
+            Config(_TOKENS, trans_dim=384, embed_dim=384, type="full", transfer_type="full")
         ),
         stubs={"clip": {"clip": None}},
     )
@@ -89,6 +89,7 @@ def _convolutions() -> Iterator[Case]:
         "PointConvDensityClsSsg",
         "model/pointconv.py",
         lambda: load("model.pointconv:PointConvDensityClsSsg")(num_classes=40),
+        stubs={"sklearn.neighbors.kde": {"KernelDensity": None}},
     )
     yield _case(
         "cszyzhang/riconv2",
@@ -96,20 +97,10 @@ def _convolutions() -> Iterator[Case]:
         "models/riconv2_cls.py",
         lambda: load("riconv2_cls:get_model")(40, 2, normal_channel=True),
         paths=(".", "models"),
-        channels=6,
         hard_codes_cuda=True,
+        refused="This function was deprecated since version 1.9 and is now removed",
+        note="does not run on current PyTorch: it calls `torch.symeig`",
     )
-    for kind in ("DGCNN", "PointNet"):
-        yield _case(
-            "CVMI-Lab/PAConv",
-            f"PAConv ({kind})",
-            "obj_cls/model/DGCNN_PAConv.py",
-            lambda kind=kind: load(f"model.{kind}_PAConv:PAConv")(
-                Config(k_neighbors=20, calc_scores="softmax", num_matrices=[8, 8, 8, 8], dropout=0.5)
-            ),
-            paths=("obj_cls",),
-            stubs={"cuda_lib.functional": {"assign_score_withk": None}, "cuda_lib": {}},
-        )
     yield _case(
         "yahuiliu99/PointConT",
         "PointConT_cls",
@@ -120,26 +111,15 @@ def _convolutions() -> Iterator[Case]:
                 local_size=[16] * 5, patch_dim=[3, 64, 128, 256, 512, 1024], num_heads=4, dropout=0.5,
             )
         ),
+        hard_codes_cuda=True,
     )  # fmt: skip
     yield _case(
         "ZrrSkywalker/Point-NN",
         "Point_PN_mn40",
         "models/point_pn.py",
         lambda: load("models.point_pn:Point_PN_mn40")(),
+        hard_codes_cuda=True,
     )
-    yield _case(
-        "lightaime/deep_gcns_torch",
-        "DeepGCN (ModelNet40)",
-        "examples/modelnet_cls/architecture.py",
-        lambda: load("examples.modelnet_cls.architecture:DeepGCN")(
-            _args(
-                n_filters=64, k=9, act="relu", norm="batch", bias=True, epsilon=0.2, use_stochastic=True,
-                conv="edge", emb_dims=1024, n_blocks=4, in_channels=3, block="res", use_dilation=True,
-                dropout=0.5, n_classes=40,
-            )
-        ),
-        paths=(".", "examples/modelnet_cls"),
-    )  # fmt: skip
     for kind in ("cls_ssg", "cls_msg"):
         yield _case(
             "zhulf0804/Pointnet2.PyTorch",
@@ -166,27 +146,14 @@ _EDGES = {"k": 20, "emb_dims": 1024, "dropout": 0.5, "num_points": 1024}
 
 
 def _edge_convolutions() -> Iterator[Case]:
-    yield _case(
-        "EzraZephyr/3D_Classification-DGCNN",
-        "DGCNN",
-        "utils_en/DGCNN.py",
-        lambda: load("DGCNN:DGCNN")(64, 20, 40),
-        paths=("utils_en",),
-        hard_codes_cuda=True,
-    )
     for name in ("DGCNNCls_vanilla", "DGCNNCls_vanilla_2"):
         yield _case(
             "ToughStoneX/DGCNN",
             name,
             "Model/dynami_graph_cnn.py",
             lambda name=name: load(f"Model.dynami_graph_cnn:{name}")(40),
+            stubs={"torchsummary": {"summary": None}},
         )
-    yield _case(
-        "kentechx/x-dgcnn",
-        "DGCNN_Cls",
-        "x_dgcnn/dgcnn.py",
-        lambda: load("x_dgcnn.dgcnn:DGCNN_Cls")(3, 40, 20, dropout=0.5),
-    )
     yield _case(
         "ShiQiu0419/GBNet",
         "GBNet",
@@ -207,7 +174,6 @@ def _edge_convolutions() -> Iterator[Case]:
         "DGCNN",
         "models/DGCNN.py",
         lambda: load("models.DGCNN:DGCNN")(_args(**_EDGES)),
-        adapter="dgcnn",
         hard_codes_cuda=True,
     )
     yield _case(
@@ -215,7 +181,6 @@ def _edge_convolutions() -> Iterator[Case]:
         "DGCNN_cls",
         "model.py",
         lambda: load("model:DGCNN_cls")(_args(**_EDGES)),
-        adapter="dgcnn",
         hard_codes_cuda=True,
     )
     yield _case(
@@ -231,7 +196,7 @@ def _edge_convolutions() -> Iterator[Case]:
         "ClassificationNet",
         "model.py",
         lambda: load("model:ClassificationNet")(
-            _args(k=20, feat_dims=512, dropout=0.5, **{"encoder": "dgcnn_cls"})
+            _args(k=20, feat_dims=512, dropout=0.5, encoder="dgcnn_cls", eval=False)
         ),
         hard_codes_cuda=True,
     )
@@ -269,6 +234,7 @@ def _pointnets() -> Iterator[Case]:
         "PointNet",
         "Model/pointnet.py",
         lambda: load("Model.pointnet:PointNet")(40),
+        stubs={"torchsummary": {"summary": None}},
     )
     yield _case(
         "halimacc/pointnet3", "PointNetCls", "transform_nets.py", lambda: load("pointnet:PointNetCls")()
@@ -291,21 +257,6 @@ def _pointnets() -> Iterator[Case]:
         "PointNet",
         "source/model.py",
         lambda: load("source.model:PointNet")(),
-    )
-    yield _case(
-        "afterthat97/PointNet",
-        "PointNetCls",
-        "models/pointnet_cls.py",
-        lambda: load("models.pointnet_cls:PointNetCls")(40),
-        hard_codes_cuda=True,
-    )
-    yield _case(
-        "vinits5/learning3d",
-        "Classifier (PointNet)",
-        "models/classifier.py",
-        lambda: load("models.classifier:Classifier")(load("models.pointnet:PointNet")(use_bn=True)),
-        paths=(".",),
-        stubs={"open3d": {}, "ops": {}, "ops.transform_functions": {}, "utils": {}},
     )
     for pool in ("mean", "max", "max1"):
         yield _case(
@@ -334,7 +285,7 @@ UNPREPARED: tuple[Case, ...] = (
 
 def geometric_cases() -> Iterator[Case]:
     """Networks of PyTorch Geometric's own parts: those that need none of its compiled companions."""
-    yield _case("pyg-team/pytorch_geometric", "MLP, max pooling, MLP", "", geometric_pointnet, layout="data")
+    yield _case("pyg-team/pytorch_geometric", "MLP, max pooling, MLP", "", geometric_pointnet)
 
 
 def geometric_pointnet() -> nn.Module:
