@@ -202,6 +202,8 @@ def _as_colors(values: np.ndarray) -> np.ndarray:
 
 
 def _arrays(found: dict[str, np.ndarray]) -> LabelledCloud:
+    if set(found) == {"array"}:  # as arrays are cached
+        return _columns(found["array"])
     if "points" not in found:
         raise ValueError(f"holds arrays {sorted(found)}; expected points, labels, and maybe colors, normals")
     points, colors = found["points"], found.get("colors")
