@@ -307,7 +307,7 @@ def variants(model: CMIGNet, study: Study, shapes: Shapes, protocol: str) -> dic
         model.significance = own[2]
     model.keypoints = own[0]
     for count in range(1, len(own[1])):
-        model.matching = own[1][:count]  # type: ignore[assignment]
+        model.matching = own[1][:count]
         say(f"iterations {count}")
     model.matching = own[1]
     if model.images == "observed" and model.fusion is not None:

@@ -274,8 +274,8 @@ def evidence(folder: Path = RESULTS / "registration", study: Study | None = None
         "*same*: test shapes of the training categories; *unseen*: of the other 20; *noise*: those with "
         f"σ = {study.noise:g} on coordinates. Each baseline's voxel is the best of five on training pairs. "
         "*The protocol's mean motion* sees no cloud but their centres: angles of these protocols are "
-        "one-sided, so a method "
-        "above that row has found nothing.",
+        "one-sided, so a mean "
+        "above that row is worse than not looking at the clouds.",
         protocols(records),
         against_baselines(records),
         denser(records),
