@@ -28,8 +28,8 @@ name                        who imports it
 ``torch_scatter``           OpenPoints, DeepGCNs, torch-points3d, where it is not installed
 ==========================  =========================================================================
 
-The list follows from a search of what public code imports: ``benchmarks/results/extensions.json``, shown in
-docs/adapters.md. A real package that can be imported is left alone unless ``force=True``.
+The list follows from a search of what public code imports: ``benchmarks/results/third_party/``, shown
+in docs/adapters.md. A real package that can be imported is left alone unless ``force=True``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``torch_scatter`` (rusty1s/pytorch_scatter) over PyTorch's own scattering: what public networks call of it.
 
 ``index`` may have fewer dimensions than ``src``: it is expanded as there. Without ``out`` and ``dim_size``
-the result is as long as the largest index says. The compiled package is faster on long inputs.
+the result is as long as the largest index says.
 """
 
 from __future__ import annotations
