@@ -5,6 +5,7 @@
 # make test-torch TORCH=2.6.0   the suite on another torch, in an environment of its own
 # make exhaust  the EMD against the exact optimum on CASES=1000000 random and adversarial pairs, on all cores;
 #             begun again, it goes on where it was
+# make fuzz   MINUTES=10 of damaged files through every reader; begun again, it goes on where it was
 # Every target does its own set-up in .venv.
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ SOURCES := $(wildcard csrc/*)
 TORCHVISION_2.6.0 := 0.21.0
 TORCHVISION_2.9.1 := 0.24.1
 
-.PHONY: demo test test-torch bench exhaust lint types cuda-compile clean
+.PHONY: demo test test-torch bench exhaust fuzz lint types cuda-compile clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.dependencies: pyproject.toml
@@ -78,6 +79,9 @@ bench: $(STAMP)
 
 exhaust: $(STAMP)
 	$(BIN)/python -m benchmarks.exhaust $(if $(CASES),--cases $(CASES))
+
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz.run --minutes $(or $(MINUTES),10) --out benchmarks/results/reliability/fuzz.json
 
 clean:
 	rm -rf build $(VENV) pointcmt/*.so *.egg-info

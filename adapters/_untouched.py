@@ -142,15 +142,30 @@ def why_not_exchangeable(module: nn.Module) -> str | None:
     for child in module.modules():
         if isinstance(child, torch.jit.ScriptModule):
             return "it is compiled by TorchScript"
-        if type(child).__name__ == "FullyShardedDataParallel":
+        if type(child).__name__ == "FullyShardedDataParallel" or _is_fully_sharded(child):
             return "its parameters are sharded (FSDP)"
     if any(is_sharded(parameter) for parameter in module.parameters()):
         return "its parameters are sharded (DTensor)"
     return None
 
 
+def _is_fully_sharded(module: nn.Module) -> bool:
+    """By its class: after a pass its parameters may be whole for a while."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
 def is_sharded(tensor: Tensor) -> bool:
     return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+
+
+def gather_sharded(module: nn.Module) -> None:
+    """Gathers the parameters that FSDP2 sharded for the whole network: its layers are run outside of a pass.
+
+    FSDP2 gives them back by itself when the next pass or its backward pass ends. Parts that are sharded by
+    themselves gather their own when they are called.
+    """
+    if hasattr(module, "unshard") and any(is_sharded(parameter) for parameter in module.parameters()):
+        module.unshard()
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -186,25 +187,23 @@ def _gives(output: Tensor, flat: Tensor, log_softmax: bool) -> bool:
 
 def _outermost(module: nn.Module, passes: list[_Pass], seen: _Pass) -> _Pass:
     """The module around a linear layer that is part of the same layer: LoRA's, with its own parameters."""
-    while "." in seen.path:
-        path = seen.path.rpartition(".")[0]
+    path = seen.path
+    while "." in path:
+        path = path.rpartition(".")[0]
         around = next((other for other in passes if other.path == path), None)
+        if around is None:
+            # LoRA keeps its layers in dictionaries, which are never called
+            if isinstance(module.get_submodule(path), (nn.ModuleDict, nn.ModuleList)):
+                continue
+            break
         same = (
-            around is not None
-            and around.input.shape == seen.input.shape
+            around.input.shape == seen.input.shape
             and torch.equal(around.input, seen.input)
             and around.output.shape == seen.output.shape
         )
-        if not same:
-            # LoRA keeps its layers in dictionaries, which are never called
-            if isinstance(module.get_submodule(path), (nn.ModuleDict, nn.ModuleList)):
-                seen = seen._replace(path=path)
-                continue
-            break
         own = {id(p) for p in module.get_submodule(path).parameters()}
         inner = {id(p) for p in module.get_submodule(seen.path).parameters()}
-        assert around is not None
-        if own == inner:
+        if not same or own == inner:
             break
         seen = around
     return seen
@@ -266,7 +265,9 @@ def _adapter_at(path: str, shape: _Shape, log_softmax: bool) -> Adapter:
 
 
 def _per_point(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tap | None:
-    """The last features that the network has for each of its points, if any, checked by permuting them.
+    """The last features that the network has for each of its points, if any.
+
+    Checked by permuting the points and changing the other clouds of the batch.
 
     A submodule's output [B, C, N], [B, N, C] or [B, C, N, 1], N the number of points.
     """
@@ -297,7 +298,7 @@ def _per_point(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tap | 
             _watched(module, [path], lambda _p, output: seen.append(_points_first(output, axis)), given)
     straight, other = seen
     scale = float(straight.abs().max()) + 1e-6
-    if float((straight[:, order] - other).abs().max()) > 1e-3 * scale:
+    if float((straight[0, order] - other[0]).abs().max()) > 1e-3 * scale:
         return None
 
     def select(_module: nn.Module, tapped: Tensor, inputs: tuple) -> tuple[Tensor, Tensor]:
@@ -349,8 +350,11 @@ _CHANNELS = 9  # coordinates, normals, colours
 
 
 def _permuted(tensor: Tensor, cloud: Tensor, order: Tensor) -> Tensor:
+    """With the points in this order, and all clouds but the first smaller."""
     axis = 1 if tensor.shape[1] == cloud.shape[1] else 2
-    return tensor.detach().index_select(axis, order)
+    permuted = tensor.detach().index_select(axis, order)
+    permuted[1:] *= 0.7
+    return permuted
 
 
 def _axis(shape: tuple[int, ...], points: int) -> int | None:
@@ -368,20 +372,28 @@ def _points_first(output: Tensor, axis: int) -> Tensor:
     return output if axis == 1 else output.transpose(1, 2)
 
 
+def template(name: str) -> str:
+    """An adapter to be filled in for a class of that name, as errors and docs/adapters.md show it."""
+    return f"""\
+from pointcmt.adapters import Adapter, verify_adapter
+adapter = Adapter(
+    name="{name.lower()}",
+    matches=lambda module: type(module).__name__ == "{name}",
+    feature_module="<path of a submodule>",  # where the [B, D] shape feature is ...
+    feature_from="output",  # ... its output, or its "input"
+    # feature=lambda tapped: <[B, D]>,  # where the tapped tensor has another shape
+    classify=lambda module, feature: module.<the layers after it>(feature),
+    # logits=lambda output: <[B, K]>,  # where the class scores are not all that the network returns
+)
+verify_adapter(student, points, adapter)  # proves it"""
+
+
 def _no_linear_end(module: nn.Module, reason: str) -> str:
     name = type(module).__name__
     return (
         f"no adapter is registered for {name}, and the generic one (the input of the linear layer whose "
         f"result is the class scores) does not fit: {reason}. Write one, it takes a few lines:\n\n"
-        "    from pointcmt.adapters import Adapter, verify_adapter\n"
-        "    adapter = Adapter(\n"
-        f'        name="{name.lower()}",\n'
-        f'        matches=lambda module: type(module).__name__ == "{name}",\n'
-        '        feature_module="<path of a submodule>",       # where the [B, D] shape feature is ...\n'
-        '        feature_from="output",                         # ... its output, or its input\n'
-        "        classify=lambda module, feature: module.<the layers after it>(feature),\n"
-        "    )\n"
-        "    verify_adapter(student, points, adapter)           # proves it\n\n"
+        f"{textwrap.indent(template(name), '    ')}\n\n"
         f"then PointCMT(teacher, student, adapter=adapter) (see docs/adapters.md). The modules of {name}:\n"
         f"{module_tree(module)}"
     )

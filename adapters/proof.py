@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from pointcmt.adapters._untouched import (
     copied,
+    gather_sharded,
     is_sharded,
     quiet_evaluation,
     untouched,
@@ -47,6 +48,10 @@ from pointcmt.adapters.registry import (
 _SEED = 20221  # of the noise; any constant would do
 _NOISE = 0.1  # of a parameter's own spread: enough to tell layers apart, too little to break the network
 _WEAKER = (1.0, 0.1, 0.01)  # tried in turn where the scores overflow
+
+
+class NoLayout(AdapterError):
+    """A network runs on clouds in none of the layouts."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def verify_call(
         return _warned(module, _prove(module, generic_adapter(module, given), run))
     try:
         report = _prove(module, named, run)
-    except AdapterError as error:
+    except Exception as error:  # also of a tap or a classifier that looks for what this network lacks
         try:
             report = _prove(module, generic_adapter(module, given), run)
         except Exception:
@@ -229,8 +234,8 @@ def fit_adapter(
 
     Raises:
         ValueError: no such layout.
-        AdapterError: the network runs in none of the layouts (the message says what each gave), or no
-            adapter is true of it.
+        NoLayout: the network runs in none of the layouts (the message says what each gave).
+        AdapterError: no adapter is true of it.
     """
     module = unwrap(student)
     _refuse_lazy(module)
@@ -249,7 +254,8 @@ def fit_adapter(
                 return module(*copy_args, **copy_kwargs)
 
             with quiet_evaluation(module):
-                _exchanged(module, _buffers_of(module), run)
+                output = _exchanged(module, _buffers_of(module), run)
+            _require_batch(adapter, output, len(clouds))
         except Exception as error:
             failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
@@ -262,12 +268,23 @@ def fit_adapter(
     if wrong is not None:
         raise wrong
     tried = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
-    raise AdapterError(
+    raise NoLayout(
         f"{type(module).__name__} runs on clouds {list(clouds.shape)} in none of the layouts that were "
         f"tried:\n{tried}\nIf it takes normals too, give clouds with 6 channels (--channels 6). Else add its "
         "own layout: pointcmt.adapters.INPUT_LAYOUTS['mine'] = lambda points: <a tensor, or a tuple of "
         "arguments>, then layout='mine'."
     )
+
+
+def _require_batch(adapter: Adapter | str | None, output: Any, clouds: int) -> None:
+    """A layout that a network takes for another may run, with the clouds joined to one."""
+    find = adapter.logits if isinstance(adapter, Adapter) else first_tensor
+    try:
+        scores = find(output)
+    except AdapterError:  # which part of the output they are is not known yet
+        return
+    if scores.ndim < 2 or len(scores) != clouds:
+        raise ValueError(f"it gives {list(scores.shape)} for {clouds} clouds")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -331,8 +348,7 @@ def _compared(module: nn.Module, adapter: Adapter, run: Callable[[], Any], when:
     local_shape, global_shape = _prove_taps(module, adapter, seen, len(feature), help_)
     if logits is None:
         return _Compared(feature, None, 0.0, 0.0, False, local_shape, global_shape)
-    if is_sharded(next(module.parameters(), feature)) and hasattr(module, "unshard"):
-        module.unshard()  # FSDP2 gave the parameters back when the pass ended
+    gather_sharded(module)
     again = _classified(module, adapter, feature, logits, where, help_)
     difference, tolerance = _difference(again, logits), _tolerance(feature, logits)
     # `not <=` so that NaN fails too

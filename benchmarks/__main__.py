@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks._harness import ROOT
 
-SCRIPTS = ("emd", "neighbors", "students", "training_step", "memory")
+SCRIPTS = ("emd", "neighbors", "students", "training_step", "pretraining_step", "memory")
 
 
 def arguments(script: str, repos: Path | None, modelnet40: str | None) -> list[str]:

@@ -167,9 +167,11 @@ def read_plan(path: Path) -> Plan:
 
 def resolved(plan: Plan) -> dict[str, Any]:
     """A plan as plain JSON, without where its files lie."""
-    described = plain(dataclasses.asdict(plan))
-    described["data"] = {k: v for k, v in described["data"].items() if k not in ("data", "data_cache")}
-    return described
+    return {**plain(dataclasses.asdict(plan)), "data": _named(plan.data)}
+
+
+def _named(data: DataOptions) -> dict[str, Any]:
+    return {name: value for name, value in plain(data).items() if name not in ("data", "data_cache")}
 
 
 # ---- doing it
@@ -249,6 +251,10 @@ def check_unchanged(path: Path, plan: Plan) -> None:
     described = resolved(plan)
     if path.exists():
         before = read_json(path)
+        # options that came with a newer version of the package were at their defaults then
+        before["data"] = {**_named(DataOptions()), **before["data"]}
+        defaults = plain(StudentOptions())
+        before["students"] = {name: {**defaults, **made} for name, made in before["students"].items()}
         changed = [name for name in ("data", "pretrain", "train") if before[name] != described[name]]
         for section in ("students", "methods", "measures"):
             both = before[section].keys() & described[section].keys()
@@ -336,6 +342,18 @@ def section(folder: Path) -> str:
         f"`{study.baseline}`, paired by seed, with the 95 % t-interval (bold: it excludes zero). "
         "Cost: core-minutes of one pre-training."
     ]
+    fewest = min(
+        len(study.minutes(student, method))
+        for student in study.there("students")
+        for method in study.there("methods", student=student)
+        if method != study.baseline
+    )
+    if fewest < len(study.plan["seeds"]):
+        parts += [
+            f"The study is not finished: a row has as few as {fewest} of {len(study.plan['seeds'])} seeds, "
+            "and a figure of one seed has no interval and shows no difference. The command above goes on "
+            "with it."
+        ]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -129,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--add", action="store_true", help="keep the other networks' rows that the record has"
     )
+    parser.add_argument("--machine", default="", help="what else the machine did, for the record")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     path = options.out or RESULTS / f"pretraining_step_{device.type}.json"
@@ -151,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             "heads": "512 wide, 64 local features of each cloud",
             "clock": "CPU time of the process" if device.type == "cpu" else "wall time",
             "targets": TARGETS,
+            **({"machine": options.machine} if options.machine else {}),
         },
     )
 

@@ -5,7 +5,8 @@ A study is a folder of ``benchmarks/results`` as ``pointcmt ablate --out`` leave
 a study was run: ``python -m benchmarks.studies --keep runs/cpu``. Charts are drawn beside the page; the page
 is the same byte for byte whenever the records are.
 
-``benchmarks/results/notes.md`` says what was tried, in words. Its figures are placeholders, filled in from
+``benchmarks/results/in-short.md`` stands at the top of the page, and
+``benchmarks/results/notes.md`` says what was tried, in words. Their figures are placeholders, filled in from
 records; a decimal or a per cent in its own words is an error:
 
     {{difference STUDY student=S method=M teacher=T test=X}}    paired difference, with interval
@@ -15,6 +16,7 @@ records; a decimal or a per cent in its own words is an error:
     {{table STUDY}}                                             the whole table of a study
     {{rows NAME}}                                               the rows of explore/NAME.json as a table
     {{value NAME COLUMN KEY=VALUE …}}                           one cell of it: of the row with these values
+    {{demo mean}}, {{demo sure}}                                the repeated demo's gain; how sure it is
 
 STUDY is a folder below ``benchmarks/results``; explorations lie in ``explore/``, where ``NAME.json`` is what
 :func:`benchmarks._harness.record` writes.
@@ -33,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import pretraining
 from benchmarks._harness import RESULTS, ROOT, as_markdown, as_text
 from pointcmt.studies.charts import Row, save_robustness, save_rows
 from pointcmt.studies.robustness import curves
@@ -158,7 +161,7 @@ def demo_verdict(record: Mapping[str, Any]) -> str:
     ]
     means = [float(gain.mean()) for gain in gains]
     intervals = [paired_interval(gain) for gain in gains]
-    above = sum(one is not None and one[0] - one[1] > 0 for one in intervals)
+    above = sum(one is not None and one[0] > one[1] for one in intervals)
     least = int(np.argmin(means))
     smallest = interval_text(intervals[least]).replace("*", "")
     return (
@@ -166,6 +169,19 @@ def demo_verdict(record: Mapping[str, Any]) -> str:
         f"{min(means):+.1f} to {max(means):+.1f}. The 95 % interval over the seeds of one repetition is "
         f"above zero in {above} of {len(gains)} (that of the smallest gain: {smallest})."
     )
+
+
+def demo_cell(which: str) -> str:
+    """The mean gain of the repeated demo with its interval over the repetitions, or how sure each is."""
+    rows = json.loads((RESULTS / "runs-demo.json").read_text())["rows"]
+    pairs = [(np.array(row["OA by seed"]["taught"]), np.array(row["OA by seed"]["plain"])) for row in rows]
+    intervals = [paired_interval(taught - plain) for taught, plain in pairs]
+    above = sum(one is not None and one[0] > one[1] for one in intervals)
+    found = {
+        "mean": interval_text(paired_interval(np.array([one[0] for one in intervals if one is not None]))),
+        "sure": f"above zero in {above} of {len(rows)} repetitions of {len(pairs[0][0])} seeds each",
+    }
+    return found[which]
 
 
 def section(study: Kept) -> str:
@@ -454,6 +470,7 @@ def placeholder(text: str) -> str:
         "teacher": lambda: f"{Kept(RESULTS / name).teachers[bare[0]]['last']['test_oa']:.1f}",
         "table": lambda: study_table(Kept(RESULTS / name)),
         "rows": lambda: as_markdown(exploration(name)),
+        "demo": lambda: demo_cell(name),
         "value": lambda: value(name, bare[0], given),
     }
     if kind not in kinds:
@@ -505,9 +522,13 @@ def studies() -> list[Kept]:
 def page() -> str:
     """docs/results.md."""
     kept = studies()
-    parts = [HEAD.rstrip(), *(section(study) for study in kept)]
+    short = RESULTS / "in-short.md"
+    parts = [HEAD.rstrip(), *([fill(short.read_text()).strip()] if short.exists() else [])]
+    parts += [section(study) for study in kept]
     if not kept:
         parts.append("There are no records of a study here yet.")
+    if (RESULTS / "pretraining" / "plan.json").exists():
+        parts.append(pretraining.section(RESULTS / "pretraining"))
     parts += runs_of_commands()
     text = RESULTS / "notes.md"
     parts += [fill(text.read_text()).strip()] if text.exists() else []

@@ -36,6 +36,7 @@ _MAKERS = {
     "network": "pointcmt pretrain",
     "student": "pointcmt train",
     "registration": "pointcmt train-registration",
+    "segmenter": "pointcmt segment",
 }
 
 
@@ -247,6 +248,11 @@ def load_module(
             f"{path}: {name} does not take the configuration in this checkpoint ({config}): {error}. "
             f"It was written by another version of pointcmt (here {__version__})."
         ) from error
+    except (ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        # a class refuses its arguments, or trips over them
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {name} cannot be built from the configuration in it: {error}") from error
     own = module.state_dict()
     missing = sorted(own.keys() - tensors.keys())
     surplus = sorted(tensors.keys() - own.keys())

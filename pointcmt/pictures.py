@@ -60,6 +60,12 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return Path(path)
 
 
+def label_colours(count: int) -> np.ndarray:
+    """Colours [count, 3] in [0, 1] for so many labels, neighbours unlike each other."""
+    table = np.array(colormaps["tab20"].colors)[[*range(0, 20, 2), *range(1, 20, 2)]]  # type: ignore[attr-defined]
+    return table[np.arange(count) % len(table)] * (0.75 ** (np.arange(count) // len(table)))[:, None]
+
+
 def seen_obliquely(points: np.ndarray, up: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Across, height and depth [N] of points [N, 3] seen obliquely from above."""
     order = {"z": (0, 1, 2), "y": (2, 0, 1), "x": (1, 2, 0)}[up]
@@ -71,15 +77,18 @@ def seen_obliquely(points: np.ndarray, up: str) -> tuple[np.ndarray, np.ndarray,
     return across, height, away * math.cos(tilt) - z * math.sin(tilt)
 
 
-def draw_cloud(axes: Axes, points: np.ndarray, up: str = "z", tint: str = "#0b7a75") -> None:
-    """Draw a cloud [N, 3] seen obliquely from above: near points larger and darker."""
+def draw_cloud(axes: Axes, points: np.ndarray, up: str = "z", tint: str | np.ndarray = "#0b7a75") -> None:
+    """Draw a cloud [N, 3] seen obliquely from above: near points larger and darker.
+
+    ``tint`` is its colour, or one for each point [N, 3] in [0, 1].
+    """
     across, height, depth = seen_obliquely(points, up)
     far_first = np.argsort(-depth)
     span = np.ptp(depth)
     near = 1 - (depth - depth.min()) / (span if span > 0 else 1)
-    base = np.array([int(tint[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    base = np.array([int(tint[i : i + 2], 16) / 255 for i in (1, 3, 5)]) if isinstance(tint, str) else tint
     fade = (0.55 * (1 - near))[:, None]
-    rgb = base * (1 - fade) + fade
+    rgb = np.clip(base * (1 - fade) + fade, 0, 1)  # rounding
     # the fewer the points, the larger
     size = 3.2 * math.sqrt(1024 / max(len(points), 1)) * (0.5 + near)
     axes.scatter(
@@ -108,6 +117,32 @@ def save_clouds(
         draw_cloud(grid[1, column], generated[column], up, COLOURS["generator"])
         grid[0, column].set_title(name.replace("_", " "), fontsize=9, color=INK)
     for row, text in enumerate(("real", "generated")):
+        grid[row, 0].text(
+            -0.04, 0.5, text, transform=grid[row, 0].transAxes, rotation=90, ha="right", va="center",
+            fontsize=9, color=MUTED,
+        )  # fmt: skip
+    return save_figure(figure, path)
+
+
+def save_segmentation(
+    clouds: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
+    predicted: Sequence[np.ndarray],
+    names: Sequence[str],
+    classes: int,
+    path: Path,
+    up: str = "z",
+) -> Path:
+    """Clouds [N, 3] with their labels [N] above what was predicted [N], a colour for each of ``classes``;
+    points without a label are grey."""
+    figure = new_figure(1.75 * len(names) + 0.5, 4.0)
+    grid = figure.subplots(2, len(names), squeeze=False)
+    colours = np.concatenate([label_colours(classes), [[0.8, 0.8, 0.8]]])
+    for column, name in enumerate(names):
+        for row, found in enumerate((labels[column], predicted[column])):
+            draw_cloud(grid[row, column], clouds[column], up, colours[np.where(found < 0, classes, found)])
+        grid[0, column].set_title(name.replace("_", " "), fontsize=9, color=INK)
+    for row, text in enumerate(("true", "predicted")):
         grid[row, 0].text(
             -0.04, 0.5, text, transform=grid[row, 0].transAxes, rotation=90, ha="right", va="center",
             fontsize=9, color=MUTED,
@@ -226,5 +261,7 @@ def save_embedding(
         axes.set_yticks([])
         tidy(axes)
     if len(shown) <= 20:
-        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right", fontsize=7, frameon=False)
+        figure.legend(
+            *grid[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7, frameon=False
+        )
     return save_figure(figure, path)

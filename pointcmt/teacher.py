@@ -21,6 +21,9 @@ from pointcmt.views import ViewSpec
 
 _VIEW_POOLS = ("max", "mean")
 
+# images are from 0 to 1, the logarithm of a number of points is a few times larger, and 8 bits end at 255
+_LARGEST_VALUE = 16.0
+
 
 class ImageTeacher(nn.Module):
     """One 2D network shared by the V views of a shape, and pooling over the views (MVCNN); it may classify.
@@ -129,6 +132,7 @@ class ImageTeacher(nn.Module):
         for name, values, neutral in (("mean", means, 0.0), ("std", deviations, 1.0)):
             per_channel = torch.tensor([neutral] * in_chans if values is None else values).view(-1, 1, 1)
             self.register_buffer(name, per_channel, persistent=False)
+        self._checked_values = False
         self.normalizes = means is not None or deviations is not None
         self.config: dict[str, Any] = {
             "num_classes": num_classes,
@@ -298,6 +302,16 @@ class ImageTeacher(nn.Module):
             raise ValueError(
                 f"views has dtype {views.dtype}; expected floating point in [0, 1]: for 8-bit images use "
                 "views.float() / 255"
+            )
+        # on a GPU the question would wait for it at every step: the first views are asked
+        if torch.compiler.is_compiling() or (self._checked_values and views.device.type != "cpu"):
+            return
+        self._checked_values = True
+        low, high = (value.item() for value in views.detach().aminmax()) if views.numel() else (0.0, 0.0)
+        if not max(abs(low), abs(high)) <= _LARGEST_VALUE:
+            raise ValueError(
+                f"views have values from {low:.4g} to {high:.4g}; expected images from 0 to 1: divide "
+                "those of 8 bits by 255, of 16 bits by 65535, and look for NaN"
             )
 
 

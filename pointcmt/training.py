@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pointcmt.adapters._untouched import gather_sharded
 from pointcmt.adapters.proof import AdapterReport, verify_again, verify_call, verify_tail
 from pointcmt.adapters.registry import Adapter, AdapterError, find_adapter, in_precision_of, unwrap
 from pointcmt.distributed import KeptEqual
@@ -620,6 +621,7 @@ class CrossModalTraining:
                 f"the adapter {capture.adapter.name!r} has no classify: give it classify=<the layers after "
                 "the feature>"
             )
+        gather_sharded(module)
         try:
             with self._statistics():
                 return capture.adapter.classify(module, feature)

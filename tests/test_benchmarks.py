@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import _harness, runs, studies, tables
+from benchmarks import _harness, reliability, runs, studies, tables
 
 
 @pytest.fixture
@@ -100,3 +100,7 @@ def test_timings_are_taken_in_turns():
     )
     assert order == ["a", "b"] + ["a", "b"] * 3
     assert json.dumps({k: t.repeats for k, t in timings.items()}) == '{"a": 3, "b": 3}'
+
+
+def test_the_page_of_reliability_is_that_of_its_records():
+    assert reliability.PAGE.read_text() == reliability.page(), "run python -m benchmarks.reliability"

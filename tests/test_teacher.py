@@ -366,3 +366,15 @@ def test_a_frozen_backbone_stays_what_it_is():
     changed = {name for name, value in teacher.state_dict().items() if not value.equal(before[name])}
     assert changed and not any(name.startswith("backbone.") for name in changed)
     assert {"classifier.weight", "projection.0.weight"} <= changed
+
+
+@pytest.mark.parametrize(
+    "views", [torch.full((1, 2, 3, 8, 8), 255.0), torch.full((1, 2, 3, 8, 8), torch.nan)]
+)
+def test_images_of_another_range_are_refused(views):
+    teacher = ImageTeacher(3, backbone="test_resnet", feature_dim=8).eval()
+    with pytest.raises(
+        ValueError, match=r"values from .*expected images from 0 to 1: divide those of 8 bits"
+    ):
+        teacher(views)
+    teacher(views.nan_to_num(0).clamp(0, 1))

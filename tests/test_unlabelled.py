@@ -209,6 +209,23 @@ def teacher_run(tmp_path_factory) -> Path:
     return folder
 
 
+def test_fe_on_clouds_without_labels(teacher_run, tmp_path, capsys):
+    """The generator learns from the labelled shapes alone, and FE is then of the others too."""
+    few = [*FEW, *CPU, "--teacher", str(teacher_run)]
+    run("train-generator", *few, "--out", tmp_path / "g", "--epochs", 1, "--generator-points", 32)
+    assert json.loads((tmp_path / "g/results.json").read_text())["shapes"]["train"] == 48
+    words = ["train", *few, *SMALL, "--fe-weight", "0", "--ce-weight", "0.01", "--epochs", "1"]
+    words += ["--unlabelled-objectives", "feature_enhancement=3", "projected_l2=1", "cross_nt_xent=0.1"]
+    assert main([*words, "--out", str(tmp_path / "x")]) == 1
+    assert "FE needs --generator" in capsys.readouterr().err
+    run(*words, "--out", tmp_path / "s", "--generator", tmp_path / "g")
+    [line] = (tmp_path / "s/metrics.jsonl").read_text().splitlines()
+    names = {f"unlabelled_{name}" for name in ("feature_enhancement", "projected_l2", "cross_nt_xent")}
+    assert names | {"classifier_enhancement"} <= json.loads(line).keys()
+    assert main([*words, "--out", str(tmp_path / "y"), "--unlabelled-objectives", "image_labels=1"]) == 1
+    assert "image_labels needs labels, which clouds without labels have none of" in capsys.readouterr().err
+
+
 def test_a_run_that_is_killed_and_resumed_is_the_same(teacher_run, tmp_path, monkeypatch):
     command = ["train", *FEW, *CPU, *SMALL, *SOFT, "--teacher", str(teacher_run)]
     run(*command, "--out", tmp_path / "whole")
@@ -235,6 +252,7 @@ def test_a_run_that_is_killed_and_resumed_is_the_same(teacher_run, tmp_path, mon
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert whole["shapes"] == {"train": 48, "heldout": 16, "test": 32, "unlabelled": 80}
     assert whole["method"] == "soft_labels and unlabelled clouds"
+    assert whole["labels_that_only_the_teacher_saw"] == 0
     lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     assert {"unlabelled_soft_labels", "unlabelled_classifier_enhancement", "guard"} <= lines[-1].keys()
     # other clouds are another run

@@ -1,4 +1,4 @@
-"""``pointnet2_batch_cuda``, the extension of OpenPoints (guochengqian/openpoints, ``cpp/pointnet2_batch``).
+"""``pointnet2_batch_cuda`` of OpenPoints, and ``pointnet2_cuda`` of PointRCNN and those that took it over.
 
 A C interface: sizes first, the result written in place. Sizes repeat what the tensors say and are ignored.
 Every function returns 1, as the C functions do.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pointcmt import ops
+from pointcmt.compat._furthest import furthest
 from pointcmt.compat._scatter import scatter_columns, scatter_interpolated
 
 
@@ -22,7 +23,7 @@ def ball_query_wrapper(
 
 def furthest_point_sampling_wrapper(b: int, n: int, m: int, points: Tensor, temp: Tensor, idx: Tensor) -> int:
     """points [b, n, 3] → idx [b, m]; temp, the extension's scratch space, is left as it is."""
-    idx.copy_(ops.furthest_point_sample(points, m))
+    idx.copy_(furthest(points, m))
     return 1
 
 

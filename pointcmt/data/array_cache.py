@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,11 +17,11 @@ from pointcmt.checkpoint import atomic_write
 def cached_array(
     cache_dir: str | Path | None, settings: str, sources: Sequence[Path], make: Callable[[], np.ndarray]
 ) -> np.ndarray:
-    """``make()``, kept in ``cache_dir`` as ``.npy`` and read from there the next time.
+    """``make()``, kept in ``cache_dir`` as ``.npz`` and read from there the next time.
 
     The file's name holds a hash of ``settings`` and of the path, size and time of every source, so a
-    changed source or setting makes a new file. A file that cannot be read is made anew. The write is
-    atomic: a killed run leaves no half file, and of two processes that make it at once both end well.
+    changed source or setting makes a new file. A file that is damaged (it has a checksum) is made anew. The
+    write is atomic: a killed run leaves no half file, and two processes that make it at once both end well.
 
     Args:
         cache_dir: folder, created where needed; None only calls ``make``.
@@ -35,17 +37,39 @@ def cached_array(
             raise FileNotFoundError(f"{source} does not exist, though the split lists it")
         status = source.stat()
         digest.update(f"\0{source.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
-    path = Path(cache_dir) / f"{settings.replace(os.sep, '-')}-{digest.hexdigest()[:16]}.npy"
+    path = Path(cache_dir) / f"{settings.replace(os.sep, '-')}-{digest.hexdigest()[:16]}.npz"
     try:
-        return np.load(path, allow_pickle=False)
+        return _read(path)
     except FileNotFoundError:
         pass
-    except (ValueError, EOFError, OSError):
-        path.unlink(missing_ok=True)  # damaged: only a copy, so make it again
+    except Exception:  # damaged, in whatever way: only a copy, so make it again
+        path.unlink(missing_ok=True)
     array = np.ascontiguousarray(make())
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        # as np.save, whose own way of writing does not say that a disk is full
+    # as np.savez, whose own way of writing does not say that a disk is full
+    with (
+        atomic_write(path) as temporary,
+        zipfile.ZipFile(temporary, "w") as archive,
+        archive.open(_MEMBER, "w", force_zip64=True) as file,
+    ):
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data)
     return array
+
+
+_MEMBER = "array.npy"
+
+
+def _read(path: Path) -> np.ndarray:
+    with zipfile.ZipFile(path) as archive:
+        # stored as it is: so much is in the file, and nothing is allocated for a header that is false
+        if archive.getinfo(_MEMBER).file_size > path.stat().st_size:
+            raise ValueError("larger than its file")
+        with archive.open(_MEMBER) as file:
+            content = io.BytesIO(file.read())  # the checksum is compared here
+    if np.lib.format.read_magic(content) != (1, 0):
+        raise ValueError("of another version")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(content)
+    if fortran or dtype.hasobject:
+        raise ValueError("written by somebody else")
+    return np.frombuffer(content.getbuffer()[content.tell() :], dtype).reshape(shape).copy()

@@ -27,20 +27,26 @@ class Cloud(NamedTuple):
         points: float64 [m, 3]; the vertices, where there are faces.
         normals: float64 [m, 3] unit vectors, or None.
         faces: int64 [k, 3], or None: a cloud, and not a surface to draw points on.
+        colors: float64 [m, 3] from 0 to 1, of PLY clouds and PCD files that have them; else None.
     """
 
     points: np.ndarray
     normals: np.ndarray | None = None
     faces: np.ndarray | None = None
+    colors: np.ndarray | None = None
 
 
-def read_cloud(path: Path) -> Cloud:
+def read_cloud(path: Path, finite: bool = True) -> Cloud:
     """The cloud or mesh in a file, by its suffix (:data:`SUFFIXES`).
 
     Text (``xyz``, ``txt``) has a point a line, x y z and then anything, by blanks or commas; where columns 4
     to 6 are unit vectors they are normals. ``npy`` holds such rows; ``npz`` an array ``points`` (or xyz, pos,
     pc, data, or the only one) and maybe ``normals``. Points of a ``pcd`` that are NaN are missing
     measurements and left out, as its library does.
+
+    Args:
+        path: the file.
+        finite: refuse other files with points that are not finite; False takes them as they are.
 
     Raises:
         ValueError: another format, or a file that is damaged or empty; the message names file and reason.
@@ -54,8 +60,12 @@ def read_cloud(path: Path) -> Cloud:
     try:
         with np.errstate(invalid="ignore", over="ignore"):  # broken numbers are said below
             if suffix in MESH_SUFFIXES:
-                points, faces = read_mesh(path)
-                cloud = Cloud(points, None if len(faces) or suffix != ".ply" else _ply_normals(path), faces)
+                points, faces = read_mesh(path, finite)
+                cloud = Cloud(points, faces=faces)
+                if not len(faces) and suffix == ".ply":
+                    colors = _ply_columns(path, ("red", "green", "blue"))
+                    normals = _ply_columns(path, ("nx", "ny", "nz"))
+                    cloud = Cloud(points, normals, faces, None if colors is None else colors / 255)
             elif suffix == ".pcd":
                 cloud = _read_pcd(path.read_bytes())
             else:
@@ -68,7 +78,7 @@ def read_cloud(path: Path) -> Cloud:
     if len(points) == 0:
         raise ValueError(f"{path} holds no point")
     with np.errstate(invalid="ignore"):
-        broken = np.flatnonzero(~(np.abs(points) < 1e30).all(1))
+        broken = np.flatnonzero(~((np.abs(points) < 1e30) | (not finite and ~np.isfinite(points))).all(1))
     if len(broken):
         raise ValueError(
             f"{path}: point {broken[0]} is {points[broken[0]].tolist()}; expected finite numbers below 1e30"
@@ -115,16 +125,46 @@ def _columns(found: np.ndarray | dict[str, np.ndarray]) -> Cloud:
     return Cloud(points, normals)
 
 
-def _ply_normals(path: Path) -> np.ndarray | None:
-    """Normals of a PLY cloud, which trimesh keeps with the raw elements only."""
+def _ply_columns(path: Path, names: tuple[str, str, str]) -> np.ndarray | None:
+    """Three properties of a PLY cloud's points, which trimesh keeps with the raw elements only."""
     import trimesh
 
     loaded: Any = trimesh.load(path, process=False)
     columns = loaded.metadata.get("_ply_raw", {}).get("vertex", {}).get("data", {})
     try:
-        return np.column_stack([np.asarray(columns[axis]).reshape(-1) for axis in ("nx", "ny", "nz")])
+        found = np.column_stack([np.asarray(columns[name]).reshape(-1) for name in names]).astype(np.float64)
     except (KeyError, IndexError, TypeError, ValueError):
         return None
+    return found if len(found) == len(loaded.vertices) else None
+
+
+def _unpacked(packed: bytes, size: int) -> bytes:
+    """LZF, as its author's liblzf has it: runs of literal bytes, and copies of what came before."""
+    made = bytearray()
+    at = 0
+    while at < len(packed) and len(made) <= size:
+        control = packed[at]
+        at += 1
+        if control < 32:
+            made += packed[at : at + control + 1]
+            at += control + 1
+            continue
+        length = control >> 5
+        if length == 7:
+            length += packed[at]
+            at += 1
+        start = len(made) - ((control & 31) << 8) - packed[at] - 1
+        at += 1
+        if start < 0:
+            raise ValueError("has packed data that is damaged")
+        length += 2
+        while length:  # what is copied may reach into what is being made
+            part = made[start : start + length]
+            made += part
+            start, length = start + len(part), length - len(part)
+    if len(made) != size:
+        raise ValueError(f"unpacks to {len(made)} bytes and promises {size}: damaged")
+    return bytes(made)
 
 
 def _read_pcd(content: bytes) -> Cloud:
@@ -150,19 +190,32 @@ def _read_pcd(content: bytes) -> Cloud:
         rows = [line.split() for line in content[at:].decode("ascii", "replace").splitlines() if line.strip()]
         table = np.array(rows[:number], dtype=np.float64).reshape(len(rows[:number]), -1)
         columns = {name: table[:, starts[names.index(name)]] for name in names}
-    elif how == "binary":
+    elif how in ("binary", "binary_compressed"):
+        body = content[at:]
+        if how == "binary_compressed":
+            size, full = (int(number) for number in np.frombuffer(body, "<u4", 2))
+            if full > _EXPANSION * len(body) + _ALLOWANCE or size > len(body) - 8:
+                raise ValueError(f"promises {size} packed bytes of {full}, has {len(body)}: truncated?")
+            body = _unpacked(body[8 : 8 + size], full)
         kinds = [
             (f"{name}{k}", f"<{_PCD_TYPES[kind]}{size}", (count,))
             for k, (name, kind, size, count) in enumerate(zip(names, types, sizes, counts, strict=True))
         ]
-        if number * np.dtype(kinds).itemsize > len(content) - at:
+        if number * np.dtype(kinds).itemsize > len(body):
             raise ValueError(f"promises {number} points and ends before: truncated?")
-        packed = np.frombuffer(content, kinds, number, at)
-        columns = {name: packed[f"{name}{k}"][:, 0] for k, name in enumerate(names)}
+        if how == "binary":
+            packed = np.frombuffer(body, kinds, number)
+            columns = {name: packed[f"{name}{k}"][:, 0] for k, name in enumerate(names)}
+        else:  # field by field
+            start, columns = 0, {}
+            for name, kind, size, count in zip(names, types, map(int, sizes), counts, strict=True):
+                values = np.frombuffer(body, f"<{_PCD_TYPES[kind]}{size}", number * count, start)
+                columns[name] = values[::count]
+                start += number * count * size
     else:
         raise ValueError(
-            f"is stored as {how!r}; expected ascii or binary. Convert it: pcl_convert_pcd_ascii_binary IN "
-            "OUT 1, or open3d.io.write_point_cloud(OUT, open3d.io.read_point_cloud(IN))"
+            f"is stored as {how!r}; expected ascii, binary or binary_compressed. Convert it: "
+            "pcl_convert_pcd_ascii_binary IN OUT 1, or open3d.io.write_point_cloud"
         )
     if len(columns["x"]) < number:
         raise ValueError(f"promises {number} points, has {len(columns['x'])}: truncated?")
@@ -171,4 +224,9 @@ def _read_pcd(content: bytes) -> Cloud:
     normals = None
     if {"normal_x", "normal_y", "normal_z"} <= set(names):
         normals = np.column_stack([columns[f"normal_{name}"] for name in "xyz"]).astype(np.float64)[measured]
-    return Cloud(points[measured], normals)
+    colors = None
+    if "rgb" in names:  # three bytes in a number of four
+        packed = columns["rgb"][measured]
+        whole = packed.astype("<f4").view("<u4") if types[names.index("rgb")] == "F" else packed.astype("<u4")
+        colors = np.column_stack([whole >> shift & 255 for shift in (16, 8, 0)]) / 255
+    return Cloud(points[measured], normals, colors=colors)

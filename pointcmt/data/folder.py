@@ -158,10 +158,19 @@ class PointFolder(PointDataset):
         clouds = clouds[:, :num_points]
         if normalize:
             clouds, dense = in_unit_sphere(clouds, dense)
-        # the suffix tells apart files of one name; images are matched by names without
+        # images are matched by names without suffix; files of one name differ by it, or by folder
         stems = Counter((label, path.stem) for label, path in zip(labels.tolist(), kept, strict=True))
+        whole_names = Counter((label, path.name) for label, path in zip(labels.tolist(), kept, strict=True))
+
+        def own_name(label: int, path: Path) -> str:
+            if stems[label, path.stem] == 1:
+                return path.stem
+            if whole_names[label, path.name] == 1:
+                return path.name
+            return path.relative_to(base).as_posix().replace("/", "-")
+
         ids = [
-            f"{split}/{names[label]}/{name_of(path.stem if stems[label, path.stem] == 1 else path.name)}"
+            f"{split}/{names[label]}/{name_of(own_name(label, path))}"
             for label, path in zip(labels.tolist(), kept, strict=True)
         ]
         short = lengths < num_points

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pointcmt.checkpoint import atomic_write
 from pointcmt.data.clouds import SUFFIXES, read_cloud
 from pointcmt.data.files import read_text
 
@@ -81,6 +82,29 @@ def read_labelled(path: Path, labelled: bool = True) -> LabelledCloud:
             raise
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     return _checked(found, path, labelled)
+
+
+def write_labelled(path: Path, cloud: LabelledCloud) -> Path:
+    """Write a cloud as binary PLY, with ``label`` where it has labels and colours as bytes; atomically."""
+    columns: list[tuple[str, str, np.ndarray]] = [
+        (axis, "<f4", cloud.points[:, k]) for k, axis in enumerate("xyz")
+    ]
+    if cloud.normals is not None:
+        columns += [(f"n{axis}", "<f4", cloud.normals[:, k]) for k, axis in enumerate("xyz")]
+    if cloud.colors is not None:
+        byte = np.clip(np.rint(255 * cloud.colors), 0, 255)
+        columns += [(name, "u1", byte[:, k]) for k, name in enumerate(("red", "green", "blue"))]
+    if cloud.labels is not None:
+        columns.append(("label", "<i4", cloud.labels))
+    rows = np.empty(len(cloud.points), dtype=[(name, kind) for name, kind, _ in columns])
+    words = {"<f4": "float", "u1": "uchar", "<i4": "int"}
+    head = ["ply", "format binary_little_endian 1.0", f"element vertex {len(rows)}"]
+    for name, kind, values in columns:
+        rows[name] = values
+        head.append(f"property {words[kind]} {name}")
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(("\n".join([*head, "end_header"]) + "\n").encode() + rows.tobytes())
+    return path
 
 
 def check_point_labels(labels: np.ndarray, names: Sequence[str], shape_ids: Sequence[str]) -> None:
@@ -178,6 +202,8 @@ def _as_colors(values: np.ndarray) -> np.ndarray:
 
 
 def _arrays(found: dict[str, np.ndarray]) -> LabelledCloud:
+    if set(found) == {"array"}:  # as arrays are cached
+        return _columns(found["array"])
     if "points" not in found:
         raise ValueError(f"holds arrays {sorted(found)}; expected points, labels, and maybe colors, normals")
     points, colors = found["points"], found.get("colors")

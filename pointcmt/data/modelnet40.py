@@ -122,7 +122,10 @@ class ModelNet40(PointDataset):
             f"{split}/{names[label]}/{listing.names[row]}"
             for row, label in zip(rows.tolist(), labels.tolist(), strict=True)
         ]
-        super().__init__(clouds, labels, names, ids, dense, rows, up=up or listing.up)
+        try:
+            super().__init__(clouds, labels, names, ids, dense, rows, up=up or listing.up)
+        except ValueError as error:  # of a shape: its file is not known there
+            raise ValueError(f"{folder}: {error}") from None
         self.root, self.split = folder, split
 
 

@@ -64,6 +64,8 @@ def _files(folder: Path, split: Split) -> list[Path]:
         names = [PurePosixPath(line).name for _, line in read_lines(listed)]
         if not names:
             raise ValueError(f"{listed} is empty; expected the names of the h5 files, one per line")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{listed} names {twice[0]} twice; its shapes would count twice")
     else:
         names = sorted(path.name for path in folder.glob(f"ply_data_{split}*.h5"))
         if not names:

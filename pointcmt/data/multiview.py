@@ -149,6 +149,8 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
             raise ValueError(f"{path} is damaged ({error}); render the views again") from error
         if any(m.shape[1:] != (4, 4) or len(m) < len(paths) for m in matrices):
             raise ValueError(f"{path} has no camera [4, 4] for each of {len(paths)} images")
+        if not all(bool(m.isfinite().all()) for m in matrices):
+            raise ValueError(f"{path} has cameras with numbers that are not finite; render the views again")
         view, projection = (m[None, rows] for m in matrices)
         return Views(images[None], view_matrix=view, projection_matrix=projection)
 

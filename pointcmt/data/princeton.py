@@ -137,6 +137,8 @@ def princeton36(
     split: Split,
     num_points: int,
     per_class: int | None = None,
+    normals: bool = False,
+    normalize: bool = True,
     seed: int = 0,
     dense_points: int | None = None,
     cache_dir: Path | None = None,
@@ -144,8 +146,8 @@ def princeton36(
 ) -> PrincetonShapes:
     """The 36 classes with enough members, of the course's 69."""
     return PrincetonShapes(
-        root, split, num_points, course=True, per_class=per_class, seed=seed, dense_points=dense_points,
-        cache_dir=cache_dir, up=up,
+        root, split, num_points, course=True, per_class=per_class, normals=normals,
+        normalize=normalize, seed=seed, dense_points=dense_points, cache_dir=cache_dir, up=up,
     )  # fmt: skip
 
 
@@ -155,6 +157,8 @@ def princeton_coarse(
     split: Split,
     num_points: int,
     per_class: int | None = None,
+    normals: bool = False,
+    normalize: bool = True,
     seed: int = 0,
     dense_points: int | None = None,
     cache_dir: Path | None = None,
@@ -162,8 +166,8 @@ def princeton_coarse(
 ) -> PrincetonShapes:
     """The official classes at their coarsest level: animal, building, furniture …"""
     return PrincetonShapes(
-        root, split, num_points, level=1, per_class=per_class, seed=seed, dense_points=dense_points,
-        cache_dir=cache_dir, up=up,
+        root, split, num_points, level=1, per_class=per_class, normals=normals,
+        normalize=normalize, seed=seed, dense_points=dense_points, cache_dir=cache_dir, up=up,
     )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ class S3DIS(SceneDataset):
 
 
 def _parsed(folder: Path, name: str, cache_dir: str | Path | None) -> Path:
-    """The room of an original folder as one ``npy`` in ``cache_dir``."""
+    """The room of an original folder as one array in ``cache_dir``."""
     if cache_dir is None:
         raise ValueError(
             f"{folder.parent.parent} holds S3DIS as text, which is slow to read: give --data-cache FOLDER, "
@@ -123,7 +123,7 @@ def _parsed(folder: Path, name: str, cache_dir: str | Path | None) -> Path:
 
     cached_array(cache_dir, f"s3dis1-{name}", files, read)
     # a room whose text changed has several, of which the one just used is the newest
-    return max(Path(cache_dir).glob(f"s3dis1-{name}-*.npy"), key=lambda path: path.stat().st_mtime_ns)
+    return max(Path(cache_dir).glob(f"s3dis1-{name}-*.npz"), key=lambda path: path.stat().st_mtime_ns)
 
 
 @register_dataset(

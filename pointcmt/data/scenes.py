@@ -65,7 +65,12 @@ def nearest(points: np.ndarray, centre: np.ndarray, count: int) -> np.ndarray:
 
 
 def framed(
-    cloud: LabelledCloud, rows: np.ndarray, low: np.ndarray, high: np.ndarray, up: Up = "z"
+    cloud: LabelledCloud,
+    rows: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    up: Up = "z",
+    own: int | None = None,
 ) -> dict[str, np.ndarray]:
     """The fields of a ``Batch`` for one crop of a room.
 
@@ -78,9 +83,10 @@ def framed(
         rows: int [N], the crop's points.
         low, high: the room's corners.
         up: the axis that points up.
+        own: how many of the rows are the crop's own, the rest being repeated; None: all.
     """
     points = cloud.points[rows]
-    origin = points.mean(0)
+    origin = points[:own].mean(0)
     origin["xyz".index(up)] = low["xyz".index(up)]
     extent = np.maximum(high - low, 1e-6)
     fields = {
@@ -158,4 +164,4 @@ def draw(room: Room, num_points: int, generator: np.random.Generator, up: Up = "
     points = room.cloud.points
     rows = nearest(points, points[generator.integers(len(points))], num_points)
     rows, own = padded(generator.permutation(rows), num_points)
-    return {**framed(room.cloud, rows, room.low, room.high, up), "lengths": own}
+    return {**framed(room.cloud, rows, room.low, room.high, up, own), "lengths": own}

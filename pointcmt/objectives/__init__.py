@@ -10,6 +10,7 @@ from pointcmt.objectives.info_nce import GlobalInfoNCE, IntraModalInfoNCE, Multi
 from pointcmt.objectives.local_info_nce import LocalInfoNCE, local_info_nce
 from pointcmt.objectives.nst import NeuronSelectivityTransfer
 from pointcmt.objectives.nt_xent import CrossModalNTXent, IntraModalNTXent, nt_xent
+from pointcmt.objectives.pixel_features import PixelFeatures
 from pointcmt.objectives.projected_l2 import ProjectedL2
 from pointcmt.objectives.relational import RelationalDistillation
 from pointcmt.objectives.scaled_classifier_enhancement import ScaledClassifierEnhancement
@@ -31,6 +32,7 @@ __all__ = [
     "MultiViewInfoNCE",
     "NeuronSelectivityTransfer",
     "Objective",
+    "PixelFeatures",
     "ProjectedL2",
     "RelationalDistillation",
     "ScaledClassifierEnhancement",

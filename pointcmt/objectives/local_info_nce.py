@@ -127,7 +127,7 @@ class LocalInfoNCE(Objective):
         local_points: in training at most so many local features of each cloud, drawn by chance at every step,
             against all cells as ever: the loss has the same mean. 64 is what PointNeXt-S has, with which all
             of them count as in the paper; where a network has one per point, as DGCNN, all of them (None)
-            cost two thirds of the network's step.
+            cost more than the network.
         max_logits: at most so many logits are in memory at a time.
 
     Raises:

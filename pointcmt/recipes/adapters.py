@@ -31,8 +31,8 @@ class Adapters:
     """Modules or files that register adapters, imported first: mynet_pointcmt."""
     num_points: int = 1024
     """Points per cloud."""
-    channels: Literal[3, 6] = 3
-    """3 for coordinates, 6 with normals."""
+    channels: Literal[3, 6] | None = None
+    """3 for coordinates, 6 with normals; default: 3, and 6 where the network does not run on 3."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU where there is one."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import importlib.util
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from pointcmt import objectives
 from pointcmt.adapters import INPUT_LAYOUTS, Adapter, find_adapter
+from pointcmt.data import PointDataset
 from pointcmt.objectives import Objective
 from pointcmt.recipes.options import parse_assignments
 from pointcmt.students.registry import list_students
@@ -110,6 +112,48 @@ def make_student(options: StudentOptions, num_classes: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"{options.student} made a {type(model).__name__}; expected a torch.nn.Module")
     return model
+
+
+# of the networks for parts and scenes of this package, which arguments follow from the data
+_SEGMENTERS = {
+    "pointnet2_part": ("in_channels", "categories"),
+    "pointnet2_scene": ("in_channels",),
+    "dgcnn_part": ("categories",),
+    "dgcnn_scene": ("in_channels",),
+    "pointnext_part": ("in_channels", "categories"),
+    "pointnext_scene": ("in_channels",),
+}
+
+
+def segmenter_options(options: StudentOptions, data: PointDataset, channels: int) -> StudentOptions:
+    """The options with what follows from the data, for a network for parts or scenes of this package: its
+    channels and, where the data has categories of parts, their number. Others are given back as they are."""
+    made = copy.deepcopy(options)
+    wanted = _SEGMENTERS.get(made.student, ())
+    given = parse_assignments(made.student_options, "--student-options")
+    if made.student == "pointnext_scene" and channels == 3:
+        given.setdefault("coordinates", True)
+    if "in_channels" in wanted:
+        given.setdefault("in_channels", channels)
+    if "categories" in wanted and data.category is not None:
+        given.setdefault("categories", data.num_classes)
+    if wanted:
+        made.student_options = tuple(f"{name}={value!r}" for name, value in given.items())
+    return made
+
+
+def check_kind(student: str, parts: bool) -> None:
+    """A network for parts of shapes is for data with categories of parts, one for scenes for other.
+
+    Raises:
+        ValueError: it is the other way round.
+    """
+    if student in _SEGMENTERS and student.endswith("_part") != parts:
+        raise ValueError(
+            f"--student {student} is for {'scenes' if parts else 'parts'}, and the data has "
+            f"{'parts of shapes' if parts else 'one set of classes for all clouds'}: give "
+            f"{student.rpartition('_')[0]}_{'part' if parts else 'scene'}"
+        )
 
 
 def adapter_of(student: nn.Module, options: StudentOptions, sample: Tensor | None = None) -> Adapter:
@@ -206,8 +250,8 @@ def split_objectives(
     for pair in pairs:
         first, *rest = pair.split(",")
         ((name, weight),) = parse_assignments([first], option).items()
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(f"{option} {name}={weight}: expected a number as weight")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < 1e30:
+            raise ValueError(f"{option} {name}={weight}: expected a finite number as weight")
         if name in found:
             raise ValueError(f"{option} names {name} twice; give each objective once")
         found[name] = float(weight), parse_assignments(rest, option)

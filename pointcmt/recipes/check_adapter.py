@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from pointcmt import compat
 from pointcmt.adapters import Adapter, fit_adapter
 from pointcmt.adapters._untouched import quiet_evaluation
-from pointcmt.adapters.proof import AdapterReport, observe
+from pointcmt.adapters.proof import AdapterReport, NoLayout, observe
 from pointcmt.data import SyntheticShapes
 from pointcmt.methods import PointCMT
 
@@ -69,6 +70,7 @@ class AdapterCheck:
         report: the adapter's proof.
         losses: total loss of each of the two training steps.
         objectives: value of each objective, unweighted, at the second step.
+        channels: of the clouds that the network ran on.
         parameters: number of parameters of the network.
         device: ``"cpu"`` or ``"cuda"``.
         seconds: wall time of the whole check.
@@ -79,6 +81,7 @@ class AdapterCheck:
     report: AdapterReport
     losses: tuple[float, float]
     objectives: dict[str, float]
+    channels: int
     parameters: int
     device: str
     seconds: float
@@ -90,7 +93,7 @@ class AdapterCheck:
         return "\n".join(
             [
                 f"{self.network} ({self.parameters / 1e6:.2f} M parameters, {self.device})",
-                f"  layout   {self.report.adapter.input_layout}",
+                f"  layout   {self.report.adapter.input_layout}, {self.channels} channels",
                 f"  proved   {self.report}",
                 *([] if self.local is None else [f"  local    {self.local}"]),
                 f"  trained  two steps under PointCMT: loss {first}, then {second} ({values})",
@@ -107,7 +110,7 @@ def check_adapter(
     adapter: Adapter | str | None = None,
     layout: str | None = None,
     points: int = 1024,
-    channels: int = 3,
+    channels: int | None = None,
     batch: int = 4,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -168,7 +171,7 @@ def check_network(
     adapter: Adapter | str | None = None,
     layout: str | None = None,
     points: int = 1024,
-    channels: int = 3,
+    channels: int | None = None,
     batch: int = 4,
     device: str | torch.device | None = None,
     seed: int = 0,
@@ -189,7 +192,8 @@ def check_network(
         layout: how the network takes its clouds, a key of ``pointcmt.adapters.INPUT_LAYOUTS``; None tries
             the adapter's ``input_layout``, then the others in turn.
         points: points per cloud.
-        channels: 3, or 6 for coordinates and unit normals.
+        channels: 3, or 6 for coordinates and unit normals; None tries 3 and, where the network runs in no
+            layout of those, 6.
         batch: clouds, at least 2 because of batch normalisation.
         device: None: CUDA where there is a GPU, else the CPU.
         seed: of weights, clouds and everything else drawn.
@@ -200,7 +204,7 @@ def check_network(
         CheckFailed: any other point of the list.
     """
     start = time.perf_counter()
-    if batch < 2 or channels not in (3, 6):
+    if batch < 2 or channels not in (3, 6, None):
         raise ValueError(f"batch is {batch} and channels {channels}; expected batch ≥ 2 and 3 or 6 channels")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(seed)
@@ -208,8 +212,17 @@ def check_network(
     if not isinstance(network, nn.Module):
         raise ValueError(f"the factory makes a {type(network).__name__}; expected a torch.nn.Module")
     network, twin = network.to(where), twin.to(where)
-    clouds = _clouds(points, channels, batch, seed).to(where)
-    report = fit_adapter(network, clouds, adapter, layout)
+    clouds = _clouds(points, channels or 3, batch, seed).to(where)
+    try:
+        report = fit_adapter(network, clouds, adapter, layout)
+    except NoLayout as error:
+        if channels is not None:
+            raise
+        clouds = _clouds(points, 6, batch, seed).to(where)
+        try:
+            report = fit_adapter(network, clouds, adapter, layout)
+        except NoLayout as other:
+            raise NoLayout(f"{other}\nWith 3 channels: {error}") from None
     chosen = report.adapter
     if report.logits_shape is None:
         raise ValueError(
@@ -243,6 +256,7 @@ def check_network(
         report=report,
         losses=losses,
         objectives=objectives,
+        channels=clouds.shape[2],
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         device=where.type,
         seconds=time.perf_counter() - start,
@@ -421,6 +435,8 @@ def imported(target: str, option: str = "--import") -> ModuleType:
             return importlib.import_module(target)
         except ImportError as error:
             raise ValueError(_why_not_imported(target, option, error)) from error
+        except Exception as error:
+            raise ValueError(_failed(f"{option} {target} fails while it is imported", error)) from error
     path = Path(target)
     if not path.is_file():
         raise ValueError(f"there is no file {path.resolve()}, which {option} names")
@@ -430,10 +446,19 @@ def imported(target: str, option: str = "--import") -> ModuleType:
     sys.modules[path.stem] = module  # the code may import itself by name
     try:
         spec.loader.exec_module(module)
-    except ImportError as error:
+    except Exception as error:
         del sys.modules[path.stem]
-        raise ValueError(_why_not_imported(target, option, error)) from error
+        if isinstance(error, ImportError):
+            raise ValueError(_why_not_imported(target, option, error)) from error
+        raise ValueError(_failed(f"{option} {target} fails while it is imported", error)) from error
     return module
+
+
+def _failed(what: str, error: Exception) -> str:
+    """With the last place in the user's code, which a message without a traceback does not show."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{what}: {type(error).__name__}: {error}{place}"
 
 
 def _why_not_imported(target: str, option: str, error: ImportError) -> str:
@@ -450,18 +475,35 @@ def _why_not_imported(target: str, option: str, error: ImportError) -> str:
         )
     if missing in compat.STAND_INS or missing.split(".")[0] in compat.STAND_INS:
         return text + "pointcmt stands in for it only where that is allowed (stand_ins=True)"
+    text += f"{target} itself was found, and imports {missing or 'something'}, which is not there"
+    holds_it = _folder_with(missing.partition(".")[0]) if missing else None
+    if holds_it is None:
+        return text + ": install it"
     return text + (
-        f"{target} itself was found, and imports {missing or 'something'} that is not there: install it, or "
-        "check from the folder that the codebase's own scripts run in"
+        f" but in {holds_it}: go there and give {option} as it is seen from there, or put that folder on the "
+        f"path (PYTHONPATH={holds_it})"
     )
+
+
+def _folder_with(module: str) -> Path | None:
+    """A folder above or below the one at hand, never that one, which holds a module of that name."""
+    here = Path.cwd()
+    below = [path.parent for path in sorted(here.rglob(f"{module}.py"))]
+    below += [path.parent for path in sorted(here.rglob(module)) if any(path.glob("*.py"))]
+    above = [
+        folder
+        for folder in here.parents[:3]
+        if (folder / f"{module}.py").is_file() or any((folder / module).glob("*.py"))
+    ]
+    return next((folder for folder in [*above, *below] if folder != here), None)
 
 
 def _called(factory: Callable[..., Any], arguments: str, spec: str) -> Any:
     names = {"torch": torch, "nn": nn, "SimpleNamespace": SimpleNamespace, "_factory": factory}
     try:
         return eval(f"_factory({arguments})", names)  # the user's own command line
-    except (TypeError, SyntaxError, NameError, AttributeError, KeyError, AssertionError) as error:
+    except Exception as error:
+        what = f"{spec} cannot be built as {spec.rpartition(':')[2]}({arguments})"
         raise ValueError(
-            f"{spec} cannot be built as {spec.rpartition(':')[2]}({arguments}): {error}. Give its arguments "
-            "by init (--init '40, normal_channel=False')"
+            f"{_failed(what, error)}. Give its arguments by init (--init '40, normal_channel=False')"
         ) from error

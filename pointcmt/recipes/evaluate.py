@@ -158,8 +158,11 @@ def evaluate(options: Evaluate, quiet: bool = False) -> dict[str, Any]:
     if options.votes < 1:
         raise ValueError(f"--votes is {options.votes}; expected at least 1")
     recorded = options.run / "config.json"
-    if recorded.is_file() and read_json(recorded).get("command") == "train-registration":
+    command = read_json(recorded).get("command") if recorded.is_file() else None
+    if command == "train-registration":
         return _registration(options, quiet)
+    if command == "segment":
+        raise ValueError(f"{options.run} gives each point a class: pointcmt segment --run {options.run}")
     file, kind, config = described(options.run, options.checkpoint)
     accelerator = make_accelerator(options.machine)
     data: DataOptions = restore(DataOptions(), config.get("data") or {}, f"{file}: data")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def features_of(
     images: Path | None = None,
     batch_size: int = 32,
     workers: int = 0,
-    test: bool = True,
+    without: Collection[str] = (),
 ) -> dict[str, tuple[Path, FeatureCache]]:
     """The teacher's features of every part of ``splits``, and of its clouds without labels: opened, or built
     first where they are absent.
@@ -95,7 +95,7 @@ def features_of(
         images: folder of images, for a teacher of images; matched to the shapes by their ids. Not needed
             where the features are there.
         batch_size, workers: for building.
-        test: those of the test shapes too.
+        without: names of parts that are not wanted: ``test``, ``unlabelled``.
 
     Raises:
         ValueError: features that are there were made from other images.
@@ -106,9 +106,9 @@ def features_of(
     parts = dict(splits.parts())
     if splits.unlabelled is not None:
         parts["unlabelled"] = splits.unlabelled
-    if not test:
-        del parts["test"]
     for name, part in parts.items():
+        if name in without:
+            continue
         path = folder / f"{name}-{part.fingerprint()[:16]}-{teacher_fingerprint[:16]}.safetensors"
         device = accelerator.device
         build = functools.partial(

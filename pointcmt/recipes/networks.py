@@ -23,7 +23,7 @@ from pointcmt.recipes.config import restore
 from pointcmt.recipes.options import DataOptions, parse_assignments
 from pointcmt.types import PointFeatures
 
-KINDS = ("network", "student")
+KINDS = ("network", "student", "segmenter")
 
 
 def clouds_of(data: DataOptions, split: Split, labelled: bool = True) -> PointDataset:
@@ -70,7 +70,7 @@ def weights_of(file: Path) -> dict[str, Tensor]:
     """
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
+            return _finite(load_file(file), file)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read ({error}); copy it again") from error
@@ -84,7 +84,14 @@ def weights_of(file: Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{file} holds no state_dict; save network.state_dict() with torch.save")
-    return {name.removeprefix("module."): value for name, value in content.items()}
+    return _finite({name.removeprefix("module."): value for name, value in content.items()}, file)
+
+
+def _finite(weights: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    for name, value in weights.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{file}: the weights {name} are not finite: the file is damaged; copy it again")
+    return weights
 
 
 def _kind(file: Path) -> str | None:
@@ -133,7 +140,11 @@ def load_network(
     own: StudentOptions = restore(StudentOptions(), config.get("student") or {}, f"{file}: student")
     if ":" in options.student:
         own.student = options.student
-    classes = config["num_classes"]
+    classes = config.get("num_classes")
+    if isinstance(classes, bool) or not isinstance(classes, int):
+        raise ValueError(
+            f"{file}: num_classes is {classes!r}; expected a whole number. It was changed: copy it again"
+        )
 
     def check(_: dict[str, Any], where: PathLike) -> None:
         if own.student != options.student:
@@ -181,7 +192,7 @@ def encode(network: nn.Module, adapter: Adapter, points: Tensor) -> PointFeature
     """What a network says of clouds [B, N, C], as its adapter taps it: the pooled feature of its encoder
     (the shape feature where the adapter does not say), local features where there are any."""
     module = unwrap(network)
-    seen = observe(module, adapter, lambda: network(adapter.arrange(points)))
+    seen = observe(module, adapter, lambda: adapter.call(network, points))
     if seen.feature is None:
         raise ValueError(
             f"adapter {adapter.name!r} taps {adapter.feature_path(module)!r}, which the forward pass of "

@@ -1,4 +1,4 @@
-"""Pre-training of a network by pictures, without labels: Pic@Point, MM-Point, CrossPoint."""
+"""Pre-training of a network by pictures, without labels: Pic@Point, MM-Point, CrossPoint, dense."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pointcmt.adapters.registry import Adapter, find_adapter
 from pointcmt.checkpoint import save_module
 from pointcmt.data import MultiViewImages, PointDataset, subset
 from pointcmt.data.contrastive import CloudAugmentation
-from pointcmt.methods import CrossPoint, MMPoint, PicAtPoint, freeze_unused
-from pointcmt.objectives import LocalInfoNCE
+from pointcmt.methods import CrossPoint, DenseDistillation, MMPoint, PicAtPoint, freeze_unused
+from pointcmt.objectives import LocalInfoNCE, PixelFeatures
 from pointcmt.recipes.batches import Batch, Batches
-from pointcmt.recipes.build import StudentOptions, make_student
+from pointcmt.recipes.build import StudentOptions, make_student, segmenter_options
 from pointcmt.recipes.config import plain, write_json
 from pointcmt.recipes.engine import (
     LoopOptions,
@@ -45,16 +45,17 @@ from pointcmt.views.augmentation import ViewAugmentation, crosspoint_level, view
 from pointcmt.views.cells import moved
 from pointcmt.views.sampling import draw_cameras, project_chosen
 
-METHODS = ("pic-at-point", "mm-point", "crosspoint")
+METHODS = ("pic-at-point", "mm-point", "crosspoint", "dense")
 
 
 @dataclass
 class ContrastOptions:
     """Which method, and its ablations."""
 
-    method: Literal["pic-at-point", "mm-point", "crosspoint"] = "pic-at-point"
+    method: Literal["pic-at-point", "mm-point", "crosspoint", "dense"] = "pic-at-point"
     """pic-at-point: each point finds its cell in a picture, each cloud its picture. mm-point: two augmented
-    copies of each cloud and several pictures at once. crosspoint: two copies and one picture."""
+    copies of each cloud and several pictures at once. crosspoint: two copies and one picture. dense: each
+    point learns the picture's features at its pixels; for networks with a feature for each point."""
     temperature: float = 0.1
     """Of all terms."""
     local_weight: float = 1.0
@@ -67,39 +68,54 @@ class ContrastOptions:
     """mm-point, crosspoint: copies and pictures; 0 leaves it out."""
     pose: bool = True
     """pic-at-point: the head for points is told where the camera is."""
-    hidden_points: Literal["count", "skip"] = "count"
-    """pic-at-point: points that the cloud's own surface hides count, as in the paper, or are skipped."""
+    hidden_points: Literal["auto", "count", "skip"] = "auto"
+    """pic-at-point, dense: points that the cloud's own surface hides count, or are skipped; auto: count for
+    pic-at-point, as in the paper, and skip for dense, where it is known which those are."""
     local_points: int | None = 64
-    """pic-at-point: at most so many local features of each cloud in a step, drawn by chance, which leaves the
-    loss its mean; None: all, as in the paper, which is dear where the network has one per point."""
+    """pic-at-point, dense: at most so many local features of each cloud in a step, drawn by chance, which
+    leaves the loss its mean; None: all, as in the paper, which is dear where a network has one per point."""
     head_width: int = 512
     """pic-at-point: width of the heads and of the common spaces."""
     views_per_step: int | None = None
-    """Pictures of each shape in a step; default: 1, and 4 for mm-point."""
+    """Pictures of each shape in a step; default: 1, and 4 for mm-point and dense, as far as there are."""
     shared_head: bool = False
     """mm-point: one pair of heads for all pictures."""
     image_levels: int | None = None
     """mm-point: levels of change of the pictures from weak to strong (up to 4), spread over them; 0: none.
     crosspoint: its own change, or 0: none. Default: 4, and 1."""
+    pictures: Literal["auto", "stored", "projected"] = "auto"
+    """Real pictures that the data set itself has, with their cameras; or pictures of the points; auto: real
+    ones where there are."""
     augment_points: bool = True
-    """Turn the clouds about the up axis (pic-at-point), or all of CrossPoint's changes (mm-point,
+    """Turn the clouds about the up axis (pic-at-point, dense), or all of CrossPoint's changes (mm-point,
     crosspoint)."""
     train_images: Literal["auto", "yes", "no"] = "auto"
-    """Train the image encoder too; auto: not for pic-at-point."""
+    """Train the image encoder too; auto: not for pic-at-point and dense."""
     image_lr: float | None = None
     """Peak learning rate of what projects pictures: their heads, and the encoder where it is trained;
     default: --lr. Pic@Point has 5e-5 for them, and 1e-3 for the rest."""
 
-    def trains_images(self) -> bool:
-        return self.train_images == "yes" or (self.train_images == "auto" and self.method != "pic-at-point")
+    def by_points(self) -> bool:
+        """Whether points are looked for in pictures, so that a picture may not be cropped or turned."""
+        return self.method in ("pic-at-point", "dense")
 
-    def views(self) -> int:
-        default = 4 if self.method == "mm-point" else 1
+    def trains_images(self) -> bool:
+        return self.train_images == "yes" or (self.train_images == "auto" and not self.by_points())
+
+    def views(self, there: int | None = None) -> int:
+        """Pictures of each shape in a step, of ``there`` that there are."""
+        default = 4 if self.method in ("mm-point", "dense") else 1
+        if self.method == "dense" and there is not None:
+            default = min(default, there)
         return default if self.views_per_step is None else self.views_per_step
 
     def levels(self) -> int:
-        default = {"pic-at-point": 0, "mm-point": 4, "crosspoint": 1}[self.method]
+        default = {"pic-at-point": 0, "mm-point": 4, "crosspoint": 1, "dense": 0}[self.method]
         return default if self.image_levels is None else self.image_levels
+
+    def maps(self) -> bool:
+        """Whether feature maps are needed."""
+        return self.method == "dense" or (self.method == "pic-at-point" and self.local_weight > 0)
 
 
 @dataclass
@@ -146,6 +162,15 @@ class Pretrain:
     """Continue the run in --out."""
 
 
+def hidden_points(options: Pretrain) -> Literal["count", "skip"]:
+    """What hidden points do; which they are is not known of stored pictures."""
+    wanted = options.contrast.hidden_points
+    if wanted == "auto":
+        skips = options.contrast.method == "dense" and options.images.images is None
+        return "skip" if skips else "count"
+    return wanted
+
+
 def check(options: Pretrain) -> None:
     """Raise a ValueError for options that cannot go together."""
     contrast, images = options.contrast, options.images
@@ -155,7 +180,12 @@ def check(options: Pretrain) -> None:
         )
     if images.pretrained and images.encoder_weights is not None:
         raise ValueError("--pretrained and --encoder-weights both say where the weights come from: give one")
-    if contrast.method == "pic-at-point" and contrast.levels():
+    if contrast.method == "dense" and contrast.trains_images():
+        raise ValueError(
+            "--method dense takes features that stand still: an encoder that is trained with it would put "
+            "out a constant. Leave out --train-images yes"
+        )
+    if contrast.by_points() and contrast.levels():
         raise ValueError(
             "--image-levels crops and flips pictures, after which a point is in another cell: use it with "
             "--method mm-point or crosspoint"
@@ -194,14 +224,19 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
         clouds, options.data.holdout, options.watch_shapes, options.data.data_seed
     )
     inputs = {"data": clouds.fingerprint()}
-    encoder, spec = make_encoder(options, clouds.up, main)
+    photographs = uses_photographs(options, clouds)
+    encoder, spec = make_encoder(options, clouds.up, main, photographs)
     sources = [source_of(options, part, spec, encoder.in_chans, device) for part in (train, watched)]
     encoder.to(device).train(options.contrast.trains_images())
     if options.images.encoder is not None or options.images.encoder_weights is not None:
         inputs["encoder"] = encoder.fingerprint()
 
     seed_everything(options.loop.seed)
-    network = make_student(options.student, clouds.num_classes).to(device)
+    # a network for parts or scenes is built as pointcmt segment builds it, so that its weights fit there
+    options.student = segmenter_options(options.student, clouds, clouds.points.shape[2])
+    segments = options.student.student.endswith(("_part", "_scene"))
+    classes = (segments and len(clouds.part_names)) or clouds.num_classes
+    network = make_student(options.student, classes).to(device)
     adapter = find_adapter(network, options.student.adapter)
     sample = torch.from_numpy(train.points[: min(4, len(train))]).to(device)
     run = RunFolder.start(
@@ -218,7 +253,7 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
     method = make_method(options, encoder, network, adapter, adapter.arrange(sample))
     config = {
         "student": plain(options.student),
-        "num_classes": clouds.num_classes,
+        "num_classes": classes,
         "classes": list(clouds.class_names),
         "num_points": options.data.num_points,
         "method": options.contrast.method,
@@ -277,8 +312,12 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
             "student": options.student.student,
             "adapter": adapter.name,
             "encoder": encoder_words(options),
-            "views": spec.describe() if images is None else {"images": "stored", "size": options.views.size},
-            "views_per_step": options.contrast.views(),
+            "views": "photographs"
+            if photographs
+            else spec.describe()
+            if images is None
+            else {"images": "stored", "size": options.views.size},
+            "views_per_step": pictures.count,
             "losses_at_chance": chance,
             "parameters": count_parameters(network),
             "not_trained": sum(parameter.numel() for parameter in untouched),
@@ -286,6 +325,18 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
             "seed": options.loop.seed,
         }
     )
+
+
+def uses_photographs(options: Pretrain, clouds: PointDataset) -> bool:
+    """Whether the real pictures that the data set itself has are used.
+
+    Raises:
+        ValueError: they are asked for, and there are none.
+    """
+    wanted = options.contrast.pictures
+    if wanted == "stored" and clouds.stored_views is None:
+        raise ValueError("--pictures stored: the data set has no pictures with cameras; use projected")
+    return clouds.stored_views is not None and wanted != "projected" and options.images.images is None
 
 
 def without_labels(
@@ -311,12 +362,15 @@ def without_labels(
 # ---- the image encoder
 
 
-def make_encoder(options: Pretrain, up: str | None, show: bool) -> tuple[ImageTeacher, ViewSpec]:
-    """The image encoder, and how its pictures are made of points whose recorded axis is ``up``."""
+def make_encoder(
+    options: Pretrain, up: str | None, show: bool, photographs: bool = False
+) -> tuple[ImageTeacher, ViewSpec]:
+    """The image encoder, and how its pictures are made of points whose recorded axis is ``up``; the data
+    set's own ``photographs`` have three colours, and are not made."""
     images, spec = options.images, options.views.spec(up)
     if images.encoder is not None:
         encoder = ImageTeacher.load(find_checkpoint(images.encoder, "teacher"))
-        if images.images is not None:
+        if images.images is not None or photographs:
             return encoder, spec
         if encoder.view_spec is not None:
             spec = replace(encoder.view_spec, rig=options.views.rig, up=spec.up)
@@ -330,11 +384,11 @@ def make_encoder(options: Pretrain, up: str | None, show: bool) -> tuple[ImageTe
     encoder = ImageTeacher(
         num_classes=None,
         backbone=images.backbone,
-        in_chans=3 if images.images is not None else spec.num_channels,
+        in_chans=3 if images.images is not None or photographs else spec.num_channels,
         feature_dim=None,
         pretrained=images.pretrained if images.encoder_weights is None else images.encoder_weights,
         backbone_options=parse_assignments(images.backbone_options, "--backbone-options"),
-        view_spec=spec if images.images is None else None,
+        view_spec=spec if images.images is None and not photographs else None,
     )
     if not (images.pretrained or images.encoder_weights or options.contrast.trains_images()):
         warn(
@@ -370,6 +424,16 @@ def make_method(
 ) -> CrossModalTraining:
     """The context of the method, not yet entered."""
     contrast = options.contrast
+    if contrast.method == "dense":
+        return DenseDistillation(
+            encoder,
+            network,
+            points=points,
+            adapter=adapter,
+            hidden_points=hidden_points(options),
+            local_points=contrast.local_points,
+            hidden=contrast.head_width,
+        )
     if contrast.method == "pic-at-point":
         return PicAtPoint(
             encoder,
@@ -379,7 +443,7 @@ def make_method(
             local_weight=contrast.local_weight,
             global_weight=contrast.global_weight,
             pose=contrast.pose,
-            hidden_points=contrast.hidden_points,
+            hidden_points=hidden_points(options),
             local_points=contrast.local_points,
             hidden=contrast.head_width,
             out_features=contrast.head_width,
@@ -444,6 +508,28 @@ class Made:
         return project_chosen(self.spec, self.clouds[rows.to(self.clouds.device)], cameras)
 
 
+class Photographs:
+    """Real pictures that a data set itself has of its shapes, with their cameras.
+
+    Args:
+        data: with ``stored_views``.
+        up: the axis of the clouds that points up.
+        device: of the pictures.
+    """
+
+    def __init__(self, data: PointDataset, up: str, device: torch.device) -> None:
+        assert data.stored_views is not None
+        self.stored, self.up, self.num_views = data.stored_views, up, data.stored_views.images.shape[1]
+        self.clouds = torch.from_numpy(np.ascontiguousarray(data.view_points)).to(device)
+
+    def __len__(self) -> int:
+        return len(self.clouds)
+
+    def take(self, rows: Tensor, cameras: Tensor) -> Views:
+        """Views by the cameras [B, V] of the shapes of ``rows`` [B]."""
+        return self.stored.take(rows, cameras, self.clouds[rows.to(self.clouds.device)])
+
+
 class Stored:
     """Stored pictures, with their cameras in the frame of the clouds.
 
@@ -475,9 +561,12 @@ class Stored:
         return views if self.frames is None else moved(views, self.frames[rows.cpu()].to(self.device))
 
 
+Source = Made | Photographs | Stored
+
+
 def source_of(
     options: Pretrain, data: PointDataset, spec: ViewSpec, channels: int, device: torch.device
-) -> Made | Stored:
+) -> Source:
     """Where the pictures of some shapes come from.
 
     Raises:
@@ -486,7 +575,8 @@ def source_of(
     """
     folder = options.images.images
     if folder is None:
-        return Made(spec, data, device)
+        photographs = uses_photographs(options, data)
+        return Photographs(data, spec.up, device) if photographs else Made(spec, data, device)
     images = MultiViewImages(
         folder,
         "train",
@@ -496,7 +586,7 @@ def source_of(
         class_names=data.class_names,
     )
     contrast = options.contrast
-    if contrast.method != "pic-at-point" or not contrast.local_weight:
+    if not contrast.maps():
         return Stored(images, None, spec.up, device)
     stored = Stored(images, frames_of(options.data, data), spec.up, device)
     few = torch.arange(min(8, len(data)))
@@ -543,11 +633,11 @@ class Pictures:
         options: of the run.
     """
 
-    def __init__(self, encoder: ImageTeacher, source: Made | Stored, options: Pretrain) -> None:
+    def __init__(self, encoder: ImageTeacher, source: Source, options: Pretrain) -> None:
         self.encoder, self.source = encoder, source
-        self.count, self.total = options.contrast.views(), source.num_views
-        self.maps = options.contrast.method == "pic-at-point" and options.contrast.local_weight > 0
-        self.points = self.maps and options.contrast.hidden_points == "skip"
+        self.count, self.total = options.contrast.views(source.num_views), source.num_views
+        self.maps = options.contrast.maps()
+        self.points = self.maps and hidden_points(options) == "skip"
         self.kept: list[tuple[TeacherOutput, Views]] | None = None
         frozen = not (options.contrast.trains_images() or options.contrast.levels())
         if frozen and options.cache_gb > 0 and self.total <= options.loop.epochs * self.count:
@@ -610,7 +700,7 @@ def make_step(
             points, motion = change.with_motion(batch.inputs)
         else:
             points, motion = torch.cat([change(batch.inputs) for _ in range(pre.copies)]), None
-        model(adapter.arrange(points))
+        adapter.call(model, points)
         loss = pre.loss(**pictures.take(batch.index, motion))
         return {"loss": loss, **pre.loss_tensors}
 
@@ -621,7 +711,7 @@ def cloud_augmentation(options: Pretrain, up: Any) -> CloudAugmentation:
     """What is done to the clouds of a step."""
     if not options.contrast.augment_points:
         return CloudAugmentation()
-    if options.contrast.method == "pic-at-point":
+    if options.contrast.by_points():
         return CloudAugmentation.pic_at_point(up)
     return CloudAugmentation.crosspoint(up)
 
@@ -637,7 +727,8 @@ class Watch:
     * ``retrieval``: in % of the shapes, the right picture (or copy) is the most similar of all;
     * ``alignment``, the mean squared distance of the right pairs on the unit sphere, and ``uniformity``, the
       log of the mean of exp(−2 d²) over pairs of clouds: both the lower the better (Wang and Isola 2020);
-    * ``cell``: in % of the local features, the right cell is the most similar of its picture.
+    * ``cell``: in % of the local features, the right cell is the most similar of its picture;
+    * ``pixels``: of dense distillation, the mean cosine in % of points with the features at their pixels.
 
     Args:
         options: of the run.
@@ -657,7 +748,7 @@ class Watch:
         adapter: Adapter,
         shapes: PointDataset,
         part: str,
-        source: Made | Stored,
+        source: Source,
         device: torch.device,
         show: bool,
     ) -> None:
@@ -665,19 +756,26 @@ class Watch:
         self.shapes = shapes
         self.batches = Batches(shapes, options.loop.batch_size, device)
         self.change = cloud_augmentation(options, source.up)
-        self.count = options.contrast.views()
+        self.count = options.contrast.views(source.num_views)
         self.pairing: Any = next((o for o in pre.objectives if hasattr(o, "embed")), None)
-        self.local = next((o for o in pre.objectives if isinstance(o, LocalInfoNCE)), None)
+        self.local: LocalInfoNCE | PixelFeatures | None = next(
+            (o for o in pre.objectives if isinstance(o, LocalInfoNCE | PixelFeatures)), None
+        )
+        self.found = "pixels" if isinstance(self.local, PixelFeatures) else "cell"
 
     @property
     def name(self) -> str:
-        """The metric that stands for all: ``retrieval``, or ``cell`` where only points are compared."""
-        return f"{self.part}_{'cell' if self.pairing is None else 'retrieval'}"
+        """The metric that stands for all: ``retrieval``, or ``cell`` or ``pixels`` where only points are
+        compared."""
+        return f"{self.part}_{self.found if self.pairing is None else 'retrieval'}"
 
     @property
     def means(self) -> str:
         """What choosing by it means."""
-        what = "points find their cells" if self.pairing is None else "clouds find their pictures or copies"
+        if self.pairing is not None:
+            what = "clouds find their pictures or copies"
+        else:
+            what = "points find their cells" if self.found == "cell" else "points say what their pixels do"
         shapes = "training shapes that were held out" if self.part == "heldout" else "some training shapes"
         return f"how often {what}, of {shapes}; no label and no test shape is looked at"
 
@@ -710,13 +808,13 @@ class Watch:
             metrics[f"{self.part}_uniformity"] = float(torch.pdist(ours).square().mul(-2).exp().mean().log())
         if cells:
             shapes = sum(count for _, count in cells)
-            metrics[f"{self.part}_cell"] = sum(value * count for value, count in cells) / shapes
+            metrics[f"{self.part}_{self.found}"] = sum(value * count for value, count in cells) / shapes
         if self.show:
             self.show = False
             losses = ", ".join(f"{name} {value:.2f}" for name, value in chances(self.pre).items())
-            say(
-                f"who guesses has the losses {losses}, and {self.part}_retrieval {100 / self.batches.n:.2g} %"
-            )
+            if self.pairing is not None:
+                losses += f", and {self.part}_retrieval {100 / self.batches.n:.2g} %"
+            say(f"who guesses has the losses {losses or f'pixels 1, and {self.part}_pixels 0 %'}")
         return metrics
 
     def _state(self, model: nn.Module, points: Tensor, copies: int) -> StudentState:
@@ -737,7 +835,7 @@ class Watch:
         shapes = self.shapes
         after = frozen_features(model, self.adapter, shapes, self.batches.device, self.batches.batch_size)
         draw_features(before, after, shapes.labels, shapes.class_names, folder / "features.png")
-        if self.local is None:
+        if not isinstance(self.local, LocalInfoNCE):
             return
         rows = torch.linspace(0, len(shapes) - 1, min(SHAPES, len(shapes))).long()
         places = torch.linspace(0, self.source.num_views - 1, min(VIEWS, self.source.num_views)).long()

@@ -39,7 +39,7 @@ class Probe:
     feature: Literal["pooled", "feature"] = "pooled"
     """pooled: the encoder's pooled feature, before any layer of the head, as the field probes it, where the
     adapter says where it is. feature: the shape feature that the last layers read."""
-    c: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
+    c: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
     """Values of C, of which cross-validation on the training shapes takes one. They reach far, because
     features that are not scaled differ by powers of ten between networks, random weights among them."""
     folds: int = 5

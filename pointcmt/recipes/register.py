@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 
 from pointcmt.checkpoint import atomic_write
+from pointcmt.data.clouds import Cloud
+from pointcmt.data.clouds import read_cloud as _read_cloud
+from pointcmt.data.modelnet_off import sample_surface
 from pointcmt.recipes.progress import say, warn
 from pointcmt.recipes.run import find_checkpoint, write_json
 from pointcmt.registration import CMIGNet
@@ -48,14 +51,6 @@ class Register:
     twice the distance between neighbours."""
 
 
-class Cloud(NamedTuple):
-    """What a file holds: points [N, 3] float64, normals and colours [N, 3] where it has them."""
-
-    points: np.ndarray
-    normals: np.ndarray | None = None
-    colors: np.ndarray | None = None
-
-
 def read_cloud(path: Path) -> Cloud:
     """A cloud from a file; of a mesh with faces, points drawn on its surface, the same each time.
 
@@ -65,54 +60,15 @@ def read_cloud(path: Path) -> Cloud:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; expected a cloud ({', '.join(SUFFIXES)})")
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{path} is of no known format {suffix!r}; expected one of {', '.join(SUFFIXES)}")
-    if suffix == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is not a readable array: {error}") from error
-        if array.ndim != 2 or array.shape[1] not in (3, 6) or array.dtype.kind not in "fiu":
-            raise ValueError(
-                f"{path} holds {array.dtype} of shape {list(array.shape)}; expected numbers [N, 3], or "
-                "[N, 6] with normals"
-            )
-        array = array.astype(np.float64)
-        return Cloud(array[:, :3], array[:, 3:] if array.shape[1] == 6 else None)
-    o3d = need("open3d")
-    o3d.utility.set_verbosity_level(
-        o3d.utility.VerbosityLevel.Error
-    )  # it is said below, with the file's name
-    if suffix in (".obj", ".ply"):
-        mesh = o3d.io.read_triangle_mesh(str(path))
-        if len(mesh.triangles):
-            o3d.utility.random.seed(0)
-            return _cloud(mesh.sample_points_uniformly(SURFACE_POINTS, use_triangle_normal=True))
-        if suffix == ".obj":  # open3d reads none of its vertices where there is no face
-            lines = (line.split() for line in path.read_text(errors="replace").splitlines())
-            vertices = [line[1:4] for line in lines if line[:1] == ["v"] and len(line) >= 4]
-            return _filled(Cloud(np.array(vertices, dtype=np.float64).reshape(-1, 3)), path)
-    if suffix == ".xyz":
-        first = next((line for line in path.read_text().splitlines() if line.strip()), "")
-        found = o3d.io.read_point_cloud(str(path), format="xyzn" if len(first.split()) == 6 else "xyz")
-    else:
-        found = o3d.io.read_point_cloud(str(path))
-    return _filled(_cloud(found), path)
-
-
-def _cloud(found: Any) -> Cloud:
-    return Cloud(
-        np.asarray(found.points),
-        np.asarray(found.normals) if found.has_normals() else None,
-        np.asarray(found.colors) if found.has_colors() else None,
-    )
-
-
-def _filled(cloud: Cloud, path: Path) -> Cloud:
-    if len(cloud.points) == 0:
-        raise ValueError(f"{path} holds no points, or cannot be read as {path.suffix.lower()}")
-    return cloud
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"{path} is of no known format {path.suffix!r}; expected one of {', '.join(SUFFIXES)}"
+        )
+    cloud = _read_cloud(path, finite=False)
+    if cloud.faces is None:
+        return cloud
+    drawn = sample_surface(cloud.points, cloud.faces, SURFACE_POINTS, np.random.default_rng(0), path)
+    return Cloud(drawn[:, :3].astype(np.float64), drawn[:, 3:].astype(np.float64))
 
 
 def write_cloud(path: Path, cloud: Cloud) -> None:
@@ -139,7 +95,7 @@ def moved_cloud(cloud: Cloud, motion: np.ndarray) -> Cloud:
     """The cloud moved; its normals turn with it."""
     rotation = motion[:3, :3]
     normals = None if cloud.normals is None else cloud.normals @ rotation.T
-    return Cloud(cloud.points @ rotation.T + motion[:3, 3], normals, cloud.colors)
+    return Cloud(cloud.points @ rotation.T + motion[:3, 3], normals, colors=cloud.colors)
 
 
 def register(options: Register) -> int:

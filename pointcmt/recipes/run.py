@@ -299,7 +299,17 @@ class RunFolder:
         return self.path / "results.json"
 
     def read_config(self) -> dict[str, Any]:
-        return read_json(self.config_path)
+        """What the run was started with: command, config and inputs; ValueError where the file is damaged."""
+        found = read_json(self.config_path)
+        kinds = {"command": str, "config": dict, "inputs": dict}
+        if not all(isinstance(found.get(name), kind) for name, kind in kinds.items()) or not all(
+            isinstance(value, str) for value in found["inputs"].values()
+        ):
+            raise ValueError(
+                f"{self.config_path} lacks command, config or inputs, or holds them otherwise; it was "
+                "damaged, or changed by hand: give another --out"
+            )
+        return found
 
     def _check_same(self, wanted: dict[str, Any]) -> None:
         there = self.read_config()
@@ -409,7 +419,10 @@ class RunFolder:
         if not self.state_path.exists():
             return None
         try:
-            return torch.load(self.state_path, map_location="cpu", weights_only=True)
+            state = torch.load(self.state_path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or not isinstance(state.get("epoch"), int):
+                raise ValueError("it holds no epoch")
+            return state
         except Exception as error:
             raise ValueError(
                 f"{self.state_path} cannot be read ({error}); delete {self.path} and start the run again"
@@ -440,14 +453,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     records = []
-    lines = file.read_text().splitlines()
+    lines = file.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line.decode())
+            if not isinstance(record, dict) or not isinstance(record.get("epoch", 0), int | float):
+                raise ValueError
+        except (ValueError, RecursionError):
             if number == len(lines):
                 break
-            raise ValueError(f"{file}:{number} is not JSON; the run folder was changed by hand") from None
+            raise ValueError(
+                f"{file}:{number} is not JSON of an epoch; the run folder was damaged or changed by hand"
+            ) from None
+        records.append(record)
     return records
 
 
@@ -456,7 +474,7 @@ def find_checkpoint(path: Path, kind: str) -> Path:
 
     Args:
         path: a ``.safetensors`` file, or a run folder.
-        kind: ``teacher``, ``generator``, ``student`` or ``registration``.
+        kind: ``teacher``, ``generator``, ``student``, ``registration`` or ``segmenter``.
 
     Raises:
         FileNotFoundError: neither is there; names the command that makes one.
@@ -473,6 +491,7 @@ def find_checkpoint(path: Path, kind: str) -> Path:
         "generator": "train-generator",
         "student": "train",
         "registration": "train-registration",
+        "segmenter": "segment",
     }[kind]
     unfinished = (
         " The run in that folder is not finished: continue it with --resume."

@@ -343,13 +343,13 @@ def train(options: Train) -> dict[str, Any]:
 
     task.step = augmented_step
     save = saver(options, splits.train)
-    cmt = observe = None
+    cmt = observe = seen = None
     with contextlib.ExitStack() as stack:
         if teacher is not None:
             method = options.method
             built = features_of(
                 splits, teacher, teacher_file, accelerator, options.features, options.images,
-                workers=options.machine.workers, test=False,
+                workers=options.machine.workers, without=("test",),
             )  # fmt: skip
             caches = {name: cache for name, (_, cache) in built.items()}
             features = caches["train"][torch.arange(len(splits.train))].to(accelerator.device)
@@ -362,6 +362,13 @@ def train(options: Train) -> dict[str, Any]:
                 # rows as WithUnlabelled counts them
                 features = torch.cat([features, further.to(accelerator.device)])
                 training = WithUnlabelled(training, splits.unlabelled, method.unlabelled_ratio)
+                seen = seen_by_teacher(splits.unlabelled, teacher_file)
+                if seen:
+                    say(
+                        f"the teacher was trained on {len(seen)} of the {len(splits.unlabelled)} clouds "
+                        "without labels: it knows their labels, and the student does not",
+                        main,
+                    )
                 others = make_objectives(0, 0, method.unlabelled_objectives, option="--unlabelled-objectives")
             for objective in (*objectives, *others):
                 if isinstance(objective, ClassifierEnhancement):
@@ -412,6 +419,8 @@ def train(options: Train) -> dict[str, Any]:
         "shapes": {name: len(part) for name, part in every_part(splits).items()},
         "milliseconds_per_cloud": milliseconds_per_cloud(student, adapter, sample),
     }
+    if splits.unlabelled is not None:
+        results["labels_that_only_the_teacher_saw"] = None if seen is None else len(seen)
     if teacher is not None:
         verdict = compare_with_teacher(
             lambda batch: logits(student, batch), tests, caches, splits, teacher_file
@@ -467,16 +476,23 @@ def taught_logits(cache: FeatureCache, count: int) -> np.ndarray:
     return logits.numpy()
 
 
+def seen_by_teacher(shapes: PointDataset, teacher_file: Path) -> list[str] | None:
+    """Which of the shapes the teacher was trained on, with their labels; None where nothing says it."""
+    digest, listed = read_about(teacher_file).get("trained_on"), teacher_file.parent / "shapes.json"
+    if isinstance(digest, str):
+        return seen_before(shapes.shape_ids, digest)
+    if listed.exists():
+        return sorted(set(read_json(listed)["train"]) & set(shapes.shape_ids))
+    return None
+
+
 def why_not_comparable(splits: Splits[PointDataset], teacher_file: Path) -> str | None:
     """Why teacher and student cannot be compared on the held-out shapes; None where they can."""
     if splits.heldout is None:
         return "--holdout is 0, so nothing is held out"
-    digest, listed = read_about(teacher_file).get("trained_on"), teacher_file.parent / "shapes.json"
-    if isinstance(digest, str):
-        seen = seen_before(splits.heldout.shape_ids, digest)
-    elif listed.exists():
-        seen = sorted(set(read_json(listed)["train"]) & set(splits.heldout.shape_ids))
-    else:
+    seen = seen_by_teacher(splits.heldout, teacher_file)
+    if seen is None:
+        listed = teacher_file.parent / "shapes.json"
         return f"neither {teacher_file} nor {listed} says what the teacher was trained on"
     if seen:
         return (

@@ -92,7 +92,14 @@ def train_generator(options: TrainGenerator) -> dict[str, Any]:
         say(f"{run.path} is finished", accelerator.is_main_process)
         return done
     caches = features_of(
-        splits, teacher, file, accelerator, options.features, options.images, workers=options.machine.workers
+        splits,
+        teacher,
+        file,
+        accelerator,
+        options.features,
+        options.images,
+        workers=options.machine.workers,
+        without=("unlabelled",),
     )
     features = {
         name: cache[torch.arange(len(splits.parts()[name]))].to(accelerator.device)

@@ -108,6 +108,9 @@ def write_page(title: str, lead: str, sections: Sequence[Section], path: Path) -
 
 # what a report is made from: the run folders below one folder
 
+ORDER = {"train-teacher": 0, "train-generator": 1, "pretrain": 2, "train": 3, "segment": 4}
+"""The commands whose runs are shown, in their order."""
+
 
 @dataclass
 class Run:
@@ -141,7 +144,7 @@ def find_runs(folder: Path) -> list[Run]:
         if not (place / "results.json").exists():
             continue
         described = read_json(config)
-        if described.get("command") not in ("train-teacher", "train-generator", "pretrain", "train"):
+        if described.get("command") not in ORDER:
             continue
         runs.append(
             Run(
@@ -156,17 +159,16 @@ def find_runs(folder: Path) -> list[Run]:
     if not runs:
         raise FileNotFoundError(
             f"no finished run in {folder} or below it; make one with pointcmt train-teacher, "
-            "train-generator, pretrain, train or train-registration"
+            "train-generator, pretrain, train, segment or train-registration"
         )
-    order = {"train-teacher": 0, "train-generator": 1, "pretrain": 2, "train": 3}
-    return sorted(runs, key=lambda run: (order[run.command], run.role != "none", run.role, str(run.path)))
+    return sorted(runs, key=lambda run: (ORDER[run.command], run.role != "none", run.role, str(run.path)))
 
 
 def compare(runs: Sequence[Run]) -> list[Entry]:
     """Teacher and students as lines of a comparison; seeds of one student and method together."""
     groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        if run.role == "generator" or run.command == "pretrain":
+        if run.role == "generator" or run.command in ("pretrain", "segment"):
             continue
         key = (run.role, str(run.results.get("student", "")))
         groups.setdefault(key, []).append(run)
@@ -191,6 +193,39 @@ def compare(runs: Sequence[Run]) -> list[Entry]:
             )
         )
     return entries
+
+
+def segmented(runs: Sequence[Run]) -> list[Section]:
+    """Figures and pictures of runs of segment; none where there is no such run."""
+    if not runs:
+        return []
+    figures = {
+        "instance_miou": "instance mIoU %", "class_miou": "class mIoU %", "miou": "mIoU %", "macc": "mAcc %",
+        "oa": "OA %",
+    }  # fmt: skip
+    shown = [name for name in figures if any(name in run.results["test"] for run in runs)]
+    rows = [["run", "network", "starts from", *(figures[name] for name in shown)]]
+    classes = [["run and class", "IoU %"]]
+    for run in runs:
+        test = run.results["test"]
+        values = [f"{test[name]:.2f}" if name in test else "" for name in shown]
+        rows.append([run.path.name, run.results["student"], run.results["init"] or "scratch", *values])
+        for name, value in test.items():
+            if name.startswith("iou/"):
+                classes.append([f"{run.path.name}: {name.removeprefix('iou/')}", f"{value:.1f}"])
+    argmax = {run.results["test"]["argmax"] for run in runs if "argmax" in run.results["test"]}
+    text = "Test clouds after the last epoch; of rooms every point of the file."
+    if argmax:
+        text += f" Parts: the highest score among {' or '.join(sorted(argmax))} (argmax)."
+    pictures = [
+        (run.path / "segmentation.png", f"{run.path.name}: labels above, predictions below")
+        for run in runs
+        if (run.path / "segmentation.png").exists()
+    ]
+    return [
+        Section("Parts and scenes", text, rows, pictures),
+        Section("Parts and scenes, class by class", table=classes),
+    ]
 
 
 def registration_sections(folder: Path) -> list[Section]:
@@ -253,6 +288,7 @@ def write_report(folder: Path, title: str = "PointCMT: images teach a point-clou
                 [(save_comparison(entries, pictures / "comparison.png"), "OA and mAcc on the test shapes")],
             )
         )
+    sections += segmented([run for run in runs if run.command == "segment"])
     curves = [Curve(run.path.name, run.role, run.records) for run in runs if run.records]
     if curves:
         sections.append(

@@ -135,6 +135,14 @@ def segmentation_loss(scores: Tensor, labels: Tensor, label_smoothing: float = 0
     return total / known.sum().clamp(min=1)
 
 
+def counted(labels: Tensor, lengths: Tensor | None) -> Tensor:
+    """Labels [B, N] with −1 where a point has none, or is beyond its cloud's ``lengths`` [B]."""
+    labels = torch.where(labels >= 0, labels, -1)
+    if lengths is None:
+        return labels
+    return labels.masked_fill(torch.arange(labels.shape[1], device=labels.device) >= lengths[:, None], -1)
+
+
 class Measure:
     """Figures of clouds that come batch by batch, the same on every process.
 
@@ -163,10 +171,7 @@ class Measure:
     ) -> None:
         """Class scores [B, N, K] of points with labels [B, N]; ``index`` int64 [B] are rows of the set, by
         which a shape counts once, and of each cloud its first ``lengths`` [B] points count."""
-        labels = torch.where(labels >= 0, labels, -1)
-        if lengths is not None:
-            beyond = torch.arange(labels.shape[1], device=labels.device) >= lengths[:, None]
-            labels = labels.masked_fill(beyond, -1)
+        labels = counted(labels, lengths)
         if self.parts is None:
             predicted = scores.argmax(-1)
             self.confusion.to(scores.device).update(predicted.flatten(), labels.flatten())
@@ -235,7 +240,8 @@ def segmentation(
     def step(model: nn.Module, batch: Any, done: float) -> dict[str, Tensor]:
         if prepare is not None:
             batch = prepare(batch)
-        return {"loss": segmentation_loss(train_forward(model, batch), batch.point_labels, label_smoothing)}
+        labels = counted(batch.point_labels, batch.lengths)
+        return {"loss": segmentation_loss(train_forward(model, batch), labels, label_smoothing)}
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         metrics: dict[str, float] = {}

@@ -26,12 +26,13 @@ def is_junk(path: Path) -> bool:
     )
 
 
-def read_mesh(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+def read_mesh(path: str | os.PathLike[str], finite: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Vertices float64 [n, 3] and triangles int64 [m, 3] of an OFF, OBJ or PLY file; polygons become fans.
 
     OFF files are read in all the forms that are about: COFF, NOFF, STOFF (what they add is left out),
     lower case, binary, and with the counts on the first line, as many of ModelNet's have them
-    (``OFF490 518 0``). A file without a face is a cloud: ``m`` is 0.
+    (``OFF490 518 0``). A file without a face is a cloud: ``m`` is 0. ``finite=False`` takes vertices that are
+    not finite as they are.
 
     Raises:
         FileNotFoundError: no such file.
@@ -51,7 +52,7 @@ def read_mesh(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"{path} cannot be read as a mesh ({type(error).__name__}: {error}); export or download it again"
         ) from error
-    if not np.isfinite(vertices).all():
+    if finite and not np.isfinite(vertices).all():
         row = int(np.flatnonzero(~np.isfinite(vertices).all(1))[0])
         raise ValueError(f"{path}: vertex {row} is {vertices[row].tolist()}; expected finite coordinates")
     if len(faces) and not 0 <= faces.min() <= faces.max() < len(vertices):

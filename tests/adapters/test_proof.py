@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pointcmt import CrossModalTraining
+from pointcmt import CrossModalTraining, training
 from pointcmt.adapters import (
     Adapter,
     AdapterError,
@@ -202,6 +204,55 @@ def test_what_only_training_shows_is_refused_within_ten_steps_or_on_leaving(step
     assert hooks(net) == 0
 
 
+class Normalised(Tapped):
+    """With dropout, batch statistics in the body and the head, and random numbers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda n, f: n.head(n.drop(n.norm(f))))
+        self.inner = nn.BatchNorm1d(FEATURE)
+
+    def forward(self, points):
+        hidden = self.body(points).amax(1)
+        if self.training:
+            hidden = hidden + 0.01 * torch.randn_like(hidden)
+        return self.scores(self, self.here(self.inner(hidden)))
+
+
+@pytest.mark.parametrize("steps", [4, 13])  # checked on leaving only, and in the middle
+def test_the_check_in_the_middle_of_training_leaves_no_trace_in_it(monkeypatch, steps):
+    def run(checks):
+        torch.manual_seed(5)
+        net = Normalised()
+        seen, done = [], []
+        again = training.verify_again
+
+        def counted(*args, **kwargs):
+            done.append(None)
+            if checks:
+                again(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "verify_again", counted)
+            train(
+                net,
+                claim(lambda n, f: n.head(n.drop(n.norm(f)))),
+                steps,
+                lambda _: seen.append(
+                    [parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None]
+                ),
+            )
+        return net.state_dict(), seen, torch.get_rng_state(), len(done)
+
+    (state, grads, random, count), (other, theirs, their_random, _) = run(True), run(False)
+    assert count == (1 if steps < 10 else 2)
+    assert torch.equal(random, their_random)
+    assert int(state["norm.num_batches_tracked"]) == steps
+    for name, value in state.items():
+        assert torch.equal(value, other[name]), name
+    for mine, yours in zip(grads, theirs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, yours, strict=True))
+
+
 # ---- networks with habits
 
 
@@ -328,6 +379,18 @@ def test_low_rank_updates_of_the_classifier_are_part_of_it(zero):
     assert report.feature_path == "head" and report.feature_shape == (BATCH, FEATURE)
 
 
+def test_a_layer_in_a_list_that_is_never_called_is_that_layer():
+    class Listed(Student):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(FEATURE, FEATURE), nn.Linear(FEATURE, CLASSES)])
+
+        def forward(self, points):
+            return self.layers[1](self.layers[0](self.feature(points)).relu())
+
+    assert verify_adapter(Listed(), batch(0)[0]).feature_path == "layers.1"
+
+
 class Own(nn.Module):
     """A linear layer of one's own class, as PyTorch Geometric's."""
 
@@ -427,6 +490,53 @@ def test_a_known_network_is_found_inside_ones_own_module_or_that_is_said():
         assert verify_adapter(Longer(), batch(0)[0]).feature_path == "more"
 
 
+class WithPartsOfYanx27(nn.Module):
+    """Named as the parts of a public PointNet++, but raw class scores, and stages of another kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normal_channel = False
+        self.sa1, self.sa2, self.sa3 = nn.Linear(3, 32), nn.Linear(32, 32), nn.Identity()
+        self.fc1, self.bn1, self.drop1 = nn.Linear(32, 24), nn.BatchNorm1d(24), nn.Dropout(0.4)
+        self.fc2, self.bn2, self.drop2 = nn.Linear(24, FEATURE), nn.BatchNorm1d(FEATURE), nn.Dropout(0.4)
+        self.fc3 = nn.Linear(FEATURE, CLASSES)
+
+    def forward(self, points):
+        whole = self.sa3(self.sa2(self.sa1(points.transpose(1, 2)).relu()).amax(1))
+        hidden = self.drop1(self.bn1(self.fc1(whole)).relu())
+        return self.fc3(self.drop2(self.bn2(self.fc2(hidden)).relu()))
+
+
+class WithPartsOfDGCNN(nn.Module):
+    """Named as the parts of DGCNN, but another slope in the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i, (a, b) in enumerate([(3, 8), (8, 8), (8, 8), (8, 8), (8, 32)], 1):
+            setattr(self, f"conv{i}", nn.Sequential(nn.Conv1d(a, b, 1), nn.BatchNorm1d(b), nn.LeakyReLU(0.2)))
+        self.linear1, self.bn6, self.dp1 = nn.Linear(32, 24, bias=False), nn.BatchNorm1d(24), nn.Dropout()
+        self.linear2, self.bn7, self.dp2 = nn.Linear(24, FEATURE), nn.BatchNorm1d(FEATURE), nn.Dropout()
+        self.linear3 = nn.Linear(FEATURE, CLASSES)
+
+    def forward(self, points):
+        for i in range(1, 6):
+            points = getattr(self, f"conv{i}")(points)
+        hidden = self.dp1(F.leaky_relu(self.bn6(self.linear1(points.amax(2))), 0.1))
+        return self.linear3(self.dp2(F.leaky_relu(self.bn7(self.linear2(hidden)), 0.1)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "known", "end"),
+    [(WithPartsOfYanx27, "yanx27-pointnet2", "fc3"), (WithPartsOfDGCNN, "dgcnn", "linear3")],
+)
+def test_a_known_adapter_that_is_wrong_gives_way_to_the_generic_one_with_a_warning(kind, known, end):
+    torch.manual_seed(3)
+    with pytest.warns(RuntimeWarning, match=f"'{known}' matches, but is wrong for this {kind.__name__}"):
+        report = fit_adapter(kind(), batch(0)[0])
+    assert report.adapter.name == "generic" and report.feature_path == end
+    assert report.adapter.input_layout == "B3N"
+
+
 def test_the_generic_adapter_has_a_name():
     register_adapter(KNOWN)
     assert verify_adapter(Known(), batch(0)[0]).adapter.name == "known"
@@ -442,6 +552,12 @@ def test_features_per_point_are_found_where_they_follow_the_points():
             return super().forward(points.sort(dim=1).values)
 
     assert verify_adapter(Sorted(), batch(0)[0]).local_shape is None
+
+    class Mixing(Student):
+        def forward(self, points):
+            return super().forward(points - points.mean((0, 1)))
+
+    assert verify_adapter(Mixing(), batch(0)[0]).local_shape is None
 
 
 def test_logits_is_for_the_output_only():
@@ -475,6 +591,19 @@ CALLS = {
 }
 
 
+@pytest.mark.parametrize("layout", CALLS)
+def test_layouts_are_tried_until_one_runs(layout):
+    class Called(Student):
+        def forward(self, *inputs):
+            return CALLS[layout](self, *inputs)
+
+    clouds = batch(0)[0]
+    report = fit_adapter(Called(), clouds)
+    assert report.adapter.input_layout == layout
+    assert report.logits_shape == (BATCH, CLASSES)
+    assert report.adapter.call(Called(), clouds).shape == (BATCH, CLASSES)
+
+
 def test_no_layout_that_runs_is_an_error_with_what_each_gave():
     class Picky(Student):
         def forward(self, points):
@@ -488,18 +617,51 @@ SHARDED = """
 import torch, torch.distributed as dist, warnings
 from torch.distributed.fsdp import fully_shard
 from pointcmt import CrossModalTraining
-from pointcmt.objectives import FeatureL2
+from pointcmt.objectives import ClassifierEnhancement, FeatureL2
 from tests.toys import Student, Teacher, batch
-dist.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
-net = Student()
-fully_shard(net, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
-points, labels, views = batch(0)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    with CrossModalTraining(Teacher(), net, objectives=[FeatureL2()]) as cmt:
-        for _ in range(2):
-            loss = torch.nn.functional.cross_entropy(net(points), labels) + cmt.loss(views=views)
-            cmt.classify(cmt.feature.detach())
-            loss.backward()
-print(any("sharded" in str(w.message) for w in caught), bool(torch.isfinite(loss)))
+
+def trained(shard):
+    torch.manual_seed(0)
+    net = shard(Student())
+    teacher, optimizer = Teacher(), torch.optim.SGD(net.parameters(), lr=1e-3)
+    points, labels, views = batch(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        objectives = [FeatureL2(), ClassifierEnhancement()]
+        with CrossModalTraining(teacher, net, objectives=objectives) as cmt:
+            for _ in range(12):
+                loss = torch.nn.functional.cross_entropy(net(points), labels) + cmt.loss(views=views)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    said = any("sharded" in str(w.message) for w in caught)
+    state = net.state_dict().items()
+    return {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in state}, said
+
+dist.init_process_group("gloo", init_method="file://FILE", rank=0, world_size=1)
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+
+def whole(net):
+    fully_shard(net, mesh=mesh)
+    return net
+
+def parts(net):
+    fully_shard(net.head, mesh=mesh)
+    return whole(net)
+
+plain, said = trained(lambda net: net)
+assert not said and all(torch.isfinite(value).all() for value in plain.values())
+for shard in (whole, parts):
+    state, said = trained(shard)
+    assert said and state.keys() == plain.keys()
+    for name in plain:
+        torch.testing.assert_close(state[name], plain[name])
+print("equal")
 """
+
+
+def test_a_student_under_fully_shard_trains_as_without_and_what_is_not_checked_is_said(tmp_path):
+    script = SHARDED.replace("FILE", str(tmp_path / "rendezvous"))
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == ["equal"]

@@ -1,4 +1,4 @@
-"""The other stand-ins: MSN's earth mover's distance, RS-CNN's and OpenPoints' extensions, KNN_CUDA."""
+"""The other stand-ins: distances of clouds, RS-CNN's and OpenPoints' extensions, KNN_CUDA, torch_scatter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pointcmt import ops
-from pointcmt.compat import emd, knn_cuda, pointnet2_batch_cuda
+from pointcmt.compat import chamfer, emd, emd_cuda, knn_cuda, pointnet2_batch_cuda, torch_scatter
 from pointcmt.compat.rscnn_ext import pointnet2 as rscnn
 
 
@@ -186,3 +186,126 @@ def test_knn_cuda_in_both_layouts():
     assert torch.equal(other.transpose(1, 2), distance) and torch.equal(idx2.transpose(1, 2), idx)
     one, idx3 = knn_cuda.knn(ref[0].T, query[0].T, 4)
     assert torch.equal(one, distance[0].T) and torch.equal(idx3, idx[0].T)
+
+
+def test_densepoint_calls_the_same_name_with_fewer_arguments():
+    xyz = clouds(2, 30, 16)
+    idx = torch.zeros(2, 4, 6, dtype=torch.int32)
+    assert rscnn.ball_query_wrapper(2, 30, 4, 0.4, 6, xyz[:, :4].contiguous(), xyz, idx) == 1
+    assert torch.equal(idx.long(), ops.ball_query(0.4, 6, xyz, xyz[:, :4]))
+
+
+def test_only_some_extensions_leave_out_points_near_the_origin():
+    xyz = clouds(1, 40, 17) * 0.2
+    xyz[:, 5] = 0.001
+    chosen = torch.zeros(1, 40, dtype=torch.int32)
+    rscnn.furthest_point_sampling_wrapper(1, 40, 40, xyz, None, chosen)
+    assert 5 not in chosen[0, 1:].tolist()
+    pointnet2_batch_cuda.furthest_point_sampling_wrapper(1, 40, 40, xyz, None, chosen)
+    assert sorted(chosen[0].tolist()) == list(range(40))
+
+
+# --- Chamfer distance and the soft earth mover's distance ------------------------------------------
+
+
+def test_chamfer_is_the_squared_distance_to_the_nearest_with_gradients_to_both():
+    x, y = clouds(2, 20, 18), clouds(2, 15, 19)
+    y[:, 7] = y[:, 3]  # of two equally near the first
+    dist1, dist2, idx1, idx2 = chamfer.forward(x, y)
+    squared = (x[:, :, None] - y[:, None]).square().sum(-1)
+    torch.testing.assert_close(dist1, squared.amin(2))
+    torch.testing.assert_close(dist2, squared.amin(1))
+    assert torch.equal(idx1.long(), squared.argmin(2)) and idx1.dtype == idx2.dtype == torch.int32
+    assert torch.equal(idx2.long(), squared.argmin(1)) and not (idx1 == 7).any()
+
+    a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+    up1, up2 = clouds(2, 20, 20)[..., 0], clouds(2, 15, 21)[..., 0]
+    near1 = b.gather(1, idx1.long()[..., None].expand(-1, -1, 3))
+    near2 = a.gather(1, idx2.long()[..., None].expand(-1, -1, 3))
+    (((a - near1).square().sum(-1) * up1).sum() + ((b - near2).square().sum(-1) * up2).sum()).backward()
+    for grad, leaf in zip(chamfer.backward(x, y, idx1, idx2, up1, up2), (a, b), strict=True):
+        torch.testing.assert_close(grad, leaf.grad)
+    c, d = x.clone().requires_grad_(), y.clone().requires_grad_()
+    one, two = chamfer.ChamferDistance()(c, d)
+    ((one * up1).sum() + (two * up2).sum()).backward()
+    torch.testing.assert_close(c.grad, a.grad)
+    torch.testing.assert_close(d.grad, b.grad)
+
+
+def test_soft_emd_has_the_cost_of_the_best_matching_and_its_gradient():
+    x, y = clouds(2, 16, 22), clouds(2, 16, 23)
+    match = emd_cuda.approxmatch_forward(x, y)
+    assert torch.equal(match.sum(1), torch.ones(2, 16)) and torch.equal(match.sum(2), torch.ones(2, 16))
+    cost = emd_cuda.matchcost_forward(x, y, match)
+    goal = match.argmax(1)
+    expected = (x - y.gather(1, goal[..., None].expand(-1, -1, 3))).square().sum((1, 2))
+    torch.testing.assert_close(cost, expected)
+    soft = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(24))
+    a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+    up = torch.tensor([1.0, 3.0])
+    emd_cuda.matchcost_forward(a, b, soft).backward(up)
+    for grad, leaf in zip(emd_cuda.matchcost_backward(up, x, y, soft), (a, b), strict=True):
+        torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"\[2, 16, 3\] and \[2, 5, 3\]"):
+        emd_cuda.approxmatch_forward(x, y[:, :5])
+
+
+# --- torch_scatter --------------------------------------------------------------------------------
+
+
+def loop_scatter(src, index, size, reduce):
+    rows = [[v for v, i in zip(src, index.tolist(), strict=True) if i == place] for place in range(size)]
+    empty = torch.full_like(src[0], 1.0 if reduce == "mul" else 0.0)
+    of = {
+        "sum": lambda r: sum(r), "mean": lambda r: sum(r) / len(r),
+        "mul": lambda r: torch.stack(r).prod(0), "max": lambda r: torch.stack(r).amax(0),
+        "min": lambda r: torch.stack(r).amin(0),
+    }[reduce]  # fmt: skip
+    return torch.stack([of(row) if row else empty for row in rows])
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "mul", "max", "min"])
+def test_scatter_reduces_as_a_loop_with_its_gradient(reduce):
+    generator = torch.Generator().manual_seed(25)
+    src = torch.rand(12, 3, generator=generator, requires_grad=True)
+    index = torch.tensor([0, 2, 2, 5, 0, 2, 5, 5, 0, 0, 2, 5])  # 1, 3 and 4 are empty, 6 only by dim_size
+    got = torch_scatter.scatter(src, index, dim=0, dim_size=7, reduce=reduce)
+    twin = src.detach().clone().requires_grad_()
+    expected = loop_scatter(twin, index, 7, reduce)
+    torch.testing.assert_close(got, expected)
+    upstream = torch.rand(got.shape, generator=generator)
+    got.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(src.grad, twin.grad)
+    flipped = torch_scatter.scatter(src.detach().T.contiguous(), index, reduce=reduce)  # the last dimension
+    torch.testing.assert_close(flipped, expected.detach()[:6].T)
+    ends = torch.tensor([0, 4, 4, 12])
+    runs = torch_scatter.segment_csr(src.detach(), ends, reduce=reduce)
+    torch.testing.assert_close(runs, loop_scatter(src.detach(), torch.tensor([0] * 4 + [2] * 8), 3, reduce))
+    assert torch.equal(torch_scatter.gather_csr(runs, ends), runs[[0] * 4 + [2] * 8])
+
+
+def test_scatter_says_where_the_largest_is_and_gives_it_the_whole_gradient():
+    src = torch.tensor([1.0, 3.0, 3.0, 2.0], requires_grad=True)
+    value, where = torch_scatter.scatter_max(src, torch.tensor([0, 0, 0, 2]))
+    assert value.tolist() == [3, 0, 2] and where.tolist() == [1, 4, 3]
+    value.sum().backward()
+    assert src.grad.tolist() == [0, 1, 0, 1]
+    onto = torch.tensor([5.0, 0.0, 0.0])
+    torch_scatter.scatter_max(src.detach(), torch.tensor([0, 0, 0, 2]), out=onto)
+    assert onto.tolist() == [5, 0, 2]
+    with pytest.raises(ValueError, match="reduce is 'median'; expected sum"):
+        torch_scatter.scatter(src, torch.zeros(4, dtype=torch.int64), reduce="median")
+
+
+def test_scatter_softmax_and_deviation_are_those_of_each_group():
+    generator = torch.Generator().manual_seed(26)
+    src, index = torch.randn(9, generator=generator) * 30, torch.tensor([0, 1, 1, 0, 3, 3, 3, 1, 0])
+    soft, log = torch_scatter.scatter_softmax(src, index), torch_scatter.scatter_log_softmax(src, index)
+    total, spread = torch_scatter.scatter_logsumexp(src, index), torch_scatter.scatter_std(src, index)
+    for group in (0, 1, 3):
+        mine = src[index == group]
+        torch.testing.assert_close(soft[index == group], mine.softmax(0))
+        torch.testing.assert_close(log[index == group], mine.log_softmax(0))
+        torch.testing.assert_close(total[group], mine.logsumexp(0))
+        torch.testing.assert_close(spread[group], mine.std())

@@ -68,8 +68,8 @@ def test_uninstall_leaves_nothing_behind():
 def test_only_what_is_asked_for():
     assert compat.install("emd") == ["emd"]
     assert "pointnet2_ops" not in sys.modules
-    with pytest.raises(ValueError, match="no stand-in for torch_scatter; there are: pointnet2_ops"):
-        compat.install("torch_scatter")
+    with pytest.raises(ValueError, match="no stand-in for spconv; there are: pointnet2_ops"):
+        compat.install("spconv")
 
 
 def test_installing_twice_still_uninstalls():

@@ -205,7 +205,7 @@ def test_a_full_disk_is_an_error_that_names_file_and_disk(tmp_path: Path) -> Non
         ):
             build(small / "features.safetensors", big)
         (small / "filler").write_bytes(bytes(56 << 10))
-        with pytest.raises(OSError, match=r"a-.*\.npy cannot be written .*is full: make room"):
+        with pytest.raises(OSError, match=r"a-.*\.npz cannot be written .*is full: make room"):
             from pointcmt.data.array_cache import cached_array
 
             cached_array(small, "a", [], lambda: torch.zeros(50_000).numpy())

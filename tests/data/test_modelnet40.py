@@ -170,7 +170,10 @@ def test_text_cache_is_used_renewed_and_repaired(resampled_root: Path, tmp_path:
     first = ModelNet40(resampled_root, "train", 16, cache_dir=cache)
     (kept,) = cache.iterdir()
     kept_bytes = kept.read_bytes()
-    np.save(kept, np.load(kept) * [1, 1, 3])
+    with np.load(kept) as arrays:
+        changed = arrays["array"] * np.float32([1, 1, 3])
+    with kept.open("wb") as file:
+        np.savez(file, array=changed)
     assert ModelNet40(resampled_root, "train", 16, cache_dir=cache).fingerprint() != first.fingerprint(), (
         "the kept file was not read"
     )

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import princeton
 from pointcmt.data import DataOptions, subset
 from pointcmt.data.parts import LabeledPSB
-from pointcmt.data.princeton import PrincetonShapes, meshes_of
+from pointcmt.data.princeton import PrincetonShapes, mesh_of, meshes_of, read_pack
+from pointcmt.views.mesh_files import read_mesh
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -62,6 +64,26 @@ def test_official_split_and_coarser_classes(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(train.points, axis=2).max(1), 1, atol=1e-5)
     again = PrincetonShapes(root, "train", 32, per_class=2, cache_dir=tmp_path)
     assert again.fingerprint() == train.fingerprint() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_meshes_are_written_for_the_renderer(tmp_path: Path) -> None:
+    path, pack = read_pack(folder("psb", "psb_meshes.h5"))
+    vertices, faces = mesh_of(pack, 7, str(path))
+    princeton.write_ply(tmp_path / "m.ply", vertices, faces)
+    again, same = read_mesh(tmp_path / "m.ply")
+    np.testing.assert_array_equal(np.asarray(again, dtype=np.float32), vertices.astype(np.float32))
+    np.testing.assert_array_equal(same, faces)
+
+
+def test_images_are_linked_by_split_and_class(tmp_path: Path) -> None:
+    root = folder("psb", "psb_meshes.h5")
+    shape = next(name for name in PrincetonShapes(root, "test", 1, course=True).shape_ids if "/Car/" in name)
+    mesh = shape.rsplit("/", 1)[1]
+    image = tmp_path / "rendered/test/psb" / f"{mesh}_001.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"x")
+    assert princeton.link(tmp_path / "rendered", root, tmp_path, "princeton36") == 1
+    assert (tmp_path / "princeton36/test/Car" / image.name).samefile(image)
 
 
 def test_meshes_to_render_are_those_that_clouds_are_sampled_from(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pointcmt.objectives import (
     Sizes,
 )
 from pointcmt.types import StudentState, TeacherOutput
-from pointcmt.views import pixels_of
+from pointcmt.views import ViewSpec, pixels_of
 from pointcmt.views.augmentation import ViewAugmentation
 from pointcmt.views.cells import cells_of, moved
 from tests.pretraining_toys import (
@@ -158,6 +158,27 @@ def test_what_projects_images_can_have_a_rate_of_its_own(name):
             }
             theirs |= {id(p) for p in encoder.parameters()} if trained else set()
             assert set(sides["images"]) == theirs and theirs and sides["points"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_makes_as_many_views_as_it_takes_in_a_step(name):
+    kind, count = METHODS[name]
+    encoder, points = images(), clouds(3)
+    pre = kind(encoder, network(), points=points, adapter=adapter())
+    with pytest.raises(ValueError, match=r"Images\) does not say how its images are made.*view_spec="):
+        pre.project(points)
+    encoder.view_spec = ViewSpec("simpleview", size=16)
+    torch.manual_seed(0)
+    drawn = pre.project(points)
+    assert drawn.images.shape == (3, count, 1, 16, 16)
+    everything = encoder.view_spec.project(points, cameras=True)
+    for shape in range(3):  # each is one of the rig's, and others are drawn for others
+        rows = [
+            int((everything.view_matrix[shape] - one).abs().amax((1, 2)).argmin())
+            for one in drawn.view_matrix[shape]
+        ]
+        assert len(set(rows)) == count
+        torch.testing.assert_close(drawn.images[shape], everything.images[shape, rows])
 
 
 def test_hidden_points_can_be_skipped():

@@ -84,6 +84,11 @@ def test_normals_and_another_layout():
 
     check = check_network(lambda: ChannelsFirst(channels=6), **SMALL, channels=6, layout="B3N")
     assert check.report.logits_shape == (4, 5)
+    found = check_network(lambda: ChannelsFirst(channels=6), **SMALL)  # three channels are tried first
+    assert found.channels == 6 and found.report.adapter.input_layout == "B3N"
+    assert "layout   B3N, 6 channels" in str(found)
+    with pytest.raises(AdapterError, match=r"\[4, 32, 6\] in none(.|\n)*With 3 channels: .*\[4, 32, 3\]"):
+        check_network(lambda: ChannelsFirst(channels=7), **SMALL)
 
 
 def test_a_wrong_adapter_is_named():
@@ -145,6 +150,44 @@ def test_a_network_is_found_by_module_and_by_file(tmp_path, monkeypatch):
     finally:
         sys.modules.pop("their_net", None)
     assert sys.path == before and compat.installed() == []
+
+
+def test_what_fails_on_import_or_when_built_is_said_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "breaks.py").write_text("x = 1\nraise OSError('CUDA_HOME environment variable is not set')\n")
+    (tmp_path / "builds.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n        raise FileNotFoundError('weights.pth')\n"
+    )
+    for spec in ("breaks:Net", "breaks.py:Net"):
+        with pytest.raises(ValueError, match=r"while it is imported: OSError: CUDA_HOME.*breaks\.py, line 2"):
+            check_adapter(spec, **SMALL)
+    with pytest.raises(ValueError, match=r"as Net\(\): FileNotFoundError: weights\.pth.*builds\.py, line 6"):
+        check_adapter("builds:Net", **SMALL)
+    sys.modules.pop("builds")
+
+
+def test_an_import_that_is_missing_leads_to_the_folder_that_has_it(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    for path, text in {
+        "code/models/net.py": "import their_layers\n",
+        "code/models/other.py": "import nowhere_at_all\n",
+        "code/layers/their_layers.py": "",
+    }.items():
+        (project / path).parent.mkdir(parents=True, exist_ok=True)
+        (project / path).write_text(text)
+    monkeypatch.chdir(project / "code")
+    with pytest.raises(ValueError, match=r"their_layers, which is not there but in .*code/layers: go there"):
+        check_adapter("models.net:Net", **SMALL)
+    monkeypatch.chdir(project / "code" / "layers")
+    (project / "their_other.py").write_text("")
+    (project / "code" / "layers" / "inner.py").write_text("import their_other\n")
+    with pytest.raises(ValueError, match=r"which is not there but in .*/project: go there"):
+        check_adapter("inner:Net", **SMALL)
+    monkeypatch.chdir(project / "code")
+    with pytest.raises(ValueError, match=r"imports nowhere_at_all, which is not there: install it$") as error:
+        check_adapter("models.other:Net", **SMALL)
+    assert "go there" not in str(error.value)  # it is where it should be already
 
 
 def test_what_cannot_be_understood_is_said():

@@ -15,7 +15,8 @@ from torch import nn
 
 from pointcmt.adapters import register_adapter, unregister_adapter
 from pointcmt.cli import main
-from pointcmt.data.dataset import PointDataset
+from pointcmt.data.dataset import PointDataset, StoredViews
+from pointcmt.data.registry import register_dataset, unregister_dataset
 from pointcmt.methods import freeze_unused
 from pointcmt.recipes import networks, pretrain, pretrain_pictures
 from pointcmt.recipes.few_shot import episode
@@ -68,12 +69,13 @@ def test_a_run_saves_just_the_network_and_says_what_it_did(method, runs):
     assert results["last"]["epoch"] == 2 and results["method"] == method
     assert results["shapes"] == {"train": 43, "heldout": 5}
     assert "no label and no test shape" in results["best"]["chosen_by"]
-    names = {"pic-at-point": {"local", "global"}, "mm-point": {"intra", "inter"}}
+    names = {"pic-at-point": {"local", "global"}, "mm-point": {"intra", "inter"}, "dense": {"pixels"}}
     terms = names.get(method, {"intra", "cross"})
-    assert results["losses_at_chance"].keys() == terms
+    assert results["losses_at_chance"].keys() == (set() if method == "dense" else terms)
     records = read_metrics(folder)
+    watched = {f"heldout_{name}" for name in ("retrieval", "alignment", "uniformity")}
     for record in records:
-        assert {"loss", *terms, "heldout_retrieval", "heldout_alignment", "heldout_uniformity"} <= set(record)
+        assert {"loss", *terms, *({"heldout_pixels"} if method == "dense" else watched)} <= set(record)
         assert record["loss"] == pytest.approx(sum(record[term] for term in terms), rel=1e-5)
     assert ("heldout_cell" in records[0]) is (method == "pic-at-point")
     # anybody's load_state_dict takes it, and the head's layers are as they were made
@@ -89,7 +91,7 @@ def test_pictures_of_what_is_similar_are_in_the_report(runs):
     assert not (runs / "crosspoint" / "similarity.png").exists()  # it has no local features
     page = write_report(runs).read_text()
     assert page.count("What pre-training finds similar") == 1
-    assert "3 runs" in page and "Comparison" not in page
+    assert f"{len(pretrain.METHODS)} runs" in page and "Comparison" not in page
 
 
 def test_the_similarities_that_are_drawn():
@@ -160,6 +162,56 @@ def test_a_stopped_run_goes_on_to_the_same_bits(method, runs, tmp_path):
     keep = {"loss", "heldout_retrieval", "heldout_alignment"}
     mine, other = read_metrics(tmp_path / "run"), read_metrics(runs / method)
     assert [{k: r[k] for k in keep} for r in mine] == [{k: r[k] for k in keep} for r in other]
+
+
+def test_real_pictures_teach_where_the_data_has_them(tmp_path):
+    """Points learn the colour of their pixel in pictures that are stored, not made of the points."""
+
+    @register_dataset("photographed", up="y")
+    def photographed(split: str, num_points: int) -> PointDataset:
+        generator = np.random.default_rng(0)
+        points = generator.uniform(-0.5, 0.5, (8, num_points, 3)).astype(np.float32)
+        labels = (points[..., 0] > 0).astype(np.int64)
+        made = PointDataset(
+            points, np.zeros(8), ["table"], [f"{split}/table/{k}" for k in range(8)], up="y",
+            part_names=["left", "right"], point_labels=labels,
+        )  # fmt: skip
+        image = np.zeros((8, 1, 3, 32, 32), dtype=np.uint8)
+        image[..., 16:] = 255
+        view = np.tile(np.eye(4, dtype=np.float32), (8, 1, 1, 1))
+        view[..., 2, 3] = 2.0
+        projection = np.zeros((8, 1, 4, 4), dtype=np.float32)
+        projection[..., 0, 0] = projection[..., 1, 1] = 3.0
+        projection[..., 2, 2] = projection[..., 3, 2] = 1.0
+        made.stored_views = StoredViews(image, view, projection)
+        return made
+
+    try:
+        words = ["--dataset", "photographed", "--num-points", "40", "--holdout", "0", *CPU]
+        words += [
+            "--student",
+            "pointnet2_scene",
+            "--width",
+            "0.05",
+            "--student-options",
+            "npoints=(16,8,4,2)",
+        ]
+        run("pretrain", "--out", tmp_path / "pre", "--method", "dense", *words, *SMALL, "--head-width", "8")
+        results = read(tmp_path / "pre")
+        assert results["views"] == "photographs" and results["views_per_step"] == 1
+        records = read_metrics(tmp_path / "pre")
+        assert records[-1]["loss"] < records[0]["loss"]
+        # its network goes on as that of pointcmt segment, all of it
+        more = ["--epochs", "1", "--batch-size", "4", "--inputs", "points"]
+        run("segment", "--out", tmp_path / "seg", "--init", tmp_path / "pre", *words, *more)
+        assert read(tmp_path / "seg")["initialised"] == len(
+            load_file(tmp_path / "pre" / "network.safetensors")
+        )
+        words[1] = "synthetic"
+        more = ["--per-class", "2", *SMALL, "--pictures", "stored"]
+        assert main([str(word) for word in ["pretrain", "--out", tmp_path / "none", *words, *more]]) == 1
+    finally:
+        unregister_dataset("photographed")
 
 
 def test_what_a_frozen_encoder_says_can_be_kept(tmp_path):
@@ -383,7 +435,7 @@ def test_probe_has_both_figures_the_protocol_and_random_weights_beside(runs, tmp
     rows = result["rows"]
     assert list(rows) == [str(runs / "crosspoint"), "random weights"]
     for row in rows.values():
-        assert 0 <= row["oa"] <= 100 and row["c"] in (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
+        assert 0 <= row["oa"] <= 100 and row["c"] in (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
         assert row["fixed_c"] == 0.01 and row["feature_size"] == LOCAL
     assert result["protocol"]["points"] == 48 and result["protocol"]["train"] == 48
     run("probe", "--student", "pointnet2", "--width", 0.125, *DATA, "--device", "cpu", "--c", 0.1)

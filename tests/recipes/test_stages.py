@@ -355,7 +355,7 @@ def test_a_network_that_takes_channels_first(given, tmp_path, monkeypatch, capsy
         "        super().__init__()\n"
         "        self.a, self.b = nn.Conv1d(channels, 8, 1), nn.Linear(8, num_classes)\n"
         "    def forward(self, points):\n"
-        "        return self.b(self.a(points).relu().amax(2))\n"
+        "        return nn.functional.log_softmax(self.b(self.a(points).relu().amax(2)), -1), None\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(build, "IMPORTED", [])

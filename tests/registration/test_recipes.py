@@ -147,7 +147,7 @@ def test_a_mesh_gives_points_on_its_surface(tmp_path):
 def test_what_is_written_is_what_is_read(tmp_path):
     points, normals = bumpy(20), bumpy(20, seed=1)
     colors = np.random.default_rng(0).integers(0, 256, (20, 3)) / 255
-    write_cloud(tmp_path / "cloud.ply", Cloud(points, normals, colors))
+    write_cloud(tmp_path / "cloud.ply", Cloud(points, normals, colors=colors))
     read = read_cloud(tmp_path / "cloud.ply")
     np.testing.assert_array_equal(read.points, points)
     np.testing.assert_allclose(read.normals, normals, atol=1e-6)
@@ -214,9 +214,9 @@ def test_points_that_are_not_finite_are_left_out_and_said(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "name", "words"),
     [
-        (b"", "a.ply", "holds no points"),
-        (b"", "a.npy", "not a readable array"),
-        (b"nothing", "a.pcd", "holds no points"),
+        (b"", "a.ply", "cannot be read as a mesh"),
+        (b"", "a.npy", "a.npy cannot be read"),
+        (b"nothing", "a.pcd", "has no DATA line"),
         (b"v 0 0 0", "a.obj", "1 finite points"),
         (b"0 0 0\n", "a.stl", "no known format"),
         (None, "a.ply", "no such file"),

@@ -99,6 +99,11 @@ def test_padding_does_not_count():
     scores = nn.functional.one_hot(torch.tensor([[0, 0, 0, 0]]), 2).float()
     measure.add(scores, torch.tensor([[0, 0, 1, 1]]), lengths=torch.tensor([3]))
     assert measure.figures()["oa"] == pytest.approx(100 * 2 / 3)
+    task = segmentation(lambda model, batch: scores, {}, "test", "", part_names=["a", "b"])
+    labels = torch.tensor([[0, 0, 1, 1]])
+    padded = Batch(points=torch.zeros(1, 4, 3), point_labels=labels, lengths=torch.tensor([3]))
+    expected = segmentation_loss(scores[:, :3], labels[:, :3])
+    assert task.step(nn.Identity(), padded, 0.0)["loss"] == pytest.approx(float(expected))
 
 
 def test_names_that_are_no_parts():

@@ -1,6 +1,6 @@
 """The third-party networks that the conformance suite knows: where each is, how it is built, what it needs.
 
-A codebase is found by a file that only it has, whatever its folder is called.
+A codebase is found by a file that few others have; a folder of its name comes first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from pointcmt.adapters import Adapter
 from tests.third_party.sandbox import load
 
 
@@ -25,15 +26,20 @@ class Case:
         codebase: owner/name of the public repository.
         label: the class, as the table shows it.
         marker: a file of the checkout that tells the codebase; ``find`` looks for it.
-        adapter: name of the adapter that must be found.
+        adapter: name of the adapter that must be found; of those that are not ``unprepared``.
         build: makes the network, inside :func:`tests.third_party.sandbox.checkout`.
         paths: folders to put on ``sys.path``.
         stubs: packages imported there but not needed here.
-        layout: how its input is arranged (a key of ``pointcmt.adapters.INPUT_LAYOUTS``).
+        layout: how its input is arranged (a key of ``pointcmt.adapters.INPUT_LAYOUTS``); the check finds it
+            out. Empty where that does not matter.
         points: points per cloud.
         channels: 3, or 6 with normals.
         hard_codes_cuda: its forward pass asks for CUDA by name.
-        note: what the table says beside it.
+        own: the adapter that has to be written for it.
+        refused: part of the error where there is none.
+        note: of either, what the table says.
+        unprepared: pointcmt has no adapter for its codebase.
+        needs: packages without which it cannot be imported.
     """
 
     codebase: str
@@ -47,14 +53,18 @@ class Case:
     points: int = 1024
     channels: int = 3
     hard_codes_cuda: bool = False
+    own: Adapter | None = None
+    refused: str = ""
     note: str = ""
+    unprepared: bool = False
+    needs: tuple[str, ...] = ()
 
     def find(self, repos: Path) -> Path | None:
-        """The checkout in ``repos`` (or ``repos`` itself) that holds the marker."""
-        for folder in [repos, *sorted(path for path in repos.iterdir() if path.is_dir())]:
-            if (folder / self.marker).exists():
-                return folder
-        return None
+        """The checkout in ``repos`` that holds the marker, one of that name first; or ``repos`` itself."""
+        name = self.codebase.rpartition("/")[2]
+        folders = sorted(path for path in repos.iterdir() if path.is_dir())
+        folders.sort(key=lambda folder: folder.name not in (name, self.codebase.replace("/", "+")))
+        return next((folder for folder in [*folders, repos] if (folder / self.marker).exists()), None)
 
 
 def commit_of(folder: Path) -> str:
@@ -115,8 +125,6 @@ _LIGHTNING = {  # its networks were written for a Lightning that let hparams be 
     "pointnet2.data.Indoor3DSemSegLoader": {"Indoor3DSemSeg": None},
     "pointnet2.data.ModelNet40Loader": {"ModelNet40Cls": None},
 }
-_POINTOPS = {"pointops_cuda": {}}  # compiled; not used with cuda_ops=False
-_CHAMFER = {"chamfer": {}}  # compiled; used in pre-training only
 _SIMPLEVIEW = {  # all_utils imports names that Python dropped in 3.10, and progress bars
     **_ETW,
     "all_utils": {"DATASET_NUM_CLASS": {"modelnet40": 40}},
@@ -423,7 +431,6 @@ def _others() -> Iterator[Case]:
             adapter="repsurf",
             build=lambda name=name: load(f"models.repsurf.{name}:Model")(_args(**_REPSURF_ARGS)),
             paths=("classification",),
-            stubs=_POINTOPS,
             layout="B3N",
         )
     yield Case(
@@ -432,7 +439,6 @@ def _others() -> Iterator[Case]:
         marker="models/Point_MAE.py",
         adapter="point-mae",
         build=lambda: load("models.Point_MAE:PointTransformer")(Config(_TRANSFORMER, encoder_dims=384)),
-        stubs=_CHAMFER,
     )
     yield Case(
         codebase="lulutang0608/Point-BERT",
@@ -440,7 +446,6 @@ def _others() -> Iterator[Case]:
         marker="models/Point_BERT.py",
         adapter="point-bert",
         build=lambda: load("models.Point_BERT:PointTransformer")(Config(_TRANSFORMER, encoder_dims=256)),
-        stubs=_CHAMFER,
     )
     yield Case(
         codebase="mutianxu/GDANet",

@@ -1,4 +1,4 @@
-"""Options of the conformance suite, and the table that it can write."""
+"""Options of the conformance suite, and the record that it keeps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.third_party.table import Row, write
+from tests.third_party.table import Row, keep, write
 
 
 def pytest_addoption(parser):
@@ -18,10 +18,9 @@ def pytest_addoption(parser):
         help="checkouts of public repositories, whose real classes are run",
     )
     group.addoption(
-        "--table",
-        type=Path,
-        metavar="FILE",
-        help="rewrite the table between the markers in FILE with what ran",
+        "--record",
+        action="store_true",
+        help="add what ran to benchmarks/results/third_party, and write the tables in docs/adapters.md again",
     )
 
 
@@ -46,6 +45,7 @@ def rows(request) -> list[Row]:
 
 
 def pytest_sessionfinish(session):
-    target = session.config.getoption("--table", None)
-    if target is not None:
-        write(target, session.config.stash.get(ROWS, []))
+    rows = session.config.stash.get(ROWS, [])
+    if session.config.getoption("--record", False) and rows:
+        keep(rows)
+        write()

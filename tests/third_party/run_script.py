@@ -4,9 +4,9 @@ For tests only, a program of its own: ``python run_script.py REPORT OPTIONS SCRI
 checkout. The script's source is not touched; around it
 
 * random generators are seeded, and data loaders load in the process itself;
-* where there is no GPU, what the script asks of CUDA happens on the CPU
-  (:mod:`tests.third_party.cuda_on_cpu`), and ``torch.cuda.is_available()`` is answered with yes to the
-  script's own files (some refuse to run otherwise);
+* where there is no GPU, what the script asks of CUDA happens on the CPU, as by
+  ``pointcmt.compat.install(cuda_on_cpu=True)``, and ``torch.cuda.is_available()`` is answered with yes to
+  the script's own files (some refuse to run otherwise);
 * packages that it imports without needing them here are stubs.
 
 REPORT gets, as JSON, the total loss of every backward pass and, of every :meth:`CrossModalTraining.loss`,
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import pointcmt
-from tests.third_party.cuda_on_cpu import cuda_on_cpu
+from pointcmt.compat import _cuda_on_cpu
 
 
 class Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -55,15 +55,9 @@ def spied(report: dict[str, Any], stack: ExitStack) -> None:
     backward, loss = torch.Tensor.backward, pointcmt.CrossModalTraining.loss
     leave = pointcmt.CrossModalTraining.__exit__
 
-    inside = False  # under a TorchFunctionMode, backward() calls itself
-
     def spy_backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        nonlocal inside
-        if not inside:
-            report["totals"].append(self.item())
-        before, inside = inside, True
+        report["totals"].append(self.item())
         backward(self, *args, **kwargs)
-        inside = before
 
     def spy_loss(self: pointcmt.CrossModalTraining, **kwargs: Any) -> torch.Tensor:
         value = loss(self, **kwargs)
@@ -117,7 +111,7 @@ def main(report_path: str, options: str, script: str, *arguments: str) -> None:
         spied(report, stack)
         in_this_process(stack)
         if chosen["redirect"]:
-            stack.enter_context(cuda_on_cpu())
+            _cuda_on_cpu.turn_on()
             cuda_there_for(Path.cwd().resolve(), stack)
         try:
             runpy.run_path(script, run_name="__main__")

@@ -21,7 +21,10 @@ from pointcmt import compat
 
 @contextmanager
 def checkout(
-    folder: Path, *paths: str, stubs: Mapping[str, Mapping[str, Any]] | None = None
+    folder: Path,
+    *paths: str,
+    stubs: Mapping[str, Mapping[str, Any]] | None = None,
+    cuda_on_cpu: bool = False,
 ) -> Iterator[None]:
     """``folder``'s code can be imported inside the block, over pointcmt's stand-ins for extensions.
 
@@ -29,6 +32,7 @@ def checkout(
         folder: root of the checkout; the working directory inside the block.
         paths: folders in it to put on ``sys.path`` (".": the root).
         stubs: packages that the code imports but does not use for what is tested here: name → attributes.
+        cuda_on_cpu: redirect what the code asks of CUDA by name, where there is no GPU.
     """
     entries = [folder / path for path in paths]
     theirs = {path.stem for entry in entries for path in entry.iterdir()} | set(stubs or {})
@@ -42,7 +46,7 @@ def checkout(
             module.__dict__.update(attributes)
             module.__path__ = []  # type: ignore[attr-defined]
             sys.modules[name] = module
-        compat.install(force=True)
+        compat.install(force=True, cuda_on_cpu=cuda_on_cpu)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # theirs, about deprecated names
             yield

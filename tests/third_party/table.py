@@ -1,76 +1,124 @@
-"""The table of what the conformance suite ran, in a Markdown file, between two markers."""
+"""The record of what the conformance suite ran, and the tables in docs/adapters.md that are written from it.
+
+``python -m tests.third_party.table`` writes them again; a test holds the page to the record.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-BEGIN = "<!-- conformance: begin (written by the suite, see docs/adapters.md) -->"
-END = "<!-- conformance: end -->"
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "benchmarks" / "results" / "third_party" / "classes.json"
+IMPORTS = ROOT / "benchmarks" / "results" / "third_party" / "extensions.json"
+PAGE = ROOT / "docs" / "adapters.md"
+
+
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One class: where it is from, its adapter, and on which device it passed."""
+    """One class: where it is from, and what came of the check on one device.
+
+    ``help`` is empty where the class needs none; ``failure`` is empty where the check passed.
+    """
 
     codebase: str
     commit: str
     label: str
     adapter: str
     feature: str
+    layout: str
+    channels: int
+    local: str
+    help: str
+    failure: str
     parameters: int
     device: str
-    how: str
+    redirected: bool
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.codebase, self.label, self.device
 
 
-HEADER = (
-    "| codebase | checked | class | adapter | feature | parameters | CPU | GPU |",
-    "|---|---|---|---|---|---|---|---|",
-)
-DEVICES = ("cpu", "cuda")  # one column each, the last ones
-NOT_RUN = "not yet"
+def read(path: Path = RECORD) -> list[Row]:
+    return [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
 
 
-def cells(row: Row) -> list[str]:
-    ran = f"passed{row.how}"
-    return [
-        row.codebase,
-        f"`{row.commit}`",
-        row.label,
-        f"`{row.adapter}`",
-        row.feature,
-        f"{row.parameters / 1e6:.2f} M",
-        *(ran if row.device == device else NOT_RUN for device in DEVICES),
+def keep(rows: Iterable[Row], path: Path = RECORD) -> None:
+    """Adds rows to the record; each takes the place of an older one of the same class and device."""
+    table = {row.key: row for row in read(path)} | {row.key: row for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(table[key]) for key in sorted(table)], indent=1) + "\n")
+
+
+def classes(rows: list[Row]) -> str:
+    """The table of classes, after a line that counts them."""
+    free = [row for row in rows if not row.help and not row.failure]
+    unknown = [row for row in free if row.adapter == "generic"]
+    local = [row for row in rows if row.local]
+    codebases = len({row.codebase for row in rows})
+    devices = " and ".join(sorted({"a CPU" if row.device == "cpu" else "a GPU" for row in rows}))
+    lines = [
+        f"{len(rows)} classes of {codebases} codebases, on {devices}: {len(free)} need no help, "
+        f"{len(unknown)} of them through the generic adapter; {sum(bool(row.failure) for row in rows)} do "
+        f"not pass; {len(local)} have local features.",
+        "",
+        "| codebase | class | classifier | local features | help needed |",
+        "|---|---|---|---|---|",
     ]
-
-
-def merged(before: list[list[str]], rows: list[Row]) -> list[list[str]]:
-    """What passed now takes the place of what passed before; a device adds to others of the same commit."""
-    n = len(DEVICES)
-    table = {(old[0], old[2]): old for old in before}
     for row in rows:
-        new = cells(row)
-        old = table.get((row.codebase, row.label))
-        if old is not None and old[:-n] == new[:-n]:
-            new[-n:] = [b if b != NOT_RUN else a for a, b in zip(old[-n:], new[-n:], strict=True)]
-        table[row.codebase, row.label] = new
-    return [table[key] for key in sorted(table)]
+        name = row.codebase if not row.commit else f"{row.codebase} `{row.commit}`"
+        classifier = row.failure or f"`{row.adapter}`: {row.feature}"
+        lines.append(f"| {name} | {row.label} | {classifier} | {row.local or '–'} | {row.help or 'none'} |")
+    return "\n".join(lines)
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """Puts the rows into the table between the markers of the file, and keeps its other rows.
+def imports(record: Mapping[str, Any]) -> str:
+    """The table of extensions that public code imports."""
+    lines = [
+        f"Of {record['codebases']} codebases so many import each:",
+        "",
+        "| extension | codebases | stand-in |",
+        "|---|---|---|",
+    ]
+    for name, entry in record["extensions"].items():
+        lines.append(f"| `{name}` | {entry['codebases']} | {'yes' if entry['stand_in'] else '–'} |")
+    return "\n".join(lines)
+
+
+def tables() -> dict[str, str]:
+    """What stands between each pair of markers of the page."""
+    return {"classes": classes(read()), "imports": imports(json.loads(IMPORTS.read_text()))}
+
+
+def between(text: str, name: str) -> str:
+    """What stands between the markers of that name.
 
     Raises:
-        ValueError: the file has no markers, or nothing ran.
+        ValueError: the text lacks the markers.
     """
-    text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path} has no line {BEGIN!r} followed by {END!r}")
-    if not rows:
-        raise ValueError("no conformance test passed, so there is nothing to write")
-    start, rest = text.split(BEGIN, 1)
-    between, end = rest.split(END, 1)
-    lines = [line for line in between.strip().splitlines() if line not in HEADER]
-    before = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    body = [f"| {' | '.join(row)} |" for row in merged(before, rows)]
-    path.write_text("\n".join([start + BEGIN, *HEADER, *body, END + end]))
+    begin, end = markers(name)
+    if begin not in text or end not in text:
+        raise ValueError(f"the page has no line {begin!r} followed by {end!r}")
+    return text.partition(begin)[2].partition(end)[0].strip()
+
+
+def write(path: Path = PAGE) -> None:
+    """Writes both tables between the markers of the page."""
+    for name, table in tables().items():
+        text = path.read_text()
+        begin, end = markers(name)
+        between(text, name)
+        before, _, rest = text.partition(begin)
+        path.write_text(f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}")
+
+
+if __name__ == "__main__":
+    write()

@@ -11,7 +11,6 @@ from torch import nn
 
 from pointcmt import students
 from tests.third_party.catalogue import openpoints_pointnext
-from tests.third_party.cuda_on_cpu import cuda_on_cpu
 from tests.third_party.sandbox import checkout
 
 
@@ -23,7 +22,7 @@ def test_names_outputs_and_a_training_step_are_those_of_openpoints(tmp_path):
     points = points * (0.4 + 0.6 * torch.rand(4, 256, 1, generator=generator))
     torch.manual_seed(1)
     ours = students.pointnext(40, dropout=0.0)
-    with checkout(tmp_path), cuda_on_cpu():
+    with checkout(tmp_path, cuda_on_cpu=True):
         theirs = openpoints_pointnext()
         for module in theirs.modules():
             if isinstance(module, nn.Dropout):

@@ -25,7 +25,6 @@ from pointcmt import ops, students
 from pointcmt.adapters import find_adapter, verify_adapter
 from pointcmt.adapters.proof import observe
 from tests.third_party.catalogue import load
-from tests.third_party.cuda_on_cpu import cuda_on_cpu
 from tests.third_party.sandbox import checkout
 
 
@@ -186,8 +185,7 @@ def pair(request, tmp_path) -> Iterator[tuple[Public, nn.Module, nn.Module]]:
         else:
             if importlib.util.find_spec("openpoints") is None:
                 pytest.skip("openpoints is not installed: pip install openpoints (a development dependency)")
-            stack.enter_context(checkout(tmp_path))
-            stack.enter_context(cuda_on_cpu())
+            stack.enter_context(checkout(tmp_path, cuda_on_cpu=True))
         assert place is not None
         torch.manual_seed(0)
         theirs, ours = public.build(place), public.ours()
@@ -215,11 +213,12 @@ def pair(request, tmp_path) -> Iterator[tuple[Public, nn.Module, nn.Module]]:
         yield public, theirs, ours
 
 
-def points_of(public: Public) -> Tensor:
+def points_of(public: Public, dtype: torch.dtype | None = None) -> Tensor:
     count = 1040 if public.name.startswith("pointnet2-scene") else 520  # no fewer than the centres
     generator = torch.Generator().manual_seed(3)
     xyz = nn.functional.normalize(torch.randn(3, count, 3, generator=generator), dim=-1)
-    assert xyz.dtype == (torch.float64 if public.marker else torch.float32)
+    if dtype is None:
+        assert xyz.dtype == (torch.float64 if public.marker else torch.float32)
     xyz = xyz * (0.4 + 0.6 * torch.rand(3, count, 1, generator=generator))
     return torch.cat([xyz, torch.rand(3, count, public.channels - 3, generator=generator)], -1)
 
@@ -275,3 +274,38 @@ def test_names_outputs_gradients_and_adapter(pair):
     torch.testing.assert_close(pooled, found.global_, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(seen.local[0], found.local, rtol=1e-3, atol=1e-3)
     assert torch.equal(seen.local[1], points[..., :3])
+
+
+@pytest.mark.slow
+def test_images_teach_every_point_of_the_original(pair):
+    """Dense distillation and Pic@Point on the public class itself, which is afterwards what it was."""
+    from pointcmt import ImageTeacher
+    from pointcmt.methods import DenseDistillation, PicAtPoint
+    from pointcmt.views import ViewSpec
+
+    public, theirs, _ = pair
+    torch.set_default_dtype(torch.float32)
+    theirs, points = theirs.float().train(), points_of(public, torch.float32)[:2]
+    adapter, keys = find_adapter(theirs), list(theirs.state_dict())
+    images = ImageTeacher(
+        None, "simpleview_resnet", in_chans=1, feature_dim=16,
+        backbone_options={"width": 0.125, "layers": (1, 1), "stem_stride": 2},
+        view_spec=ViewSpec(rig="simpleview", size=32, splat=1.5),
+    )  # fmt: skip
+    for method in (DenseDistillation, PicAtPoint):
+        options = {"hidden": 16, "local_points": 64}
+        given = adapter.arrange(points)
+        with (
+            mock.patch.object(torch, "randint", _first_point),
+            method(images, theirs, points=given, **options) as pre,
+        ):
+            assert pre.report.local_shape[:2] == (2, points.shape[1])
+            adapter.call(theirs, points)
+            loss = pre.loss(views=images.project(points[..., :3], cameras=True))
+            theirs.zero_grad()
+            loss.backward()
+        taught = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in theirs.parameters()]
+        # a fresh T-Net ends in zeros, which let no gradient through
+        assert loss.isfinite() and sum(taught) > len(taught) / 2
+    assert list(theirs.state_dict()) == keys
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in theirs.modules())

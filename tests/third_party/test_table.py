@@ -1,4 +1,4 @@
-"""The table of what ran: rows of later runs join those of earlier ones, or replace those of other commits."""
+"""The record of what ran, and the page that is written from it."""
 
 from __future__ import annotations
 
@@ -6,57 +6,73 @@ import dataclasses
 
 import pytest
 
-from tests.third_party.table import BEGIN, END, Row, write
+from pointcmt.compat import STAND_INS
+from tests.third_party import table
+from tests.third_party.extensions import search
+from tests.third_party.table import Row, between, classes, keep, read, tables, write
 
-ROW = Row("owner/name", "abc123", "Net", "net", "512-d, input of `drop`", 1_480_000, "cpu", "")
-
-
-def rows_of(path):
-    return [
-        line for line in path.read_text().splitlines() if line.startswith("| ") and "codebase" not in line
-    ]
-
-
-@pytest.fixture
-def page(tmp_path):
-    path = tmp_path / "page.md"
-    path.write_text(f"# Above\n\n{BEGIN}\n{END}\n\nBelow.\n")
-    return path
-
-
-def test_rows_are_written_between_the_markers_only(page):
-    write(page, [ROW])
-    assert rows_of(page) == [
-        "| owner/name | `abc123` | Net | `net` | 512-d, input of `drop` | 1.48 M | passed | not yet |"
-    ]
-    text = page.read_text()
-    assert text.startswith(f"# Above\n\n{BEGIN}\n| codebase |") and text.endswith(f"{END}\n\nBelow.\n")
-    write(page, [ROW])
-    assert page.read_text() == text
+ROW = Row(
+    codebase="owner/name",
+    commit="abc123",
+    label="Net",
+    adapter="generic",
+    feature="512-d, input of `drop`",
+    layout="B3N",
+    channels=3,
+    local="64 of 384-d",
+    help="",
+    failure="",
+    parameters=1_480_000,
+    device="cpu",
+    redirected=False,
+)
 
 
-def test_another_device_and_another_class_join_what_is_there(page):
-    write(page, [ROW])
-    write(page, [dataclasses.replace(ROW, device="cuda"), dataclasses.replace(ROW, label="Net (big)")])
-    write(page, [dataclasses.replace(ROW, how=" (CUDA redirected)")])
-    assert [
-        row.strip("| ").split(" | ")[2:3] + row.strip("| ").split(" | ")[-2:] for row in rows_of(page)
-    ] == [
-        ["Net", "passed (CUDA redirected)", "passed"],
-        ["Net (big)", "passed", "not yet"],
-    ]
+def test_the_page_shows_the_record():
+    for name, expected in tables().items():
+        assert between(table.PAGE.read_text(), name) == expected
 
 
-def test_another_commit_takes_the_place_of_the_row(page):
-    write(page, [ROW])
-    write(page, [dataclasses.replace(ROW, commit="def456", device="cuda")])
-    assert [row.split(" | ")[1] for row in rows_of(page)] == ["`def456`"]
-    assert rows_of(page)[0].endswith("| not yet | passed |")
+def test_the_record_is_of_enough_classes_and_most_need_no_help():
+    rows = read()
+    assert len(rows) >= 55 and len({row.codebase for row in rows}) >= 35
+    assert sum(not row.help and not row.failure for row in rows) >= 50
 
 
-def test_a_page_without_markers_or_a_run_without_rows_is_an_error(page, tmp_path):
-    with pytest.raises(ValueError, match="nothing to write"):
-        write(page, [])
+def test_rows_join_what_is_there_or_take_its_place(tmp_path):
+    record = tmp_path / "folder" / "classes.json"
+    keep([ROW], record)
+    keep([dataclasses.replace(ROW, device="cuda"), dataclasses.replace(ROW, commit="def456")], record)
+    assert [(row.device, row.commit) for row in read(record)] == [("cpu", "def456"), ("cuda", "abc123")]
+
+
+def test_a_class_with_help_and_one_that_fails_are_counted_and_shown():
+    helped = dataclasses.replace(ROW, label="Helped", adapter="own", help="an adapter", local="")
+    failed = dataclasses.replace(ROW, label="Failed", adapter="", failure="does not run: why")
+    text = classes([ROW, helped, failed])
+    assert "3 classes of 1 codebases, on a CPU: 1 need no help, 1 of them through the generic" in text
+    assert "| owner/name `abc123` | Net | `generic`: 512-d, input of `drop` | 64 of 384-d | none |" in text
+    assert "| Helped | `own`: 512-d, input of `drop` | – | an adapter |" in text
+    assert "| Failed | does not run: why |" in text
+
+
+def test_a_page_without_markers_is_an_error(tmp_path):
     (tmp_path / "other.md").write_text("# No markers\n")
     with pytest.raises(ValueError, match="has no line"):
-        write(tmp_path / "other.md", [ROW])
+        write(tmp_path / "other.md")
+
+
+def test_the_search_finds_what_is_built_and_imported(tmp_path):
+    (tmp_path / "owner+one").mkdir()
+    (tmp_path / "one").mkdir()  # the same codebase again
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "setup.py").write_text("CUDAExtension('own_cuda', [])")
+    (tmp_path / "two" / "old.py").write_text("import own_cuda\nimport chamfer\nprint 'of another age'\n")
+    for folder in ("owner+one", "one"):
+        (tmp_path / folder / "net.py").write_text("from pointnet2_ops import pointnet2_utils\nimport os\n")
+    found = search(tmp_path)
+    assert found["codebases"] == 2
+    counts = {name: entry["codebases"] for name, entry in found["extensions"].items()}
+    assert counts["own_cuda"] == counts["chamfer"] == counts["pointnet2_ops"] == 1 and "os" not in counts
+    assert set(STAND_INS) <= set(counts) and counts["knn_cuda"] == 0
+    assert found["extensions"]["chamfer"]["stand_in"] and not found["extensions"]["own_cuda"]["stand_in"]

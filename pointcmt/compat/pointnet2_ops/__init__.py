@@ -5,6 +5,6 @@ accepts inputs that are not contiguous, and floating types other than float32.
 """
 
 from pointcmt.compat.pointnet2_ops import _ext, pointnet2_modules, pointnet2_utils
+from pointcmt.compat.pointnet2_ops._version import __version__
 
-__all__ = ["_ext", "pointnet2_modules", "pointnet2_utils"]
-__version__ = "3.0.0"  # the release of pointnet2_ops whose interface this is
+__all__ = ["__version__", "_ext", "pointnet2_modules", "pointnet2_utils"]

@@ -1,13 +1,17 @@
-"""``_ext.pointnet2`` of Yochengliu/Relation-Shape-CNN: OpenPoints' functions, but for the ball query."""
+"""``_ext.pointnet2`` of Yochengliu's Relation-Shape-CNN and DensePoint.
+
+OpenPoints' functions, but for furthest point sampling, which leaves out points near the origin as
+pointnet2_ops does, and for the ball query of Relation-Shape-CNN.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from pointcmt import ops
 from pointcmt.compat import pointnet2_batch_cuda as _same
 
-furthest_point_sampling_wrapper = _same.furthest_point_sampling_wrapper
 gather_points_wrapper = _same.gather_points_wrapper
 gather_points_grad_wrapper = _same.gather_points_grad_wrapper
 group_points_wrapper = _same.group_points_wrapper
@@ -19,26 +23,28 @@ three_interpolate_grad_wrapper = _same.three_interpolate_grad_wrapper
 _DISTANCES_AT_ONCE = 1 << 24  # bounds the memory: 64 MiB of float32
 
 
-def ball_query_wrapper(
-    b: int,
-    n: int,
-    m: int,
-    radius: float,
-    nsample: int,
-    new_xyz: Tensor,
-    xyz: Tensor,
-    fps_idx: Tensor,
-    idx: Tensor,
-) -> int:
-    """new_xyz [b, m, 3], xyz [b, n, 3], fps_idx [b, m] → idx [b, m, nsample].
+def furthest_point_sampling_wrapper(b: int, n: int, m: int, points: Tensor, temp: Tensor, idx: Tensor) -> int:
+    """points [b, n, 3] → idx [b, m]; temp, the extension's scratch space, is left as it is."""
+    idx.copy_(ops.furthest_point_sample(points, m))
+    return 1
 
-    Unlike PointNet++'s, this query leaves out points that coincide with the centre (RS-CNN puts the
-    centre in front itself) and fills a row that has too few hits with the centre's own index.
+
+def ball_query_wrapper(
+    b: int, n: int, m: int, radius: float, nsample: int, new_xyz: Tensor, xyz: Tensor, *rest: Tensor
+) -> int:
+    """new_xyz [b, m, 3], xyz [b, n, 3] → idx [b, m, nsample], the last of ``rest``.
+
+    DensePoint gives no more than that, and means PointNet++'s query. Relation-Shape-CNN gives the indices of
+    the centres [b, m] before it. Then points that coincide with the centre are left out (it puts the centre
+    in front itself), and a row that has too few hits is filled with the centre's own index.
     """
+    *fps_idx, idx = rest
+    if not fps_idx:
+        return _same.ball_query_wrapper(b, n, m, radius, nsample, new_xyz, xyz, idx)
     clouds = max(1, _DISTANCES_AT_ONCE // max(1, n * m))
     for start in range(0, b, clouds):
         part = slice(start, start + clouds)
-        idx[part] = _hits(radius, nsample, xyz[part], new_xyz[part], fps_idx[part]).to(idx.dtype)
+        idx[part] = _hits(radius, nsample, xyz[part], new_xyz[part], fps_idx[0][part]).to(idx.dtype)
     return 1
 
 
