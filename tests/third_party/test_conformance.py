@@ -14,7 +14,7 @@ from pointcmt.recipes.check_adapter import check_network
 from tests.third_party.catalogue import CASES, Case, commit_of, openpoints_cases
 from tests.third_party.sandbox import checkout
 from tests.third_party.table import Row
-from tests.third_party.unprepared import UNPREPARED, geometric_cases
+from tests.third_party.unprepared import UNPREPARED, geometric_cases, torch_pointcloud_cases
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -103,3 +103,10 @@ def test_pytorch_geometric_from_the_package_index(case, rows, tmp_path):
     if importlib.util.find_spec("torch_geometric") is None:
         pytest.skip("torch_geometric is not installed: pip install torch_geometric")
     prove(case, tmp_path, (), importlib.metadata.version("torch_geometric"), "cpu", rows)
+
+
+@pytest.mark.parametrize("case", list(torch_pointcloud_cases()), ids=lambda case: case.label)
+def test_torch_pointcloud_from_the_package_index(case, rows, tmp_path):
+    if importlib.util.find_spec("torch_pointcloud") is None:
+        pytest.skip("torch_pointcloud is not installed: pip install torch-pointcloud")
+    prove(case, tmp_path, (), importlib.metadata.version("torch-pointcloud"), "cpu", rows)

@@ -296,6 +296,16 @@ def geometric_cases() -> Iterator[Case]:
     yield _case("pyg-team/pytorch_geometric", "MLP, max pooling, MLP", "", geometric_pointnet)
 
 
+def torch_pointcloud_cases() -> Iterator[Case]:
+    """Of the package torch-pointcloud, whose networks take ``(x, pos, batch)``."""
+    yield _case(
+        "torch-pointcloud",
+        "PointNetClassification",
+        "",
+        lambda: load("torch_pointcloud.models:PointNetClassification")(in_channels=0, num_classes=40),
+    )
+
+
 def geometric_pointnet() -> nn.Module:
     """A PointNet of PyG's layers on its ``Data``, as its examples put them together."""
     MLP, pool = load("torch_geometric.nn:MLP"), load("torch_geometric.nn:global_max_pool")
