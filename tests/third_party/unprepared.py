@@ -196,7 +196,15 @@ def _edge_convolutions() -> Iterator[Case]:
         "ClassificationNet",
         "model.py",
         lambda: load("model:ClassificationNet")(
-            _args(k=20, feat_dims=512, dropout=0.5, encoder="dgcnn_cls", eval=False, task="classify", dataset="modelnet40")
+            _args(
+                k=20,
+                feat_dims=512,
+                dropout=0.5,
+                encoder="dgcnn_cls",
+                eval=False,
+                task="classify",
+                dataset="modelnet40",
+            )
         ),
         hard_codes_cuda=True,
     )
