@@ -75,6 +75,7 @@ class Cell:
         seed: of the training; 0 for baselines.
         curve: also measure every noise of the study.
         variants: ask the trained network in other ways too (keypoints, iterations, another object's images).
+        pair_points: of a shape, where they are not the study's.
     """
 
     method: str
@@ -82,11 +83,13 @@ class Cell:
     seed: int = 0
     curve: bool = False
     variants: bool = False
+    pair_points: int | None = None
 
     @property
     def name(self) -> str:
         """Of its record."""
-        return f"{self.protocol}-{self.method.replace(' ', '_')}-{self.seed}"
+        points = "" if self.pair_points is None else f"{self.pair_points}"
+        return f"{self.protocol}{points}-{self.method.replace(' ', '_')}-{self.seed}"
 
 
 @dataclass
@@ -126,7 +129,14 @@ class Study:
     def cells(self) -> list[Cell]:
         """All cells, in order, each once."""
         every = [
-            Cell(method, protocol, seed, part.get("curve", False), part.get("variants", False))
+            Cell(
+                method,
+                protocol,
+                seed,
+                part.get("curve", False),
+                part.get("variants", False),
+                part.get("pair_points"),
+            )
             for part in self.plan
             for seed in part.get("seeds", [0])
             for protocol in part["protocols"]
@@ -169,22 +179,25 @@ class Shapes:
         """Test shapes of the training categories and of the others."""
         return dict(zip(("same", "unseen"), category_halves(self.splits.test), strict=True))
 
-    def test(self, name: str, protocol: str) -> tuple[ShapePairs, np.ndarray]:
+    def test(self, name: str, protocol: str, points: int | None = None) -> tuple[ShapePairs, np.ndarray]:
         """The pairs of a test set, and which of them are measured: evenly over the categories."""
         word, _, level = name.partition(" ")
         noise = {"same": 0.0, "unseen": 0.0, "noise": self.study.noise}[word]
         options = PairOptions(
             protocol=protocol,  # type: ignore[arg-type]
-            pair_points=self.study.pair_points,
+            pair_points=points or self.study.pair_points,
             noise=float(level) if level else noise,
         )
         pairs = ShapePairs(self.halves["same" if word == "same" else "unseen"], options, seed=1)
         count = min(self.study.test_pairs, len(pairs))
         return pairs, np.unique(np.linspace(0, len(pairs) - 1, count).astype(int))
 
-    def training(self, protocol: str) -> list[Pair]:
+    def training(self, protocol: str, points: int | None = None) -> list[Pair]:
         """A few training pairs, to choose a baseline's voxel on."""
-        options = PairOptions(protocol=protocol, pair_points=self.study.pair_points)  # type: ignore[arg-type]
+        options = PairOptions(
+            protocol=protocol,  # type: ignore[arg-type]
+            pair_points=points or self.study.pair_points,
+        )
         pairs = ShapePairs(category_halves(self.splits.train)[0], options, seed=1)
         return [pairs.pair(int(row)) for row in np.linspace(0, len(pairs) - 1, TRIED)]
 
@@ -294,7 +307,7 @@ def variants(model: CMIGNet, study: Study, shapes: Shapes, protocol: str) -> dic
         model.significance = own[2]
     model.keypoints = own[0]
     for count in range(1, len(own[1])):
-        model.matching = own[1][:count]  # type: ignore[assignment]
+        model.matching = own[1][:count]
         say(f"iterations {count}")
     model.matching = own[1]
     if model.images == "observed" and model.fusion is not None:
@@ -308,7 +321,9 @@ def run_cell(cell: Cell, study: Study, shapes: Shapes, runs: Path) -> dict[str, 
     tests = ["same", "unseen", "noise"]
     if cell.curve:
         tests += [f"noise {level:g}" for level in study.curve]
-    about = {"method": cell.method, "protocol": cell.protocol, "seed": cell.seed}
+    about: dict[str, Any] = {"method": cell.method, "protocol": cell.protocol, "seed": cell.seed}
+    if cell.pair_points is not None:
+        about["pair_points"] = cell.pair_points
     record: dict[str, Any] = {**about, "tests": {}}
     began = time.process_time()
     model = None
@@ -323,9 +338,9 @@ def run_cell(cell: Cell, study: Study, shapes: Shapes, runs: Path) -> dict[str, 
             "pairs": results["pairs"]["train"],
         }
     else:
-        record["voxel"] = best_voxel(cell.method, shapes.training(cell.protocol))
+        record["voxel"] = best_voxel(cell.method, shapes.training(cell.protocol, cell.pair_points))
     for name in tests:
-        pairs, rows = shapes.test(name, cell.protocol)
+        pairs, rows = shapes.test(name, cell.protocol, cell.pair_points)
         if model is not None:
             motions = network_motions(model, pairs, rows)
         else:
