@@ -231,6 +231,8 @@ def check_network(
     feature_dim, classes = report.feature_shape[1], report.logits_shape[1]
     labels = torch.arange(batch, device=where) % classes
 
+    # before two steps on a batch this small, which may leave a network with NaN
+    local = None if chosen.local is None else examine_local(network, chosen, clouds, seed)
     network.train()
     F.cross_entropy(chosen.logits(chosen.call(network, clouds)), labels).backward()
     _require(_any_gradient(network), "no parameter of the network got a gradient from its own output")
@@ -260,7 +262,7 @@ def check_network(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         device=where.type,
         seconds=time.perf_counter() - start,
-        local=None if chosen.local is None else examine_local(network, chosen, clouds, seed),
+        local=local,
     )
 
 
