@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -131,44 +132,17 @@ class PrincetonShapes(PointDataset):
         self.root, self.split = Path(root), split
 
 
-@register_dataset("princeton36", layout=_FILE)
-def princeton36(
-    root: Path,
-    split: Split,
-    num_points: int,
-    per_class: int | None = None,
-    normals: bool = False,
-    normalize: bool = True,
-    seed: int = 0,
-    dense_points: int | None = None,
-    cache_dir: Path | None = None,
-    up: Up | None = None,
-) -> PrincetonShapes:
-    """The 36 classes with enough members, of the course's 69."""
-    return PrincetonShapes(
-        root, split, num_points, course=True, per_class=per_class, normals=normals,
-        normalize=normalize, seed=seed, dense_points=dense_points, cache_dir=cache_dir, up=up,
-    )  # fmt: skip
+def _register(name: str, **fixed: Any) -> None:
+    """``--dataset name``: the benchmark with some of its arguments fixed."""
+
+    @register_dataset(name, layout=_FILE)
+    @wraps(PrincetonShapes)  # its parameters are those that the options go by
+    def build(*args: Any, **options: Any) -> PrincetonShapes:
+        return PrincetonShapes(*args, **options, **fixed)
 
 
-@register_dataset("princeton-coarse", layout=_FILE)
-def princeton_coarse(
-    root: Path,
-    split: Split,
-    num_points: int,
-    per_class: int | None = None,
-    normals: bool = False,
-    normalize: bool = True,
-    seed: int = 0,
-    dense_points: int | None = None,
-    cache_dir: Path | None = None,
-    up: Up | None = None,
-) -> PrincetonShapes:
-    """The official classes at their coarsest level: animal, building, furniture …"""
-    return PrincetonShapes(
-        root, split, num_points, level=1, per_class=per_class, normals=normals,
-        normalize=normalize, seed=seed, dense_points=dense_points, cache_dir=cache_dir, up=up,
-    )  # fmt: skip
+_register("princeton36", course=True)
+_register("princeton-coarse", level=1)  # animal, building, furniture …
 
 
 def meshes_of(

@@ -8,14 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from pointcmt.adapters.registry import Adapter
-from pointcmt.methods.mm_point import changed_images
+from pointcmt.methods.augmented import WithAugmentedImages
 from pointcmt.objectives import CrossModalNTXent, IntraModalNTXent, Objective
 from pointcmt.schedules import Guard
-from pointcmt.training import CrossModalTraining
-from pointcmt.types import Views
 
 
-class CrossPoint(CrossModalTraining):
+class CrossPoint(WithAugmentedImages):
     """CrossPoint's pre-training of any network, without labels, as its public code has it.
 
     ::
@@ -94,13 +92,3 @@ class CrossPoint(CrossModalTraining):
             train_teacher=train_images,
         )
         self.augment = augment
-
-    def loss(
-        self,
-        *,
-        views: Tensor | Views | None = None,
-        image_features: Any = None,
-        labels: Tensor | None = None,
-    ) -> Tensor:
-        images = changed_images(views, self.augment)
-        return super().loss(views=images, image_features=image_features, labels=labels)

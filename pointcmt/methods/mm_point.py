@@ -8,13 +8,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from pointcmt.adapters.registry import Adapter
+from pointcmt.methods.augmented import WithAugmentedImages
 from pointcmt.objectives import IntraModalInfoNCE, MultiViewInfoNCE, Objective
 from pointcmt.schedules import Guard
-from pointcmt.training import CrossModalTraining
-from pointcmt.types import Views
 
 
-class MMPoint(CrossModalTraining):
+class MMPoint(WithAugmentedImages):
     """MM-Point's pre-training of any network, without labels.
 
     ::
@@ -103,20 +102,3 @@ class MMPoint(CrossModalTraining):
             train_teacher=train_images,
         )
         self.augment, self.views_per_step = augment, views
-
-    def loss(
-        self,
-        *,
-        views: Tensor | Views | None = None,
-        image_features: Any = None,
-        labels: Tensor | None = None,
-    ) -> Tensor:
-        images = changed_images(views, self.augment)
-        return super().loss(views=images, image_features=image_features, labels=labels)
-
-
-def changed_images(views: Tensor | Views | None, change: Callable[[Tensor], Tensor] | None) -> Any:
-    """The views with changed images; what was known of their pixels and cameras is true of them no more."""
-    if views is None or change is None:
-        return views
-    return change(views.images if isinstance(views, Views) else views)

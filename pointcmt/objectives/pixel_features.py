@@ -46,8 +46,7 @@ class PixelFeatures(Objective):
         weight: 1.
         hidden: width of the head.
         hidden_points: points that the cloud's own surface hides are ``"skip"``-ped, for which the views must
-        say
-            which points are visible; or ``"count"`` too.
+            say which points are visible; or ``"count"`` too.
         local_points: in training at most so many local features of each cloud, drawn by chance at every step;
             None: all.
 
@@ -97,8 +96,7 @@ class PixelFeatures(Objective):
         if made != (local, maps):
             raise ValueError(
                 f"{self.name}: its head was made for local features of {made[0]} and maps of {made[1]}, and "
-                f"is "
-                f"given {local} and {maps}: use new objectives for another network"
+                f"is given {local} and {maps}: use new objectives for another network"
             )
 
     def forward(self, student: StudentState, teacher: TeacherOutput) -> Tensor:
@@ -111,8 +109,7 @@ class PixelFeatures(Objective):
         return 100 * (alike * seen).sum() / seen.sum().clamp(min=1)
 
     def targets(self, centers: Tensor, teacher: TeacherOutput) -> tuple[Tensor, Tensor]:
-        """What points [B, M, 3] are to learn [B, M, C], standardised, and which of them are seen: bool [B,
-        M]."""
+        """What points [B, M, 3] are to learn [B, M, C], standardised, and which are seen, bool [B, M]."""
         maps, views = teacher.maps, teacher.views
         assert maps is not None and views is not None
         if views.view_matrix is None or views.projection_matrix is None:

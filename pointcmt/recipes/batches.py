@@ -23,7 +23,48 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # tuple.index, which nobody calls
 
 
-class Batches:
+class Ordered:
+    """Which rows of a dataset are in which batch: by (seed, epoch), shared among the processes.
+
+    Args, raises: as of :class:`Batches`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        device: torch.device | str,
+        seed: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.n = len(dataset)
+        self.dataset, self.seed, self.rank, self.world = dataset, seed, rank, world
+        self.device = torch.device(device)
+        if batch_size < 1:
+            raise ValueError(f"the batch size is {batch_size}; expected at least 1")
+        if self.n == 0:
+            raise ValueError("the dataset is empty: expected at least one shape")
+        self.batch_size = min(batch_size, self.n)
+        if seed is not None and self.batch_size < 2 * world:
+            raise ValueError(
+                f"a training batch of {self.batch_size} over {world} process(es) leaves fewer than two "
+                "shapes to each, and batch normalisation needs two: use a larger --batch-size or more shapes"
+            )
+
+    def __len__(self) -> int:
+        if self.seed is not None:
+            return self.n // self.batch_size  # the order changes each epoch, so no shape is always left out
+        return -(-self.n // self.batch_size)
+
+    def pieces(self, epoch: int) -> Iterator[np.ndarray]:
+        """This process's rows of each batch of one epoch."""
+        order = epoch_order(self.n, self.seed or 0, epoch, self.seed is not None)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield order[start : start + self.batch_size][self.rank :: self.world]
+
+
+class Batches(Ordered):
     """Batches of a dataset, in an order that follows from (seed, epoch), shared among the processes.
 
     Args:
@@ -52,20 +93,8 @@ class Batches:
         workers: int = 0,
         what: str = "points",
     ) -> None:
-        self.n = len(dataset)
-        self.dataset, self.seed, self.rank, self.world, self.workers = dataset, seed, rank, world, workers
-        self.device = torch.device(device)
-        if batch_size < 1:
-            raise ValueError(f"the batch size is {batch_size}; expected at least 1")
-        if self.n == 0:
-            raise ValueError("the dataset is empty: expected at least one shape")
-        self.batch_size = min(batch_size, self.n)
-        if seed is not None and self.batch_size < 2 * world:
-            raise ValueError(
-                f"a training batch of {self.batch_size} over {world} process(es) leaves fewer than two "
-                f"shapes to "
-                "each, and batch normalisation needs two: use a larger --batch-size or more shapes"
-            )
+        super().__init__(dataset, batch_size, device, seed, rank, world)
+        self.workers = workers
         self.points: Tensor | None = None
         if getattr(dataset, what, None) is not None:
             points = torch.as_tensor(getattr(dataset, what), dtype=torch.float32)
@@ -93,17 +122,9 @@ class Batches:
             "finite numbers: correct or leave out that shape in the data"
         )
 
-    def __len__(self) -> int:
-        if self.seed is not None:
-            return self.n // self.batch_size  # the order changes each epoch, so no shape is always left out
-        return -(-self.n // self.batch_size)
-
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """This process's part of every batch of one epoch. ``index`` are rows of the dataset."""
-        order = epoch_order(self.n, self.seed or 0, epoch, self.seed is not None)
-        size = self.batch_size
-        whole = [torch.from_numpy(order[k * size : (k + 1) * size]) for k in range(len(self))]
-        return self._take([piece[self.rank :: self.world] for piece in whole])
+        return self._take([torch.from_numpy(rows) for rows in self.pieces(epoch)])
 
     def rows(self, rows: Tensor) -> Iterator[Batch]:
         """Batches of the given rows [m], in their order, all in this process."""
@@ -156,6 +177,7 @@ class WithUnlabelled(Batches):
                 f"{list(labelled.points.shape[1:])}; expected points [N, C] of one size"
             )
         self.others, self.count = points.to(self.device), count
+        self.passes: dict[int, np.ndarray] = {}  # the orders that the latest step was taken from
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         for number, batch in enumerate(super().epoch(epoch)):
@@ -170,11 +192,13 @@ class WithUnlabelled(Batches):
         """Rows of the clouds without labels in a step, over all processes."""
         first, total = step * self.count, len(self.others)
         wanted = np.arange(first, first + self.count)
-        orders = {
-            number: epoch_order(total, (self.seed or 0) + 1_000_003, int(number))
-            for number in np.unique(wanted // total)
+        self.passes = {
+            number: self.passes[number]
+            if number in self.passes
+            else epoch_order(total, (self.seed or 0) + 1_000_003, number)
+            for number in range(wanted[0] // total, wanted[-1] // total + 1)
         }
-        return torch.tensor([orders[place // total][place % total] for place in wanted.tolist()])
+        return torch.tensor([self.passes[place // total][place % total] for place in wanted.tolist()])
 
 
 def batches_of(

@@ -186,10 +186,9 @@ def evaluate(options: Evaluate, quiet: bool = False) -> dict[str, Any]:
         model, adapter, about = load_student(file, options.student)
         if about["classes"] != list(part.class_names):
             raise ValueError(
-                f"the student knows {len(about['classes'])} classes ({', '.join(about['classes'][:4])} "
-                f"…), the data has "
-                f"{len(part.class_names)} ({', '.join(part.class_names[:4])} …): give data of the same "
-                f"classes"
+                f"the student knows {len(about['classes'])} classes ({', '.join(about['classes'][:4])} …), "
+                f"the data has {len(part.class_names)} ({', '.join(part.class_names[:4])} …): give data of "
+                "the same classes"
             )
         model.to(accelerator.device)
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from pointcmt.data import PointDataset
-from pointcmt.data.loading import epoch_order
 from pointcmt.data.scenes import draw
+from pointcmt.recipes.batches import Ordered
 from pointcmt.types import Batch
 
 
-class LabelledBatches:
+class LabelledBatches(Ordered):
     """Batches of a set, shared among the processes, with everything that is known of its clouds.
 
     Args:
@@ -44,27 +44,11 @@ class LabelledBatches:
                 "the data has no labels of points: give a set that has them (--dataset shapenet_part, s3dis, "
                 "s3dis_blocks, labeled_psb, depth_tables, or labelled_folder for your own)"
             )
-        self.n = len(dataset)
-        if batch_size < 1 or self.n == 0:
-            raise ValueError(f"{self.n} clouds in batches of {batch_size}; expected at least 1 of both")
-        self.dataset, self.seed, self.rank, self.world = dataset, seed, rank, world
-        self.device = torch.device(device)
-        self.batch_size = min(batch_size, self.n)
-        if seed is not None and self.batch_size < 2 * world:
-            raise ValueError(
-                f"a training batch of {self.batch_size} over {world} process(es) leaves fewer than two "
-                f"clouds "
-                "to each, and batch normalisation needs two: use a larger --batch-size or more clouds"
-            )
-
-    def __len__(self) -> int:
-        return self.n // self.batch_size if self.seed is not None else -(-self.n // self.batch_size)
+        super().__init__(dataset, batch_size, device, seed, rank, world)
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """This process's part of every batch of one epoch; ``index`` are rows of the set."""
-        order = epoch_order(self.n, self.seed or 0, epoch, self.seed is not None)
-        for k in range(len(self)):
-            rows = order[k * self.batch_size : (k + 1) * self.batch_size][self.rank :: self.world]
+        for rows in self.pieces(epoch):
             batch = self._crops(rows, epoch) if self._draws() else self.dataset.batch(rows)
             yield batch.to(self.device)
 

@@ -119,8 +119,7 @@ def predict_cloud(
     if missing := [name for name in fields if name != "features" and getattr(cloud, name) is None]:
         raise ValueError(
             f"the network was trained with {', '.join(missing)}, and the cloud has none: give a file that "
-            f"has "
-            "them, or train with --inputs points"
+            "has them, or train with --inputs points"
         )
     total = len(cloud.points)
     digest = hashlib.sha256(f"{key} {blocks} {classes} {fields} {category} {batch_size}".encode())

@@ -11,6 +11,7 @@ quantisation stub) do what they are there for. A layer's weights are read withou
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,23 +24,23 @@ from pointcmt import ops
 from pointcmt.types import PointFeatures
 
 
-class Student(nn.Module):
+class Student(nn.Module, ABC):
     """A classifier of points: an encoder, and a head on what it says of the whole cloud."""
 
+    @abstractmethod
     def encode(self, points: Tensor) -> PointFeatures:
         """points [B, N, in_channels] -> global feature [B, D], local [B, M, C], centres [B, M, 3]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head(self, feature: Tensor) -> Tensor:
         """Global feature [B, D] -> logits [B, num_classes]."""
-        raise NotImplementedError
 
     def forward(self, points: Tensor) -> Tensor:
         """points [B, N, in_channels] -> logits [B, num_classes]."""
         return self.head(self.encode(points).global_)
 
 
-class Segmenter(nn.Module):
+class Segmenter(nn.Module, ABC):
     """Class scores for every point: an encoder and decoder, and a head on what they say of each point.
 
     Args:
@@ -57,14 +58,14 @@ class Segmenter(nn.Module):
         self.name, self.in_channels, self.categories = name, in_channels, categories
         self.pool = nn.Identity()
 
+    @abstractmethod
     def encode(self, points: Tensor, category: Tensor | None = None) -> PointFeatures:
         """points [B, N, in_channels], category int64 [B] -> global feature [B, D], a feature for each point
         [B, N, C], and the points [B, N, 3]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, local: Tensor) -> Tensor:
         """A feature for each point [B, N, C] -> logits [B, N, num_classes]."""
-        raise NotImplementedError
 
     def forward(self, points: Tensor, category: Tensor | None = None) -> Tensor:
         """points [B, N, in_channels] -> logits [B, N, num_classes].

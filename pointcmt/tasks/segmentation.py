@@ -44,8 +44,7 @@ def parts_by_category(part_names: Sequence[str], class_names: Sequence[str]) -> 
     if sum(map(len, found)) != len(part_names) or not all(found):
         raise ValueError(
             f"parts {', '.join(part_names[:4])} … of categories {', '.join(class_names[:4])} …; expected "
-            f"names "
-            "category/part, at least one for each category"
+            "names category/part, at least one for each category"
         )
     return found
 
