@@ -237,7 +237,7 @@ def load_module(
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(
                 f"{path}: the weights {key} are not finite: the file was damaged, or its training diverged. "
-                f"Copy it again, or train again: {_maker(kind)}"
+                f"Copy it again, or train again: {maker(kind)}"
             )
     try:
         # initial weights, which are about to be replaced
@@ -273,7 +273,7 @@ def load_module(
         ]
         raise ValueError(
             f"{path}: the weights do not fit {name}(**{config}); {'; '.join(problems)}. "
-            f"Load it with the pointcmt version that wrote it, or train again: {_maker(kind)}"
+            f"Load it with the pointcmt version that wrote it, or train again: {maker(kind)}"
         )
     module.load_state_dict(tensors)
     return module.eval()
@@ -379,7 +379,8 @@ def fingerprint(module: nn.Module, config: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _maker(kind: str) -> str:
+def maker(kind: str) -> str:
+    """The command that writes checkpoints of a kind."""
     return _MAKERS.get(kind, f"whatever writes a {kind}")
 
 
@@ -389,15 +390,15 @@ def _open(path: PathLike, kind: str, weights: bool = False) -> tuple[dict[str, A
         inside = sorted(file.name for file in path.glob("*.safetensors"))
         raise ValueError(
             f"{path} is a folder; expected a {kind} checkpoint (.safetensors). "
-            + (f"It holds: {', '.join(inside)}" if inside else f"Make one with: {_maker(kind)}")
+            + (f"It holds: {', '.join(inside)}" if inside else f"Make one with: {maker(kind)}")
         )
     if not path.exists():
-        raise FileNotFoundError(f"no {kind} checkpoint at {path}. Make one with: {_maker(kind)}")
+        raise FileNotFoundError(f"no {kind} checkpoint at {path}. Make one with: {maker(kind)}")
     metadata = _metadata(path, kind)
     if metadata["kind"] != kind:
         raise ValueError(
             f"{path} holds a {metadata['kind']}, expected a {kind}. Give the path of a {kind}, as written "
-            f"by: {_maker(kind)}"
+            f"by: {maker(kind)}"
         )
     tensors = {}
     if weights:
@@ -414,12 +415,12 @@ def _metadata(path: Path, kind: str = "") -> dict[str, Any]:
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({path.stat().st_size} bytes): {error}. Expected a "
-            f"{kind} checkpoint of pointcmt; copy it again, or make one with: {_maker(kind)}"
+            f"{kind} checkpoint of pointcmt; copy it again, or make one with: {maker(kind)}"
         ) from error
     if "kind" not in raw or "config" not in raw:
         raise ValueError(
             f"{path} is a safetensors file without pointcmt's metadata; expected a {kind} checkpoint, "
-            f"as written by: {_maker(kind)}"
+            f"as written by: {maker(kind)}"
         )
     found: dict[str, Any] = {"kind": raw["kind"]}
     for name in ("config", "about"):

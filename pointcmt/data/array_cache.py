@@ -31,13 +31,7 @@ def cached_array(
     """
     if cache_dir is None:
         return make()
-    digest = hashlib.sha256(settings.encode())
-    for source in sources:
-        if not source.is_file():
-            raise FileNotFoundError(f"{source} does not exist, though the split lists it")
-        status = source.stat()
-        digest.update(f"\0{source.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
-    path = Path(cache_dir) / f"{settings.replace(os.sep, '-')}-{digest.hexdigest()[:16]}.npz"
+    path = cached_path(cache_dir, settings, sources)
     try:
         return _read(path)
     except FileNotFoundError:
@@ -55,6 +49,17 @@ def cached_array(
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data)
     return array
+
+
+def cached_path(cache_dir: str | Path, settings: str, sources: Sequence[Path]) -> Path:
+    """Where :func:`cached_array` keeps the array of these settings and sources."""
+    digest = hashlib.sha256(settings.encode())
+    for source in sources:
+        if not source.is_file():
+            raise FileNotFoundError(f"{source} does not exist, though the split lists it")
+        status = source.stat()
+        digest.update(f"\0{source.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+    return Path(cache_dir) / f"{settings.replace(os.sep, '-')}-{digest.hexdigest()[:16]}.npz"
 
 
 _MEMBER = "array.npy"

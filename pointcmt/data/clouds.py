@@ -63,8 +63,7 @@ def read_cloud(path: Path, finite: bool = True) -> Cloud:
                 points, faces = read_mesh(path, finite)
                 cloud = Cloud(points, faces=faces)
                 if not len(faces) and suffix == ".ply":
-                    colors = _ply_columns(path, ("red", "green", "blue"))
-                    normals = _ply_columns(path, ("nx", "ny", "nz"))
+                    colors, normals = _ply_columns(path, ("red", "green", "blue"), ("nx", "ny", "nz"))
                     cloud = Cloud(points, normals, faces, None if colors is None else colors / 255)
             elif suffix == ".pcd":
                 cloud = _read_pcd(path.read_bytes())
@@ -125,17 +124,22 @@ def _columns(found: np.ndarray | dict[str, np.ndarray]) -> Cloud:
     return Cloud(points, normals)
 
 
-def _ply_columns(path: Path, names: tuple[str, str, str]) -> np.ndarray | None:
-    """Three properties of a PLY cloud's points, which trimesh keeps with the raw elements only."""
+def _ply_columns(path: Path, *wanted: tuple[str, str, str]) -> list[np.ndarray | None]:
+    """Properties of a PLY cloud's points by threes, which trimesh keeps with the raw elements only."""
     import trimesh
 
     loaded: Any = trimesh.load(path, process=False)
     columns = loaded.metadata.get("_ply_raw", {}).get("vertex", {}).get("data", {})
-    try:
-        found = np.column_stack([np.asarray(columns[name]).reshape(-1) for name in names]).astype(np.float64)
-    except (KeyError, IndexError, TypeError, ValueError):
-        return None
-    return found if len(found) == len(loaded.vertices) else None
+
+    def three(names: tuple[str, str, str]) -> np.ndarray | None:
+        try:
+            found = np.column_stack([np.asarray(columns[name]).reshape(-1) for name in names])
+            found = found.astype(np.float64)
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+        return found if len(found) == len(loaded.vertices) else None
+
+    return [three(names) for names in wanted]
 
 
 def _unpacked(packed: bytes, size: int) -> bytes:

@@ -282,6 +282,10 @@ class Splits(Generic[Shapes]):
         parts = {"train": self.train, "heldout": self.heldout, "test": self.test}
         return {name: part for name, part in parts.items() if part is not None}
 
+    def every(self) -> dict[str, Shapes]:
+        """The parts by name, and the clouds without labels."""
+        return self.parts() if self.unlabelled is None else {**self.parts(), "unlabelled": self.unlabelled}
+
     def fingerprint(self) -> str:
         """sha256 of the contents; of images, of the shapes' names."""
         digest = hashlib.sha256()

@@ -39,6 +39,12 @@ def in_unit_sphere(points: np.ndarray, dense: np.ndarray | None) -> tuple[np.nda
     return np.concatenate(clouds, axis=-1), dense
 
 
+def padded(rows: np.ndarray, count: int) -> tuple[np.ndarray, int]:
+    """``count`` rows: the first of ``rows``, and where there are fewer all again and again; and how many of
+    them are no repetition."""
+    return rows[np.arange(count) % len(rows)], min(len(rows), count)
+
+
 class StoredViews(NamedTuple):
     """Images of n shapes, with the cameras they were taken by.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pointcmt.data.dataset import PointDataset, Split, StoredViews, check_split
+from pointcmt.data.dataset import PointDataset, Split, StoredViews, check_split, padded
 from pointcmt.data.h5 import read_datasets
 from pointcmt.data.modelnet_off import draws
 from pointcmt.data.registry import register_dataset
@@ -66,9 +66,7 @@ class DepthTables(PointDataset):
             line, column = np.nonzero(pack["xyz_mm"][row].any(-1))
             if not len(line):
                 raise ValueError(f"{path}, {names[k]}: no pixel has a depth")
-            order = draws(seed, names[k]).permutation(len(line))[:num_points]
-            lengths[k] = len(order)
-            order = order[np.arange(num_points) % len(order)]
+            order, lengths[k] = padded(draws(seed, names[k]).permutation(len(line)), num_points)
             line, column = line[order], column[order]
             measured = pack["xyz_mm"][row][line, column].astype(np.float32) / 1000
             centre = measured.mean(0)

@@ -13,7 +13,7 @@ import numpy as np
 from pointcmt.data.array_cache import cached_array
 from pointcmt.data.checks import Up
 from pointcmt.data.clouds import SUFFIXES, read_cloud
-from pointcmt.data.dataset import PointDataset, Split, check_split, class_rows, in_unit_sphere
+from pointcmt.data.dataset import PointDataset, Split, check_split, class_rows, in_unit_sphere, padded
 from pointcmt.data.files import is_junk, name_of, read_text, within
 from pointcmt.data.modelnet_off import draws, sample_surface
 from pointcmt.data.registry import register_dataset
@@ -125,7 +125,7 @@ class PointFolder(PointDataset):
             for cloud, path in zip(clouds, paths, strict=True):
                 try:
                     generator = draws(seed, path.relative_to(base).as_posix())
-                    cloud[:wanted], cloud[wanted, 0] = _draw(path, wanted, normals, generator)
+                    cloud[:wanted], cloud[wanted, 0] = draw_points(path, wanted, normals, generator)
                 except (ValueError, OSError) as error:
                     if not skip_broken:
                         raise
@@ -181,7 +181,9 @@ class PointFolder(PointDataset):
         self.root, self.split, self.paths = root, split, kept
 
 
-def _draw(path: Path, count: int, normals: bool, generator: np.random.Generator) -> tuple[np.ndarray, int]:
+def draw_points(
+    path: Path, count: int, normals: bool, generator: np.random.Generator
+) -> tuple[np.ndarray, int]:
     """``count`` points of a file, [count, 3 or 6], and how many of them are its own."""
     cloud = read_cloud(path)
     if cloud.faces is not None:
@@ -193,8 +195,8 @@ def _draw(path: Path, count: int, normals: bool, generator: np.random.Generator)
         if cloud.normals is None:
             raise ValueError(f"{path} has no normals; use normals=False, or files that have them")
         points = np.concatenate([points, cloud.normals], axis=1)
-    order = generator.permutation(len(points))[:count]
-    return points[order[np.arange(count) % len(order)]], len(order)
+    order, own = padded(generator.permutation(len(points)), count)
+    return points[order], own
 
 
 def _listed(path: Path) -> list[tuple[str, str, Path]]:

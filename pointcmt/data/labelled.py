@@ -84,6 +84,11 @@ def read_labelled(path: Path, labelled: bool = True) -> LabelledCloud:
     return _checked(found, path, labelled)
 
 
+def labelled_rows(rows: np.ndarray, path: Path) -> LabelledCloud:
+    """The cloud of an array that was made of ``path``, as :func:`read_labelled` reads one."""
+    return _checked(_columns(rows), path, True)
+
+
 def write_labelled(path: Path, cloud: LabelledCloud) -> Path:
     """Write a cloud as binary PLY, with ``label`` where it has labels and colours as bytes; atomically."""
     columns: list[tuple[str, str, np.ndarray]] = [

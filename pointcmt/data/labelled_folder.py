@@ -1,4 +1,4 @@
-"""LabelledFolder: one's own clouds with a label for each point, shapes with parts or rooms."""
+"""labelled_folder: one's own clouds with a label for each point, shapes with parts or rooms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pointcmt.data.checks import Up
-from pointcmt.data.dataset import PointDataset, Split, check_split, in_unit_sphere
+from pointcmt.data.dataset import PointDataset, Split, check_split, in_unit_sphere, padded
 from pointcmt.data.files import is_junk, name_of, read_names
 from pointcmt.data.labelled import LABELLED_SUFFIXES, LabelledCloud, check_point_labels, read_labelled
 from pointcmt.data.modelnet_off import draws
@@ -15,13 +15,13 @@ from pointcmt.data.registry import register_dataset
 from pointcmt.data.scenes import SceneDataset, make_room
 
 NAMES_FILE = "labels.txt"
+_SUFFIXES = f".{{{','.join(suffix[1:] for suffix in LABELLED_SUFFIXES)}}}"
 
 
 @register_dataset(
     "labelled_folder",
     matches=lambda root: (root / NAMES_FILE).is_file(),
-    layout=f"one's own labelled clouds: {NAMES_FILE} (names in label order) and <split>/<class>/*."
-    f"{{{','.join(suffix[1:] for suffix in LABELLED_SUFFIXES)}}}",
+    layout=f"one's own labelled clouds: {NAMES_FILE} (names in label order) and <split>/<class>/*{_SUFFIXES}",
 )
 def labelled_folder(
     root: str | Path,
@@ -63,7 +63,7 @@ def labelled_folder(
         if path.suffix.lower() in LABELLED_SUFFIXES and not is_junk(path.relative_to(root))
     ]
     if not found:
-        raise FileNotFoundError(f"{root} has no labelled clouds {split}/<class>/*{{{LABELLED_SUFFIXES}}}")
+        raise FileNotFoundError(f"{root} has no labelled clouds {split}/<class>/*{_SUFFIXES}")
     folders = (path for part in ("train", "test") for path in (root / part).glob("[!.]*") if path.is_dir())
     classes = sorted({name_of(path.name) for path in folders})
     ids = [f"{split}/{name_of(path.parent.name)}/{name_of(path.stem)}" for path in found]
@@ -92,9 +92,9 @@ def labelled_folder(
         there = {of_part[label] for label in np.unique(cloud.labels[cloud.labels >= 0])}
         if foreign := there - {classes[labels[row]]}:
             raise ValueError(f"{path} has parts of {', '.join(sorted(foreign))}; expected its own class's")
-        order = draws(seed, path.relative_to(root).as_posix()).permutation(len(cloud.points))[:num_points]
-        lengths[row] = len(order)
-        clouds.append(cloud.rows(order[np.arange(num_points) % len(order)]))
+        drawn = draws(seed, path.relative_to(root).as_posix()).permutation(len(cloud.points))
+        order, lengths[row] = padded(drawn, num_points)
+        clouds.append(cloud.rows(order))
     points = np.stack([cloud.points for cloud in clouds])
 
     def stacked(name: str) -> np.ndarray | None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pointcmt.data.array_cache import cached_array
+from pointcmt.data.array_cache import cached_array, cached_path
 from pointcmt.data.checks import Up
 from pointcmt.data.dataset import PointDataset, Split, check_split
 from pointcmt.data.files import read_lines
 from pointcmt.data.h5 import check_num_points, read_datasets
-from pointcmt.data.labelled import read_labelled
+from pointcmt.data.labelled import LabelledCloud, labelled_rows, read_labelled
 from pointcmt.data.registry import register_dataset
 from pointcmt.data.scenes import Room, SceneDataset, make_room
 
@@ -91,14 +91,17 @@ class S3DIS(SceneDataset):
             )
         rooms: list[Room] = []
         for name, path in found:
-            file = path if path.is_file() else _parsed(path, name, cache_dir)
-            rooms.append(make_room(name, read_labelled(file), voxel, file))
+            if path.is_file():
+                cloud, file = read_labelled(path), path
+            else:
+                cloud, file = _parsed(path, name, cache_dir)
+            rooms.append(make_room(name, cloud, voxel, file))
         super().__init__(rooms, CLASSES, num_points, seed=seed, shape_ids=[f"{split}/{n}" for n, _ in found])
         self.root, self.split = root, split
 
 
-def _parsed(folder: Path, name: str, cache_dir: str | Path | None) -> Path:
-    """The room of an original folder as one array in ``cache_dir``."""
+def _parsed(folder: Path, name: str, cache_dir: str | Path | None) -> tuple[LabelledCloud, Path]:
+    """The room of an original folder, and the file in ``cache_dir`` that keeps it."""
     if cache_dir is None:
         raise ValueError(
             f"{folder.parent.parent} holds S3DIS as text, which is slow to read: give --data-cache FOLDER, "
@@ -121,9 +124,9 @@ def _parsed(folder: Path, name: str, cache_dir: str | Path | None) -> Path:
             raise FileNotFoundError(f"{folder / 'Annotations'} holds no *.txt")
         return np.concatenate(parts)
 
-    cached_array(cache_dir, f"s3dis1-{name}", files, read)
-    # a room whose text changed has several, of which the one just used is the newest
-    return max(Path(cache_dir).glob(f"s3dis1-{name}-*.npz"), key=lambda path: path.stat().st_mtime_ns)
+    rows = cached_array(cache_dir, f"s3dis1-{name}", files, read)
+    file = cached_path(cache_dir, f"s3dis1-{name}", files)
+    return labelled_rows(rows, file), file
 
 
 @register_dataset(

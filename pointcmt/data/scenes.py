@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pointcmt.data.checks import Up
-from pointcmt.data.dataset import PointDataset
+from pointcmt.data.dataset import PointDataset, padded
 from pointcmt.data.labelled import LabelledCloud, check_point_labels, read_labelled
 from pointcmt.ops import voxel_subsample
 
@@ -97,13 +97,6 @@ def framed(
         if part is not None:
             fields[name] = part[rows]
     return fields
-
-
-def padded(rows: np.ndarray, count: int) -> tuple[np.ndarray, int]:
-    """``count`` rows, the first ``len(rows)`` (at most ``count``) of them the crop's own, the rest repeated;
-    and how many are its own."""
-    own = min(len(rows), count)
-    return rows[np.arange(count) % len(rows)], own
 
 
 class SceneDataset(PointDataset):

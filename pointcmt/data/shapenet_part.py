@@ -9,7 +9,7 @@ import numpy as np
 
 from pointcmt.data.array_cache import cached_array
 from pointcmt.data.checks import Up
-from pointcmt.data.dataset import PointDataset, Split, check_split, in_unit_sphere
+from pointcmt.data.dataset import PointDataset, Split, check_split, in_unit_sphere, padded
 from pointcmt.data.files import read_lines, read_text
 from pointcmt.data.h5 import check_num_points, read_datasets
 from pointcmt.data.labelled import read_labelled
@@ -182,9 +182,8 @@ def _read_text(
             cloud = read_labelled(path)
             if cloud.normals is None or cloud.labels is None:
                 raise ValueError(f"{path}: expected x y z, a unit normal and a part on each line")
-            order = draws(seed, f"{path.parent.name}/{path.stem}").permutation(len(cloud.points))[:num_points]
-            row[num_points, 0] = len(order)
-            order = order[np.arange(num_points) % len(order)]
+            drawn = draws(seed, f"{path.parent.name}/{path.stem}").permutation(len(cloud.points))
+            order, row[num_points, 0] = padded(drawn, num_points)
             row[:num_points] = np.column_stack(
                 [cloud.points[order], cloud.normals[order], cloud.labels[order]]
             )

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from pointcmt.data.array_cache import cached_array
-from pointcmt.data.clouds import SUFFIXES, read_cloud
+from pointcmt.data.clouds import SUFFIXES
 from pointcmt.data.dataset import PointDataset, in_unit_sphere, subset
 from pointcmt.data.files import is_junk
-from pointcmt.data.modelnet_off import draws, sample_surface
+from pointcmt.data.folder import draw_points
+from pointcmt.data.modelnet_off import draws
 
 NO_CLASS = "unlabelled"
 
@@ -61,12 +62,7 @@ def loose_clouds(
     def read() -> np.ndarray:
         clouds = np.empty((len(paths), wanted, 3), dtype=np.float32)
         for cloud, path in zip(clouds, paths, strict=True):
-            found, generator = read_cloud(path), draws(seed, path.relative_to(root).as_posix())
-            if found.faces is not None:
-                cloud[:] = sample_surface(found.points, found.faces, wanted, generator, path)[:, :3]
-            else:
-                order = generator.permutation(len(found.points))[:wanted]
-                cloud[:] = found.points[order[np.arange(wanted) % len(order)]]
+            cloud[:], _ = draw_points(path, wanted, False, draws(seed, path.relative_to(root).as_posix()))
         return clouds
 
     clouds = cached_array(cache_dir, f"loose1-{wanted}-{seed}", paths, read)

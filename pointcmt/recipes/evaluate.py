@@ -140,7 +140,6 @@ def _registration(options: Evaluate, quiet: bool) -> dict[str, Any]:
 
     figures = evaluate_run(
         options.run,
-        read_json(options.run / "config.json"),
         options.machine,
         options.split,
         options.checkpoint,

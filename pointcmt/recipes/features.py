@@ -103,10 +103,7 @@ def features_of(
     folder = folder or file.parent / "features"
     teacher_fingerprint = teacher.fingerprint()
     result = {}
-    parts = dict(splits.parts())
-    if splits.unlabelled is not None:
-        parts["unlabelled"] = splits.unlabelled
-    for name, part in parts.items():
+    for name, part in splits.every().items():
         if name in without:
             continue
         path = folder / f"{name}-{part.fingerprint()[:16]}-{teacher_fingerprint[:16]}.safetensors"

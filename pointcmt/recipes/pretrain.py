@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from pointcmt.recipes.engine import (
     seed_everything,
 )
 from pointcmt.recipes.networks import clouds_of, encode, frozen_features
-from pointcmt.recipes.options import DataOptions, ViewOptions, parse_assignments
+from pointcmt.recipes.options import DataOptions, ViewOptions, matching_images, parse_assignments
 from pointcmt.recipes.pretrain_pictures import SHAPES, VIEWS, draw_features, draw_similarity
 from pointcmt.recipes.progress import console, say, warn
 from pointcmt.recipes.run import RunFolder, find_checkpoint
@@ -226,7 +227,12 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
     inputs = {"data": clouds.fingerprint()}
     photographs = uses_photographs(options, clouds)
     encoder, spec = make_encoder(options, clouds.up, main, photographs)
-    sources = [source_of(options, part, spec, encoder.in_chans, device) for part in (train, watched)]
+
+    @functools.cache
+    def raw() -> PointDataset:
+        return replace(options.data, normalize=False).build("train", options.data.per_class)
+
+    sources = [source_of(options, part, spec, encoder.in_chans, device, raw) for part in (train, watched)]
     encoder.to(device).train(options.contrast.trains_images())
     if options.images.encoder is not None or options.images.encoder_weights is not None:
         inputs["encoder"] = encoder.fingerprint()
@@ -565,9 +571,16 @@ Source = Made | Photographs | Stored
 
 
 def source_of(
-    options: Pretrain, data: PointDataset, spec: ViewSpec, channels: int, device: torch.device
+    options: Pretrain,
+    data: PointDataset,
+    spec: ViewSpec,
+    channels: int,
+    device: torch.device,
+    raw: Callable[[], PointDataset],
 ) -> Source:
     """Where the pictures of some shapes come from.
+
+    ``raw`` gives the training set as its files have it, where that is needed.
 
     Raises:
         FileNotFoundError: stored pictures or cameras that are missing.
@@ -577,18 +590,10 @@ def source_of(
     if folder is None:
         photographs = uses_photographs(options, data)
         return Photographs(data, spec.up, device) if photographs else Made(spec, data, device)
-    images = MultiViewImages(
-        folder,
-        "train",
-        size=options.views.size,
-        in_chans=channels,
-        shape_ids=data.shape_ids,
-        class_names=data.class_names,
-    )
-    contrast = options.contrast
-    if not contrast.maps():
+    images = matching_images(folder, data, "train", options.views.size, channels)
+    if not options.contrast.maps():
         return Stored(images, None, spec.up, device)
-    stored = Stored(images, frames_of(options.data, data), spec.up, device)
+    stored = Stored(images, frames_of(options.data, data, raw), spec.up, device)
     few = torch.arange(min(8, len(data)))
     views = stored.take(few, torch.arange(images.num_views).expand(len(few), -1))
     assert views.view_matrix is not None and views.projection_matrix is not None
@@ -604,14 +609,14 @@ def source_of(
     return stored
 
 
-def frames_of(options: DataOptions, data: PointDataset) -> Tensor:
+def frames_of(options: DataOptions, data: PointDataset, raw: Callable[[], PointDataset]) -> Tensor:
     """[n, 4, 4] that took each shape's coordinates as its file has them to those of its cloud."""
     whole = torch.eye(4).repeat(len(data), 1, 1)
     if not options.entry().takes("normalize"):
         return whole
-    raw = replace(options, normalize=False).build("train", options.per_class)
-    rows = {name: row for row, name in enumerate(raw.shape_ids)}
-    before = torch.from_numpy(raw.points[[rows[name] for name in data.shape_ids], :, :3]).double()
+    made = raw()
+    rows = {name: row for row, name in enumerate(made.shape_ids)}
+    before = torch.from_numpy(made.points[[rows[name] for name in data.shape_ids], :, :3]).double()
     after = torch.from_numpy(data.points[..., :3]).double()
     centres = before.mean(1), after.mean(1)
     spreads = [

@@ -77,8 +77,7 @@ def error_curves(
     baselines: Sequence[str],
     voxel: float,
     images: Any,
-    count: int = 32,
-    noises: Sequence[float] = NOISES,
+    count: int,
 ) -> dict[str, Any]:
     """Rotation errors in degrees of the network, the baselines and doing nothing, pair by pair.
 
@@ -89,7 +88,6 @@ def error_curves(
         voxel: theirs.
         images: (model, pairs, batch) → what the network is given as images.
         count: pairs.
-        noises: standard deviations.
 
     Returns:
         ``overlap`` [n] of the pairs, ``noise``: the levels, and ``errors``: method → level → [n].
@@ -98,7 +96,7 @@ def error_curves(
     device = next(model.parameters()).device
     errors: dict[str, dict[str, list[float]]] = {}
     overlap: list[float] = []
-    for level in noises:
+    for level in NOISES:
         some = ShapePairs(pairs.dataset, dataclasses.replace(pairs.options, noise=level), pairs.seed)
         every = [some.pair(int(row)) for row in rows]
         overlap = overlap or [round(pair.overlap, 4) for pair in every]
@@ -111,7 +109,7 @@ def error_curves(
         for name, rotation in found.items():
             values = rotation_errors(rotation, truth).round(3).tolist()
             errors.setdefault(name, {})[f"{level:g}"] = values
-    return {"overlap": overlap, "noise": [f"{level:g}" for level in noises], "errors": errors}
+    return {"overlap": overlap, "noise": [f"{level:g}" for level in NOISES], "errors": errors}
 
 
 def save_curves_of_errors(content: Mapping[str, Any], path: Path) -> Path:

@@ -28,7 +28,7 @@ from typing import Any, TextIO
 import torch
 from accelerate import Accelerator
 
-from pointcmt.checkpoint import atomic_write, naming_file, read_about
+from pointcmt.checkpoint import atomic_write, maker, naming_file, read_about
 from pointcmt.ops._extension import has_cpu_kernels, has_cuda_kernels
 from pointcmt.recipes.config import plain, read_json, write_json
 from pointcmt.recipes.progress import warn
@@ -486,13 +486,6 @@ def find_checkpoint(path: Path, kind: str) -> Path:
     for file in tried:
         if file.is_file():
             return file
-    command = {
-        "teacher": "train-teacher",
-        "generator": "train-generator",
-        "student": "train",
-        "registration": "train-registration",
-        "segmenter": "segment",
-    }[kind]
     unfinished = (
         " The run in that folder is not finished: continue it with --resume."
         if (path / "config.json").exists() and not (path / "results.json").exists()
@@ -500,7 +493,7 @@ def find_checkpoint(path: Path, kind: str) -> Path:
     )
     raise FileNotFoundError(
         f"no {kind} at {path} (looked for {', '.join(str(p) for p in [path, *tried])}).{unfinished} "
-        f"Make one with: pointcmt {command} --out FOLDER"
+        f"Make one with: {maker(kind)} --out FOLDER"
     )
 
 

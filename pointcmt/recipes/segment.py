@@ -166,12 +166,12 @@ def segmenter_adapter(
     if options.adapter and (found is None or found.per_point is None):
         raise ValueError(
             f"--adapter {options.adapter} is of a classifier of clouds: it has no per_point, the class "
-            f"scores of "
-            "each point (docs/adapters.md)"
+            "scores of each point (docs/adapters.md)"
         )
     if found is not None and found.per_point is not None:
         return dataclasses.replace(found, input_layout=options.layout or found.input_layout)
-    count, said = sample_inputs(sample, fields).shape[1], []
+    inputs = sample_inputs(sample, fields)
+    count, said = inputs.shape[1], []
     if count == num_classes:
         raise ValueError(f"{count} points and as many classes: give another --num-points")
     was = network.training
@@ -179,16 +179,15 @@ def segmenter_adapter(
     layouts = (options.layout,) if options.layout else dict.fromkeys([*CATEGORY_LAYOUTS, *INPUT_LAYOUTS])
     try:
         for layout in layouts:
-            tried = Adapter("own", lambda _: False, "", "output", input_layout=layout, per_point=None)
+            tried = Adapter("own", lambda _: False, "", "output", input_layout=layout)
             try:
                 with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                    output = tried.call(network, sample_inputs(sample, fields), sample.category)
-                scores = next(one for one in _tensors(output) if num_classes in one.shape[1:])
-                shape = tuple(scores.shape)
+                    output = tried.call(network, inputs.clone(), sample.category)
+                shapes = [tuple(one.shape) for one in _tensors(output)]
+                place, shape = next((k, s) for k, s in enumerate(shapes) if num_classes in s[1:])
             except Exception as error:
                 said.append(f"{layout}: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
                 continue
-            place = [one is scores for one in _tensors(output)].index(True)
             if shape == (len(sample), count, num_classes):
                 return dataclasses.replace(tried, per_point=_PerPoint(place, False))
             if shape == (len(sample), num_classes, count):
@@ -197,9 +196,8 @@ def segmenter_adapter(
     finally:
         network.train(was)
     raise ValueError(
-        f"the network {options.student} gives no class scores [B, {count}, {num_classes}] or [B, "
-        f"{num_classes}, "
-        f"{count}] for clouds {list(sample_inputs(sample, fields).shape)} in any known layout. "
+        f"the network {options.student} gives no class scores [B, {count}, {num_classes}] or "
+        f"[B, {num_classes}, {count}] for clouds {list(inputs.shape)} in any known layout. "
         + "; ".join(said)
         + ". Give --layout, or an --adapter with per_point (docs/adapters.md)"
     )

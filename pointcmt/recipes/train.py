@@ -320,9 +320,7 @@ def train(options: Train) -> dict[str, Any]:
         say(f"{run.path} is finished", main)
         return done
     if main:
-        write_json(
-            run.path / "shapes.json", {name: part.shape_ids for name, part in every_part(splits).items()}
-        )
+        write_json(run.path / "shapes.json", {name: part.shape_ids for name, part in splits.every().items()})
 
     change = Augmentation.of(options.augment_scale, options.augment_shift)
 
@@ -416,7 +414,7 @@ def train(options: Train) -> dict[str, Any]:
         "initialised": len(taken),
         "parameters": count_parameters(student),
         "classes": list(splits.train.class_names),
-        "shapes": {name: len(part) for name, part in every_part(splits).items()},
+        "shapes": {name: len(part) for name, part in splits.every().items()},
         "milliseconds_per_cloud": milliseconds_per_cloud(student, adapter, sample),
     }
     if splits.unlabelled is not None:
@@ -430,12 +428,6 @@ def train(options: Train) -> dict[str, Any]:
     if main:
         save(student, run.path / "student.safetensors")
     return run.finish(results)
-
-
-def every_part(splits: Splits[PointDataset]) -> dict[str, PointDataset]:
-    """All shapes of a run by name, those without labels too."""
-    parts = splits.parts()
-    return parts if splits.unlabelled is None else {**parts, "unlabelled": splits.unlabelled}
 
 
 def make_guard(

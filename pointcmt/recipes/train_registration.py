@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from pointcmt.data import PointDataset
-from pointcmt.recipes.config import restore, write_json
+from pointcmt.recipes.config import read_json, restore, write_json
 from pointcmt.recipes.engine import (
     LoopOptions,
     MachineOptions,
@@ -316,18 +316,16 @@ def draw_for_report(network: CMIGNet, pairs: ShapePairs, options: TrainRegistrat
 
 def evaluate_run(
     folder: Path,
-    described: dict[str, Any],
     machine: MachineOptions,
-    split: str = "test",
-    checkpoint: str = "final",
-    batch_size: int = 32,
-    quiet: bool = False,
+    split: str,
+    checkpoint: str,
+    batch_size: int,
+    quiet: bool,
 ) -> dict[str, Any]:
     """Figures of a finished run's network beside its baselines, as ``train_registration`` printed them.
 
     Args:
         folder: the run folder.
-        described: its config.json.
         machine: where to run.
         split: test, heldout or train.
         checkpoint: final or best.
@@ -337,7 +335,7 @@ def evaluate_run(
     Raises:
         ValueError: the run has no such part.
     """
-    config = described["config"]
+    config = read_json(folder / "config.json")["config"]
     options = PairOptions(**config["pairs"])
     data: DataOptions = restore(DataOptions(), config["data"], f"{folder}: data")
     parts, _ = make_parts(data, options, config["unseen"], data.data_seed)

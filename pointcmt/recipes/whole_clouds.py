@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pointcmt.checkpoint import atomic_write
 from pointcmt.data.checks import Up
+from pointcmt.data.dataset import padded
 from pointcmt.data.labelled import LabelledCloud
-from pointcmt.data.scenes import framed, nearest, padded
+from pointcmt.data.scenes import framed, nearest
 from pointcmt.ops import voxel_subsample
 from pointcmt.types import Batch
 from pointcmt.views import unit_sphere
@@ -29,8 +30,7 @@ class Blocks:
     Attributes:
         num_points: of a block, as in training.
         rooms: blocks are places: the points nearest to one, thinned as in training. Otherwise they are the
-        whole
-            shape, each with a part of its points, in the unit sphere.
+            whole shape, each with a part of its points, in the unit sphere.
         voxel: edge of the cubes that rooms are thinned to; 0: not.
         up: the axis that points up.
         normalize: shapes are centred and scaled into the unit sphere first.
@@ -105,8 +105,7 @@ def predict_cloud(
         fields: what of ``colors``, ``normals`` and ``features`` the network was trained with.
         category: of the shape, for networks of parts.
         partial: file that keeps what is done, every ``every`` seconds, so that a killed run goes on; removed
-        at
-            the end.
+            at the end.
         key: what the result depends on beside the cloud, so that a file of something else is not taken up.
         progress: told how many points were visited so far.
 
@@ -130,10 +129,13 @@ def predict_cloud(
     low, high = cloud.points.min(0), cloud.points.max(0)
     if not blocks.rooms and blocks.normalize:
         cloud = cloud._replace(points=unit_sphere(torch.from_numpy(cloud.points)[None])[0].numpy())
-    cut = _places(cloud.points, low, blocks, visits) if blocks.rooms else _parts(total, blocks, visits)
+    cut = (
+        _places(cloud.points, low, blocks, visits, batch_size)
+        if blocks.rooms
+        else _parts(total, blocks, visits, batch_size)
+    )
     saved = time.monotonic()
-
-    def run(waiting: list[tuple[np.ndarray, int]]) -> None:
+    for waiting in cut:
         made = [_block(cloud, rows, own, low, high, blocks, fields) for rows, own in waiting]
         batch = Batch(
             **{name: torch.from_numpy(np.stack([one[name] for one in made])) for name in made[0]},
@@ -143,9 +145,6 @@ def predict_cloud(
         for (rows, own), scores in zip(waiting, logits, strict=True):
             visits.sums[rows[:own]] += scores[:own]
             visits.counts[rows[:own]] += 1
-
-    for waiting in cut(batch_size):
-        run(waiting)
         if progress is not None:
             progress(int((visits.counts > 0).sum()))
         if partial is not None and time.monotonic() - saved > every:
@@ -159,38 +158,33 @@ def predict_cloud(
     return visits.sums / visits.counts[:, None], filled
 
 
-Cut = Callable[[int], Iterator[list[tuple[np.ndarray, int]]]]
-
-
 def _order(count: int) -> np.ndarray:
     return np.random.default_rng(count).permutation(count)
 
 
-def _places(points: np.ndarray, low: np.ndarray, blocks: Blocks, visits: Visits) -> Cut:
+def _places(
+    points: np.ndarray, low: np.ndarray, blocks: Blocks, visits: Visits, batch_size: int
+) -> Iterator[list[tuple[np.ndarray, int]]]:
     """Blocks of a room: each gives its rows, and how many of them are its own."""
-
-    def cut(batch_size: int) -> Iterator[list[tuple[np.ndarray, int]]]:
-        for chosen in _rounds(points, low, blocks):
-            order = _order(len(chosen))
-            here = points[chosen]
-            pending = np.zeros(len(chosen), dtype=bool)
-            at, waiting = 0, []
-            while True:
-                while at < len(order) and (visits.counts[chosen[order[at]]] or pending[order[at]]):
-                    at += 1
-                if at < len(order):
-                    rows = nearest(here, here[order[at]], blocks.num_points)
-                    pending[rows] = True
-                    # furthest point sampling starts at the first row: not always at the room's first point
-                    mixed = rows[_order(len(rows))]
-                    waiting.append(padded(chosen[mixed], blocks.num_points))
-                if waiting and (len(waiting) == batch_size or at == len(order)):
-                    yield waiting
-                    waiting = []
-                elif at == len(order):
-                    break
-
-    return cut
+    for chosen in _rounds(points, low, blocks):
+        order = _order(len(chosen))
+        here = points[chosen]
+        pending = np.zeros(len(chosen), dtype=bool)
+        at, waiting = 0, []
+        while True:
+            while at < len(order) and (visits.counts[chosen[order[at]]] or pending[order[at]]):
+                at += 1
+            if at < len(order):
+                rows = nearest(here, here[order[at]], blocks.num_points)
+                pending[rows] = True
+                # furthest point sampling starts at the first row: not always at the room's first point
+                mixed = rows[_order(len(rows))]
+                waiting.append(padded(chosen[mixed], blocks.num_points))
+            if waiting and (len(waiting) == batch_size or at == len(order)):
+                yield waiting
+                waiting = []
+            elif at == len(order):
+                break
 
 
 def _rounds(points: np.ndarray, low: np.ndarray, blocks: Blocks) -> Iterator[np.ndarray]:
@@ -209,28 +203,26 @@ def _rounds(points: np.ndarray, low: np.ndarray, blocks: Blocks) -> Iterator[np.
         yield by_cell[first + number % counts]
 
 
-def _parts(total: int, blocks: Blocks, visits: Visits) -> Cut:
+def _parts(
+    total: int, blocks: Blocks, visits: Visits, batch_size: int
+) -> Iterator[list[tuple[np.ndarray, int]]]:
     """Blocks of a shape: each has a part of its points, spread over all of it."""
-
-    def cut(batch_size: int) -> Iterator[list[tuple[np.ndarray, int]]]:
-        order = _order(total)
-        number = -(-total // blocks.num_points)
-        waiting = []
-        for k in range(number):
-            rows = order[k::number]
-            if visits.counts[rows].all():
-                continue
-            if len(rows) < blocks.num_points:  # filled up with others of the shape, which count once more
-                others = np.setdiff1d(order, rows)[: blocks.num_points - len(rows)]
-                rows = np.concatenate([rows, others])
-            waiting.append(padded(rows, blocks.num_points))
-            if len(waiting) == batch_size:
-                yield waiting
-                waiting = []
-        if waiting:
+    order = _order(total)
+    number = -(-total // blocks.num_points)
+    waiting = []
+    for k in range(number):
+        rows = order[k::number]
+        if visits.counts[rows].all():
+            continue
+        if len(rows) < blocks.num_points:  # filled up with others of the shape, which count once more
+            others = np.setdiff1d(order, rows)[: blocks.num_points - len(rows)]
+            rows = np.concatenate([rows, others])
+        waiting.append(padded(rows, blocks.num_points))
+        if len(waiting) == batch_size:
             yield waiting
-
-    return cut
+            waiting = []
+    if waiting:
+        yield waiting
 
 
 def _block(

@@ -214,7 +214,6 @@ def segmentation(
     class_names: Sequence[str] | None = None,
     argmax: Argmax = "category",
     label_smoothing: float = 0.0,
-    training: Forward | None = None,
     prepare: Callable[[Any], Any] | None = None,
 ) -> Task:
     """The task of giving each point its class.
@@ -230,17 +229,15 @@ def segmentation(
         class_names: of the shapes' categories, for parts; None: scenes.
         argmax: of parts, whether those of the shape's category compete, or all.
         label_smoothing: of the cross-entropy.
-        training: ``forward`` of a training step, where that differs.
         prepare: what a training step does to its batch first (augmentation).
     """
-    train_forward = training or forward
     first = headline(class_names is not None)
 
     def step(model: nn.Module, batch: Any, done: float) -> dict[str, Tensor]:
         if prepare is not None:
             batch = prepare(batch)
         labels = counted(batch.point_labels, batch.lengths)
-        return {"loss": segmentation_loss(train_forward(model, batch), labels, label_smoothing)}
+        return {"loss": segmentation_loss(forward(model, batch), labels, label_smoothing)}
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         metrics: dict[str, float] = {}

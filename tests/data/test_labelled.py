@@ -286,6 +286,13 @@ def test_s3dis_as_it_is_published(tmp_path):
     counts = np.bincount(made.rooms[0].cloud.labels, minlength=13)
     found = {CLASSES[k]: int(counts[k]) for k in np.flatnonzero(counts)}
     assert found == {"wall": 40, "chair": 40, "clutter": 40}
+    # another copy of the data has the same names, and its own rooms, also when it is not the newest
+    other = tmp_path / "other" / "Area_1" / "office_1" / "Annotations"
+    other.mkdir(parents=True)
+    np.savetxt(other / "chair_1.txt", s3dis_room(25, 7)[:, :6])
+    for root, count in (("other", 25), ("data", 120), ("other", 25)):
+        again = S3DIS(tmp_path / root, "train", 16, voxel=0, cache_dir=tmp_path / "cache")
+        assert len(again.rooms[0].cloud.points) == count
 
 
 def test_s3dis_in_blocks(tmp_path):

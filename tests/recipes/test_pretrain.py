@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -286,7 +288,8 @@ def test_stored_pictures_show_the_points_where_their_cameras_say(meshes, rendere
     options = pretrain.Pretrain(tmp_path, data=networks.DataOptions(str(meshes), num_points=48, data_up="z"))
     options.images.images, options.views.size = rendered, 32
     clouds = networks.clouds_of(options.data, "train")
-    stored = pretrain.source_of(options, clouds, options.views.spec("z"), 3, torch.device("cpu"))
+    raw = functools.partial(dataclasses.replace(options.data, normalize=False).build, "train", None)
+    stored = pretrain.source_of(options, clouds, options.views.spec("z"), 3, torch.device("cpu"), raw)
     rows, cameras = torch.tensor([5, 0, 9]), torch.tensor([[0, 3], [4, 1], [2, 5]])
     views = stored.take(rows, cameras)
     assert views.images.shape == (3, 2, 3, 32, 32) and views.view_matrix.shape == (3, 2, 4, 4)
