@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pointcmt.adapters.registry import Tap
+from pointcmt.adapters.registry import Tap, first_tensor
 
 BATCH_NORM: type[nn.Module] = _BatchNorm  # also after nn.SyncBatchNorm.convert_sync_batchnorm
 
@@ -75,32 +75,21 @@ def before_last_stage(path: str) -> Tap:
     return stage(lambda module: f"{path}.{len(module.get_submodule(path)) - 2}")
 
 
-def per_point(path: str | Callable[[nn.Module], str]) -> Tap:
-    """A layer that puts out a feature for each point [B, C, N] of clouds that come as [B, 3 + C, N]."""
-    return Tap(
-        path,
-        "output",
-        lambda _module, tapped, inputs: (_channels_last(tapped), inputs[0][:, :3].transpose(1, 2)),
-    )
+def per_point(
+    path: str | Callable[[nn.Module], str], feature_from: Literal["output", "input"] = "output"
+) -> Tap:
+    """A layer that puts out (or takes) a feature for each point [B, C, N] of clouds [B, 3 + C, N]."""
+
+    def select(_module: nn.Module, tapped: Any, inputs: tuple) -> tuple[Tensor, Tensor]:
+        features = tapped[0] if feature_from == "input" else tapped
+        return _channels_last(features), inputs[0][:, :3].transpose(1, 2)
+
+    return Tap(path, feature_from, select)
 
 
 def scores_last(output: Any) -> Tensor:
     """Class scores of each point [B, N, K] of an output [B, K, N], or a tuple that begins with it."""
-    return scores_first(output).transpose(1, 2)
-
-
-def scores_first(output: Any) -> Tensor:
-    """Class scores of each point [B, N, K], as they are or the first of a tuple."""
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def before(path: str) -> Tap:
-    """What goes into a layer, a feature for each point [B, C, N] of clouds that come as [B, 3 + C, N]."""
-    return Tap(
-        path,
-        "input",
-        lambda _module, tapped, inputs: (_channels_last(tapped[0]), inputs[0][:, :3].transpose(1, 2)),
-    )
+    return first_tensor(output).transpose(1, 2)
 
 
 def highest(x: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pointcmt.adapters._structure import run_from, scores_first
-from pointcmt.adapters.registry import Adapter, Tap, register_adapter
+from pointcmt.adapters._structure import run_from
+from pointcmt.adapters.registry import Adapter, Tap, first_tensor, register_adapter
 
 
 def _is(name: str) -> Callable[[nn.Module], bool]:
@@ -94,7 +94,7 @@ def pointnext(module: nn.Module, feature: Tensor) -> Tensor:
 
 def _before_head(module: nn.Module, tapped: tuple, inputs: tuple) -> tuple[Tensor, Tensor]:
     """[B, C, N] features that go into a layer, of the points themselves."""
-    return tapped[0].transpose(1, 2), inputs[0][..., :3]
+    return _per_point(module, tapped[0], inputs)
 
 
 def _as_rows(module: nn.Module, tapped: Tensor, inputs: tuple) -> tuple[Tensor, Tensor]:
@@ -119,6 +119,6 @@ for _name, _local in _SEGMENTERS.items():
             feature_from="output",
             input_layout="BN3,category",
             local=_local,
-            per_point=scores_first,
+            per_point=first_tensor,
         )
     )

@@ -13,15 +13,14 @@ from torch.nn import functional as F
 
 from pointcmt.adapters._structure import (
     BATCH_NORM,
-    before,
     has,
     highest,
     lacks,
+    per_point,
     pooled,
-    scores_first,
     stage,
 )
-from pointcmt.adapters.registry import Adapter, Tap, register_adapter
+from pointcmt.adapters.registry import Adapter, Tap, first_tensor, register_adapter
 
 
 def _is_pointnet2(module: nn.Module) -> bool:
@@ -123,8 +122,8 @@ for _name, _scene in (("yanx27-pointnet2-part", False), ("yanx27-pointnet2-scene
             feature_from="output",
             feature=_whole,
             input_layout="B3N" if _scene else "B3N,onehot16",
-            local=before("drop1"),
+            local=per_point("drop1", "input"),
             global_=_coarsest("fp4" if _scene else "fp3"),
-            per_point=scores_first,
+            per_point=first_tensor,
         )
     )

@@ -25,7 +25,7 @@ using namespace simd;
 
 constexpr int64_t kBlocks = 64;  // of partial sums: fixed, so that results do not depend on the threads
 
-// Calls f(group, first channel, row) with row(s) → the NV vectors of sample s of the group.
+// Reads the NV vectors of sample s of a group, from one channel on.
 template <typename T, Kind KIND, int NV>
 struct Reader {
   const T* base;
@@ -65,10 +65,10 @@ void specialise(const Rows<T>& rows, const F& f) {
   }
 }
 
-// Partial sums per block of groups, in double, added up in order. kind: how many vectors of channels.
+// Partial sums of two vectors of channels per block of groups, in double, added up in order.
 template <typename T, typename F>
-std::vector<double> block_sums(const Rows<T>& rows, int64_t kinds, const F& f) {
-  const int64_t size = kinds * rows.channels, per_block = (rows.groups + kBlocks - 1) / kBlocks;
+std::vector<double> block_sums(const Rows<T>& rows, const F& f) {
+  const int64_t size = 2 * rows.channels, per_block = (rows.groups + kBlocks - 1) / kBlocks;
   std::vector<double> partial(kBlocks * size, 0.0);
   at::parallel_for(0, kBlocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
@@ -116,7 +116,7 @@ void select_rows(const Rows<T>& rows, const T* sign, bool with_statistics, T* ch
   const std::vector<T> origin = first_row(rows);
   std::vector<double> sums;
   specialise(rows, [&]<Kind KIND, int NV>() {
-    sums = block_sums(rows, 2, [&](int64_t first, int64_t last, double* out) {
+    sums = block_sums(rows, [&](int64_t first, int64_t last, double* out) {
       for (int64_t g = first; g < last; ++g) {
         for (int64_t c = 0; c < rows.channels; c += NV * width<T>) {
           const Reader<T, KIND, NV> reader(rows, g, c);
@@ -160,7 +160,7 @@ void select_rows(const Rows<T>& rows, const T* sign, bool with_statistics, T* ch
   if (with_statistics) finish_statistics(sums, origin, rows.count(), mean, var);
 }
 
-// Gathered rows: f(group, first, size, sum, row) adds the group's gradients to sum [n, size], the
+// Gathered rows: f(group, first, size, sum) adds the group's gradients to sum [n, size], the
 // part of one cloud's points that belongs to channels first … first + size. A task is such a part.
 constexpr int64_t kScatterBytes = 192 << 10;  // what sum may take of the L2 cache
 

@@ -128,6 +128,11 @@ class CrossModalTraining:
         if copies > 1 and others:
             raise ValueError(f"copies is {copies}, with unlabelled objectives; expected copies=1 with these")
         for objective in others:
+            if any(_UNLABELLED + objective.name == one.name for one in chosen):
+                raise ValueError(
+                    f"an objective in objectives is named {_UNLABELLED}{objective.name}, as {objective.name} "
+                    "in unlabelled is in losses: give one of them another name=..."
+                )
             if objective.needs_labels:
                 raise ValueError(
                     f"{objective.name} needs labels, and stands in unlabelled, for clouds that have none: "
@@ -360,13 +365,12 @@ class CrossModalTraining:
                 f"of each shape; give it {self.copies}·B clouds, copy after copy"
             )
         parts = self._parts(batch // self.copies, labels)
-        weighed = [(key, objective, self._weight(objective)) for key, objective in self._keyed()]
         active = [
-            (key, objective, weight)
-            for key, objective, weight in weighed
-            if weight != 0 and parts[key.startswith(_UNLABELLED)] is not None
+            (key, objective, weight, of_rest)
+            for key, objective, of_rest in self._keyed()
+            if (weight := self._weight(objective)) != 0 and parts[of_rest] is not None
         ]
-        taught = self._teach(captured, views, image_features, [objective for _, objective, _ in active])
+        taught = self._teach(captured, views, image_features, [objective for _, objective, _, _ in active])
         # one backward pass frees the graph, so a pass serves once
         self._used = captured.detached()
         capture.clear()
@@ -394,14 +398,14 @@ class CrossModalTraining:
         repeated = _repeated(taught, self.copies)
         total: Tensor | None = None
         losses: dict[str, Tensor] = {}
-        for key, objective, weight in active:
+        for key, objective, weight, of_rest in active:
             _follow(objective, captured.feature.device)
             ours, theirs = state, taught if objective.sees_copies else repeated
-            rows = parts[key.startswith(_UNLABELLED)]
+            rows = parts[of_rest]
             if rows is not None and rows != _ALL:
                 # one copy then: the k·B rows of several would not be a slice
                 ours, theirs = state.rows(rows), theirs.map(operator.itemgetter(rows))
-            if not key.startswith(_UNLABELLED):
+            if not of_rest:
                 ours = ours._replace(labels=labels)
             _check_needs(objective, ours, theirs)
             value = objective(ours, theirs)
@@ -438,7 +442,7 @@ class CrossModalTraining:
     @property
     def weights(self) -> dict[str, float]:
         """Each objective's weight as it stands, the guard's factor in it."""
-        return {key: self._weight(objective) for key, objective in self._keyed()}
+        return {key: self._weight(objective) for key, objective, _ in self._keyed()}
 
     @property
     def losses(self) -> dict[str, float]:
@@ -483,16 +487,15 @@ class CrossModalTraining:
             side: only what projects ``"images"`` (heads, and the teacher), or only the rest, ``"points"``:
                 for parameter groups with a learning rate each.
         """
-        images = set() if self._train_teacher is False else {id(p) for p in self.teacher.parameters()}
-        for objective in self._objectives():
-            for name in objective.image_side:
-                images |= {id(parameter) for parameter in getattr(objective, name).parameters()}
-        for module in self._trained_modules().values():
-            for parameter in module.parameters():
-                if parameter.requires_grad and (
-                    side == "both" or (id(parameter) in images) == (side == "images")
-                ):
-                    yield parameter
+        found = (p for module in self._trained_modules().values() for p in module.parameters())
+        trained = [parameter for parameter in found if parameter.requires_grad]
+        if side != "both":
+            heads = [getattr(one, name) for one in self._objectives() for name in one.image_side]
+            heads += [self.teacher] if self._train_teacher else []
+            # before entering an objective has no heads yet
+            images = {id(p) for head in heads if head is not None for p in head.parameters()}
+            trained = [p for p in trained if (id(p) in images) == (side == "images")]
+        yield from trained
 
     def state_dict(self) -> dict[str, Tensor]:
         """What this context trains, with its buffers: for a checkpoint of the run."""
@@ -535,7 +538,7 @@ class CrossModalTraining:
         """By name, what has parameters to train."""
         found: dict[str, nn.Module] = {
             key: objective
-            for key, objective in self._keyed()
+            for key, objective, _ in self._keyed()
             if any(parameter.requires_grad for parameter in objective.parameters())
         }
         if self._train_teacher:
@@ -567,15 +570,15 @@ class CrossModalTraining:
         if not waiting:
             self._versions = None
 
-    def _keyed(self) -> Iterator[tuple[str, Objective]]:
-        """Every objective with the name that it has among all."""
+    def _keyed(self) -> Iterator[tuple[str, Objective, bool]]:
+        """Every objective with the name that it has among all, and whether it is of unlabelled clouds."""
         for prefix, objectives in (("", self.objectives), (_UNLABELLED, self.unlabelled)):
             for objective in objectives:
                 assert isinstance(objective, Objective)
-                yield prefix + objective.name, objective
+                yield prefix + objective.name, objective, bool(prefix)
 
     def _objectives(self) -> Iterator[Objective]:
-        return (objective for _, objective in self._keyed())
+        return (objective for _, objective, _ in self._keyed())
 
     def _parts(self, shapes: int, labels: Tensor | None) -> tuple[slice | None, slice | None]:
         """Which of the shapes ``objectives`` are of, and which ``unlabelled``; None: of none in this pass."""

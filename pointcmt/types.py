@@ -121,7 +121,7 @@ class StudentState(NamedTuple):
     labels: Tensor | None = None
 
     def rows(self, which: slice) -> StudentState:
-        """The state of a part of the shapes."""
+        """The state of a part of the shapes; ``labels`` are left as they are."""
 
         def part(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[which]
@@ -132,7 +132,6 @@ class StudentState(NamedTuple):
             local=part(self.local),
             centers=part(self.centers),
             global_=part(self.global_),
-            labels=part(self.labels),
         )
 
 

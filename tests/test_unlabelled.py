@@ -46,6 +46,18 @@ def pass_of(student: Student, count: int = 6) -> tuple[torch.Tensor, torch.Tenso
     return student(points), points, views
 
 
+def test_a_name_does_not_say_which_list_an_objective_is_in(networks):
+    teacher, student = networks
+    with CrossModalTraining(teacher, student, objectives=[SoftLabels(name="unlabelled_x")]) as cmt:
+        _, _, views = pass_of(student)
+        assert float(cmt.loss(views=views)) == cmt.losses["unlabelled_x"] > 0
+    with pytest.raises(ValueError, match="named unlabelled_soft_labels, as soft_labels in unlabelled"):
+        PointCMT(
+            teacher, student,
+            objectives=[SoftLabels(name="unlabelled_soft_labels")], unlabelled=[SoftLabels()],
+        )  # fmt: skip
+
+
 def test_each_list_is_of_its_own_clouds(networks):
     teacher, student = networks
     labels = torch.tensor([1, 0])

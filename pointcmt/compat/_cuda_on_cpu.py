@@ -60,11 +60,6 @@ _CONSTRUCTORS = {
 _before: list[tuple[Any, str, Any]] = []  # what was replaced: where, its name, the original
 
 
-def is_on() -> bool:
-    """Whether requests for CUDA are redirected now."""
-    return bool(_before)
-
-
 def turn_on() -> None:
     """Redirects, where there is no GPU; turning on twice is turning on once."""
     if _before or torch.cuda.is_available():

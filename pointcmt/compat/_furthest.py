@@ -15,8 +15,8 @@ def furthest(points: Tensor, npoint: int) -> Tensor:
     pointnet2_ops takes a point within √0.001 of the origin for padding and never chooses it; the extensions
     that descend from PointRCNN and from Point Transformer have that rule commented out. Where it would act,
     the clouds are moved away from the origin, by a power of two and in double precision, so that the
-    differences between coordinates stay what they were. From more points than there are the last rows
-    repeat, as the originals' kernels give where every distance is zero.
+    differences between coordinates stay what they were. Where more are asked for than there are, the rest
+    are the first point, as the originals' kernels give where every distance is zero.
     """
     norms = points.detach().float().square().sum(-1)
     if bool((norms <= 2 * MIN_SQUARED_NORM).any()):

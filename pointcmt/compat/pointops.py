@@ -45,12 +45,24 @@ def farthest_point_sampling(xyz: Tensor, offset: Tensor, new_offset: Tensor) -> 
     return idx
 
 
+def _queries(
+    xyz: Tensor, offset: Tensor, new_xyz: Tensor | None, new_offset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return (xyz, offset) if new_xyz is None or new_offset is None else (new_xyz, new_offset)
+
+
+def _nothing(xyz: Tensor, rows: int, nsample: int) -> tuple[Tensor, Tensor]:
+    """Indices and squared distances [rows, nsample] of no neighbour."""
+    shape = (rows, nsample)
+    return torch.full(shape, -1, dtype=torch.int64, device=xyz.device), xyz.new_full(shape, NO_NEIGHBOUR)
+
+
 @torch.no_grad()
 def knn_query(
     nsample: int, xyz: Tensor, offset: Tensor, new_xyz: Tensor | None = None, new_offset: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """→ indices [m, nsample], nearest first, and Euclidean distances."""
-    queries, ends = (xyz, offset) if new_xyz is None or new_offset is None else (new_xyz, new_offset)
+    queries, ends = _queries(xyz, offset, new_xyz, new_offset)
     idx, squared = nearest(nsample, xyz, queries, offset, ends, -1)
     return idx.int(), squared.sqrt()
 
@@ -69,9 +81,8 @@ def ball_query(
 
     Of a ball that holds more points, every (count / nsample)-th is taken.
     """
-    queries, ends = (xyz, offset) if new_xyz is None or new_offset is None else (new_xyz, new_offset)
-    idx = torch.full((len(queries), nsample), -1, dtype=torch.int64, device=xyz.device)
-    found = xyz.new_full((len(queries), nsample), NO_NEIGHBOUR)
+    queries, ends = _queries(xyz, offset, new_xyz, new_offset)
+    idx, found = _nothing(xyz, len(queries), nsample)
     for of, to in clouds(offset, ends):
         squared, inside = _within(max_radius, min_radius, xyz[of], queries[to])
         ordered, order = squared.masked_fill(~inside, torch.inf).sort(dim=-1, stable=True)
@@ -92,9 +103,8 @@ def random_ball_query(
     new_xyz: Tensor | None = None, new_offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """→ indices [m, nsample] of points between the radii, the first in one random order, and distances."""
-    queries, ends = (xyz, offset) if new_xyz is None or new_offset is None else (new_xyz, new_offset)
-    idx = torch.full((len(queries), nsample), -1, dtype=torch.int64, device=xyz.device)
-    found = xyz.new_full((len(queries), nsample), NO_NEIGHBOUR)
+    queries, ends = _queries(xyz, offset, new_xyz, new_offset)
+    idx, found = _nothing(xyz, len(queries), nsample)
     for of, to in clouds(offset, ends):
         order = torch.randperm(of.stop - of.start, device=xyz.device)
         squared, inside = _within(max_radius, min_radius, xyz[of][order], queries[to])

@@ -21,10 +21,10 @@ from pointcmt.objectives._contrast import (
     needed_size,
     prepared,
 )
-from pointcmt.objectives.base import Objective, Sizes
+from pointcmt.objectives._pixels import PixelObjective
+from pointcmt.objectives.base import Sizes
 from pointcmt.types import StudentState, TeacherOutput
-from pointcmt.views import pixels_of
-from pointcmt.views.cells import OUTSIDE, cells_of, visible_at
+from pointcmt.views.cells import OUTSIDE, cells_of
 
 
 def local_info_nce(
@@ -108,7 +108,7 @@ def local_info_nce(
         return mean_over_ranks(total - positive.flatten(), valid.flatten(), gather)
 
 
-class LocalInfoNCE(Objective):
+class LocalInfoNCE(PixelObjective):
     """Local InfoNCE from the network's local features to the cells of the images' feature maps.
 
     Each local feature's centre is projected into the image by the image's cameras; of several views of a
@@ -137,10 +137,6 @@ class LocalInfoNCE(Objective):
     """
 
     default_name = "local_info_nce"
-    needs_local = True
-    needs_maps = True
-    needs_cameras = True
-    sees_copies = True
     image_side = ("map_head",)
 
     def __init__(
@@ -155,13 +151,8 @@ class LocalInfoNCE(Objective):
         max_logits: int = MAX_LOGITS,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, name)
-        if hidden_points not in ("count", "skip"):
-            raise ValueError(f"{self.name}: hidden_points is {hidden_points!r}; expected 'count' or 'skip'")
-        if local_points is not None and local_points < 1:
-            raise ValueError(f"{self.name}: local_points is {local_points}; expected at least 1, or None")
-        self.temperature, self.hidden_points, self.max_logits = temperature, hidden_points, max_logits
-        self.local_points = local_points
+        super().__init__(weight, hidden_points, local_points, name)
+        self.temperature, self.max_logits = temperature, max_logits
         self.widths = hidden, out_features, pose
         self.point_head: LocalHead | None = None
         self.map_head: MapHead | None = None
@@ -234,26 +225,12 @@ class LocalInfoNCE(Objective):
     def _projected(self, student: StudentState, teacher: TeacherOutput) -> tuple[Tensor, Tensor, Tensor]:
         """The local features before the pose is joined [B, M, hidden], the maps in the common space
         [B, V, D, h, w], and the cell of each centre [B, V, M]."""
-        local, centers, maps, views = student.local, student.centers, teacher.maps, teacher.views
-        assert local is not None and centers is not None and maps is not None and views is not None
-        if student.copies != 1:
-            raise ValueError(
-                f"{self.name} takes one copy of each cloud, and the pass was of {student.copies}: each "
-                "augmented copy would need cameras of its own"
-            )
-        if views.view_matrix is None or views.projection_matrix is None:
-            raise ValueError(
-                f"{self.name}: the views lack a view or a projection matrix; give both "
-                "(teacher.project(points, cameras=True))"
-            )
-        if self.training and self.local_points is not None and self.local_points < local.shape[1]:
-            drawn = torch.randperm(local.shape[1], device=local.device)[: self.local_points]
-            local, centers = local[:, drawn], centers[:, drawn]
+        maps, views = teacher.maps, teacher.views
+        assert maps is not None and views is not None
+        local, centers = self.drawn(student)
+        pixels, counts = self.pixels(centers, views)
         before = self._head().before_pose(local)
         assert self.map_head is not None
         images = self.map_head(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
-        pixels, counts = pixels_of(centers, views.view_matrix, views.projection_matrix)
-        if self.hidden_points == "skip":
-            counts &= visible_at(pixels, views)
         cell = torch.where(counts, cells_of(pixels, maps.shape[3], maps.shape[4]), OUTSIDE)
         return before, images, cell

@@ -11,10 +11,9 @@ from torch.nn import functional as F
 
 from pointcmt.heads import ProjectionHead
 from pointcmt.objectives._contrast import needed_size
-from pointcmt.objectives.base import Objective, Sizes, full_precision
+from pointcmt.objectives._pixels import PixelObjective
+from pointcmt.objectives.base import Sizes, full_precision
 from pointcmt.types import StudentState, TeacherOutput
-from pointcmt.views import pixels_of
-from pointcmt.views.cells import visible_at
 
 _EPSILON = 1e-5
 
@@ -35,7 +34,7 @@ def sampled_at(maps: Tensor, pixels: Tensor) -> Tensor:
     return found[..., 0].transpose(1, 2).unflatten(0, maps.shape[:2])
 
 
-class PixelFeatures(Objective):
+class PixelFeatures(PixelObjective):
     """Cosine distance between a head on each local feature and the image features at its pixels.
 
     The target of a point is the mean, over the views that see it, of the feature map bilinearly at its pixel,
@@ -59,10 +58,6 @@ class PixelFeatures(Objective):
     """
 
     default_name = "pixel_features"
-    needs_local = True
-    needs_maps = True
-    needs_cameras = True
-    sees_copies = True
 
     def __init__(
         self,
@@ -72,12 +67,8 @@ class PixelFeatures(Objective):
         local_points: int | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, name)
-        if hidden_points not in ("count", "skip"):
-            raise ValueError(f"{self.name}: hidden_points is {hidden_points!r}; expected 'count' or 'skip'")
-        if local_points is not None and local_points < 1:
-            raise ValueError(f"{self.name}: local_points is {local_points}; expected at least 1, or None")
-        self.hidden, self.hidden_points, self.local_points = hidden, hidden_points, local_points
+        super().__init__(weight, hidden_points, local_points, name)
+        self.hidden = hidden
         self.head: ProjectionHead | None = None
 
     def bind(
@@ -112,15 +103,8 @@ class PixelFeatures(Objective):
         """What points [B, M, 3] are to learn [B, M, C], standardised, and which are seen, bool [B, M]."""
         maps, views = teacher.maps, teacher.views
         assert maps is not None and views is not None
-        if views.view_matrix is None or views.projection_matrix is None:
-            raise ValueError(
-                f"{self.name}: the views lack a view or a projection matrix; give both "
-                "(teacher.project(points, cameras=True))"
-            )
         with torch.no_grad(), torch.autocast(maps.device.type, enabled=False):
-            pixels, counts = pixels_of(centers, views.view_matrix, views.projection_matrix)
-            if self.hidden_points == "skip":
-                counts &= visible_at(pixels, views)
+            pixels, counts = self.pixels(centers, views)
             weight = counts.unsqueeze(-1).to(full_precision(maps))
             sampled = (sampled_at(maps, pixels) * weight).sum(1) / weight.sum(1).clamp(min=1)
             seen = counts.any(1)
@@ -131,18 +115,9 @@ class PixelFeatures(Objective):
 
     def _alike(self, student: StudentState, teacher: TeacherOutput) -> tuple[Tensor, Tensor]:
         """Cosine of each point with its target [B, M], and which points are seen."""
-        local, centers = student.local, student.centers
-        assert local is not None and centers is not None
         if self.head is None:
             raise RuntimeError(f"{self.name} has no head yet: enter the training context, or call bind()")
-        if student.copies != 1:
-            raise ValueError(
-                f"{self.name} takes one copy of each cloud, and the pass was of {student.copies}: each "
-                "augmented copy would need cameras of its own"
-            )
-        if self.training and self.local_points is not None and self.local_points < local.shape[1]:
-            drawn = torch.randperm(local.shape[1], device=local.device)[: self.local_points]
-            local, centers = local[:, drawn], centers[:, drawn]
+        local, centers = self.drawn(student)
         target, seen = self.targets(centers, teacher)
         with torch.autocast(local.device.type, enabled=False):
             said = self.head(full_precision(local))

@@ -13,7 +13,7 @@ from pointcmt.types import StudentState, TeacherOutput
 
 
 class ProjectedL2(Objective):
-    """Squared distance of unit length between the student's feature, linearly mapped, and the image feature.
+    """Squared distance, at unit length, between the student's feature, mapped linearly, and the image's.
 
     ``2 - 2 cos``, mean over the batch. The map takes up what differs by a change of coordinates, so that the
     student's feature need not be the teacher's, but hold what it holds; the sizes may differ. It is trained

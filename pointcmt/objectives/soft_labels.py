@@ -24,8 +24,7 @@ class SoftLabels(Objective):
         ValueError: temperature is not positive, confidence not in [0, 1); class counts differ.
 
     Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2 (the
-        factor
-    T² keeps the gradient's size independent of T).
+    factor T² keeps the gradient's size independent of T).
     """
 
     default_name = "soft_labels"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from pointcmt.objectives.base import Objective, check_logits
+from pointcmt.objectives.base import check_logits
+from pointcmt.objectives.soft_labels import SoftLabels
 from pointcmt.types import StudentState, TeacherOutput
 
 
-class StandardisedSoftLabels(Objective):
+class StandardisedSoftLabels(SoftLabels):
     """Soft labels where each shape's logits, of both networks, are given mean 0 and deviation 1 over the
     classes first.
 
@@ -27,23 +27,13 @@ class StandardisedSoftLabels(Objective):
     """
 
     default_name = "standardised_soft_labels"
-    needs_logits = True
 
     def __init__(self, weight: float = 9.0, temperature: float = 2.0, name: str | None = None) -> None:
-        super().__init__(weight, name)
-        if not temperature > 0:
-            raise ValueError(f"{self.name}: temperature is {temperature}; expected a positive number")
-        self.temperature = float(temperature)
+        super().__init__(weight, temperature, name=name)
 
     def forward(self, student: StudentState, teacher: TeacherOutput) -> Tensor:
-        ours, theirs = (
-            F.log_softmax(_standardised(scores) / self.temperature, dim=1)
-            for scores in check_logits(self, student, teacher)
-        )
-        return self.temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, temperature={self.temperature:g}"
+        ours, theirs = map(_standardised, check_logits(self, student, teacher))
+        return super().forward(student._replace(logits=ours), teacher._replace(logits=theirs))
 
 
 def _standardised(scores: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Segmenter(nn.Module, ABC):
         """The shapes' categories [B, categories], zeros where they are not known.
 
         Raises:
-            ValueError: a category for each shape was not given, or there are fewer.
+            ValueError: not one int64 category for each shape, or one that is out of range (checked on a CPU).
         """
         if category is None:
             return points.new_zeros(len(points), self.categories)

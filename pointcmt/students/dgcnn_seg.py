@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from pointcmt.ops import knn
 from pointcmt.students import _blocks as blocks
+from pointcmt.students.dgcnn import _SLOPE
 from pointcmt.types import PointFeatures
-
-_SLOPE = 0.2  # of every leaky ReLU in the public code
 
 
 def _layer(in_channels: int, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> blocks.Layer:

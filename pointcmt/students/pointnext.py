@@ -6,6 +6,7 @@ Architecture, parameter names and shapes of guochengqian/openpoints (``BaseCls``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -94,16 +95,28 @@ def _shared_mlp(*channels: int, last: bool = False) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def sampling_stages(
+    in_channels: int,
+    channels: Sequence[int],
+    radius: float,
+    growth: float,
+    random_start: bool,
+    **options: int,
+) -> list[nn.Module]:
+    """A stem, and a stage that samples to each further entry of ``channels``, of ever larger radii."""
+    stages: list[nn.Module] = [Stem(in_channels, channels[0])]
+    for before, after in pairwise(channels):
+        stages.append(ResidualAbstraction(before, after, radius, _NSAMPLE, random_start, **options))
+        radius *= growth
+    return stages
+
+
 class Encoder(nn.Module):
     """Six stages, each in a list of its own, as in the public code."""
 
     def __init__(self, in_channels: int, channels: list[int], random_start: bool) -> None:
         super().__init__()
-        stages: list[nn.Module] = [Stem(in_channels, channels[0])]
-        radius = _RADIUS
-        for before, after in pairwise(channels[:5]):
-            stages.append(ResidualAbstraction(before, after, radius, _NSAMPLE, random_start))
-            radius *= _GROWTH
+        stages = sampling_stages(in_channels, channels[:5], _RADIUS, _GROWTH, random_start)
         stages.append(Aggregation(channels[4], channels[5]))
         self.encoder = nn.ModuleList(nn.ModuleList([stage]) for stage in stages)
 

@@ -8,17 +8,16 @@ configurations ``shapenetpart/pointnext-s`` and ``s3dis/pointnext-s`` of guochen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pointcmt.students import _blocks as blocks
-from pointcmt.students.pointnext import ResidualAbstraction, Stem
+from pointcmt.students.pointnext import sampling_stages
 from pointcmt.types import PointFeatures
 
-_CHANNELS, _NSAMPLE, _RADIUS = (32, 64, 128, 256, 512), 32, 0.1
+_CHANNELS, _RADIUS = (32, 64, 128, 256, 512), 0.1
 
 
 class Encoder(nn.Module):
@@ -35,15 +34,9 @@ class Encoder(nn.Module):
         random_start: bool,
     ) -> None:
         super().__init__()
-        stages: list[nn.Module] = [Stem(in_channels, channels[0])]
-        radius = scale * _RADIUS
-        for before, after in pairwise(channels):
-            stages.append(
-                ResidualAbstraction(
-                    before, after, radius, _NSAMPLE, random_start, stride=stride, layers=layers
-                )
-            )
-            radius *= growth
+        stages = sampling_stages(
+            in_channels, channels, scale * _RADIUS, growth, random_start, stride=stride, layers=layers
+        )
         self.encoder = nn.ModuleList(nn.ModuleList([stage]) for stage in stages)
 
     def forward(self, xyz: Tensor, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -164,37 +164,39 @@ def project_points(
         count = (sums >> _COUNT_SHIFT).float()
         total_inverse = (sums & ((1 << _COUNT_SHIFT) - 1)).float()
 
+        def averaged(values: Tensor) -> Tensor:
+            """Values of the points [B, V, N, C]: their mean on each pixel."""
+            fixed = (values * (1 << _FRACTION)).round_().long().reshape(-1, values.shape[-1])
+            sums = _accumulate(fixed, pixel, offsets, batch * views * width * width)
+            mean = _crop(sums, batch, views, width, margin).float() / (1 << _FRACTION)
+            return mean / count.clamp(min=1)
+
+        if {"normal", "shaded"} & set(channels):
+            rays = torch.stack(camera, dim=-1)
+            estimated = estimate_normals(points, neighbors)  # [B, N, 3]
+            normals = torch.stack(_turn(estimated, rotation), dim=-1)  # [B, V, N, 3]
+        if {"depth", "near"} & set(channels):
+            # Σ w·d / Σ w with w = 1/d; an empty pixel is 0 / 1
+            depths = count * (1 << _FRACTION) / total_inverse.clamp(min=1)
         images = []
         for name in channels:
             if name == "depth":
-                # Σ w·d / Σ w with w = 1/d; an empty pixel is 0 / 1
-                images.append(count * (1 << _FRACTION) / total_inverse.clamp(min=1))
+                images.append(depths)
             elif name == "near":
-                depths = count * (1 << _FRACTION) / total_inverse.clamp(min=1)
                 # the front and the back of the unit sphere are 1 nearer and 1 further than its centre
                 back = eyes.norm(dim=-1)[:, None, None, None] + 1
                 images.append(torch.where(count > 0, ((back - depths) / 2).clamp(0, 1), 0.0))
             elif name == "density":
                 images.append(count.log1p())
+            elif name == "shaded":
+                cosine = (normals * rays).sum(-1).abs() / rays.norm(dim=-1).clamp(min=_NEAR)
+                light = torch.where(drawn, _AMBIENT + (1 - _AMBIENT) * cosine, 0.0)
+                images.append(averaged(light[..., None]))
             else:
-                normals = estimate_normals(points, neighbors)  # [B, N, 3]
-                seen = torch.stack(_turn(normals, rotation), dim=-1)  # [B, V, N, 3]
-                if name == "shaded":
-                    rays = torch.stack(camera, dim=-1)
-                    cosine = (seen * rays).sum(-1).abs() / rays.norm(dim=-1).clamp(min=_NEAR)
-                    light = torch.where(drawn, _AMBIENT + (1 - _AMBIENT) * cosine, 0.0)
-                    fixed = (light * (1 << _FRACTION)).round_().long().reshape(-1, 1)
-                    sums = _accumulate(fixed, pixel, offsets, batch * views * width * width)
-                    mean = _crop(sums, batch, views, width, margin).float() / (1 << _FRACTION)
-                    images.append(mean / count.clamp(min=1))
-                    continue
                 # towards the camera: against the ray from the eye to the point
-                away = (seen * torch.stack(camera, dim=-1)).sum(-1, keepdim=True) > 0
-                seen = torch.where(drawn[..., None], torch.where(away, -seen, seen), 0.0)
-                fixed = (seen * (1 << _FRACTION)).round_().long().reshape(-1, 3)
-                sums = _accumulate(fixed, pixel, offsets, batch * views * width * width)
-                mean = _crop(sums, batch, views, width, margin).float() / (1 << _FRACTION)
-                images.append(mean / count.clamp(min=1))
+                away = (normals * rays).sum(-1, keepdim=True) > 0
+                facing = torch.where(away, -normals, normals)
+                images.append(averaged(torch.where(drawn[..., None], facing, 0.0)))
         made = images[0] if len(images) == 1 else torch.cat(images, dim=2)
         if not cameras:
             return made

@@ -149,7 +149,9 @@ def test_what_projects_images_can_have_a_rate_of_its_own(name):
     kind, _ = METHODS[name]
     for trained in (False, True):
         encoder = images()
-        with kind(encoder, network(), points=clouds(2), adapter=adapter(), train_images=trained) as pre:
+        pre = kind(encoder, network(), points=clouds(2), adapter=adapter(), train_images=trained)
+        assert {id(p) for p in pre.parameters("images")} <= {id(p) for p in pre.parameters()}  # no heads yet
+        with pre:
             sides = {side: list(map(id, pre.parameters(side))) for side in ("points", "images", "both")}
             assert sorted(sides["points"] + sides["images"]) == sorted(sides["both"])
             assert not set(sides["points"]) & set(sides["images"])
