@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from pointcmt.checkpoint import atomic_write
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
@@ -190,11 +192,8 @@ def record(
         "skipped": dict(skipped or {}),
         "rows": [{k: _plain(v) for k, v in row.items()} for row in rows],
     }
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(answer, indent=2) + "\n")
-    os.replace(temporary, target)
+    with atomic_write(Path(path)) as temporary:
+        temporary.write_text(json.dumps(answer, indent=2) + "\n")
     return answer
 
 
@@ -226,6 +225,37 @@ def _cell(value: Any) -> str:
 def is_timing(value: Any) -> bool:
     """Whether a cell is a recorded ``Timing``."""
     return isinstance(value, Mapping) and {"median", "spread"} <= value.keys()
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The lines of a page between which what is generated stands."""
+    return f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
+
+
+def between(page: Path, name: str) -> str:
+    """What stands between the marks of that name.
+
+    Raises:
+        ValueError: the page lacks them.
+    """
+    begin, end = marks(name)
+    _, found, rest = page.read_text().partition(begin)
+    text, ended, _ = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"{page} has no line {begin!r} followed by {end!r}")
+    return text.strip()
+
+
+def put_between(page: Path, name: str, text: str) -> None:
+    """Writes ``text`` between the marks of that name.
+
+    Raises:
+        ValueError: the page lacks them.
+    """
+    between(page, name)
+    begin, end = marks(name)
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
 
 
 def as_text(value: Any) -> str:

@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         QUESTION,
         rows,
         notes={
-            "command": "python -m benchmarks.demo --repetitions 10",
+            "command": f"python -m benchmarks.demo --repetitions {options.repetitions}",
             "points": usual.data.num_points,
             "labelled shapes": shapes["train"],
             "held-out shapes": shapes["heldout"],

@@ -32,6 +32,7 @@ from scipy.spatial.distance import cdist
 from benchmarks._harness import RESULTS, ROOT, record
 from pointcmt.ops import emd_statistics
 from pointcmt.ops.emd import DEFAULT_TOLERANCE
+from pointcmt.recipes.config import write_json
 
 QUESTION = "How often is the EMD wrong, and what is the worst of random and adversarial pairs?"
 BLOCK = 500
@@ -272,15 +273,8 @@ def _row(kind: str, worst: Worst) -> dict[str, Any]:
         "most rounds": worst.rounds,
         "in case": worst.longest,
         "farthest above the optimum, of the tolerance": f"{worst.excess:.1%}",
-        "at case": worst.farthest,
+        "at case": worst.farthest if worst.excess else None,
     }
-
-
-def _write(path: Path, state: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(state))
-    os.replace(temporary, path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -320,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
             state["wrong"] |= block.wrong
             for kind, worst in block.worst.items():
                 state["worst"][kind] = worst.of(Worst(*state["worst"].get(kind, Worst())))
-            _write(args.state, state)
+            write_json(args.state, state)
             progress.update(task, advance=BLOCK, wrong=len(state["wrong"]))
     counts = Counter(what for found in state["wrong"].values() for what in found)
     print(f"{args.cases} cases: {len(state['wrong'])} wrong {dict(counts) if counts else ''}")

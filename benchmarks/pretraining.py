@@ -40,7 +40,7 @@ from pointcmt.recipes.progress import say
 from pointcmt.recipes.run import described_environment, held
 from pointcmt.recipes.train import Train, train
 from pointcmt.studies.ablate import Cost, forget_training
-from pointcmt.studies.tables import interval_text, markdown, mean_sd, paired_interval
+from pointcmt.studies.tables import excludes_zero, interval_text, markdown, mean_sd, paired_interval
 
 SECTIONS = (
     "about", "data", "students", "pretrain", "methods", "measures", "train", "compare", "seeds",
@@ -402,7 +402,7 @@ def verdicts(study: Measured, student: str, measures: Sequence[str]) -> list[str
         best = max(gains, key=lambda method: float(gains[method].mean()))
         interval = paired_interval(gains[best])
         assert interval is not None
-        clear = "excludes" if abs(interval[0]) > interval[1] else "includes"
+        clear = "excludes" if excludes_zero(interval) else "includes"
         said.append(
             f"{measure}: {best} is the highest, {interval[0]:+.2f} ± {interval[1]:.2f} over "
             f"`{study.baseline}`; the interval {clear} zero. It is the highest of {len(gains)}, so that the "

@@ -3,8 +3,9 @@
     python -m benchmarks.princeton --data DIR          # goes on where it was stopped
 
 DIR holds ``psb_meshes.h5``. Every mesh is rendered once, from the twenty cameras of a dodecahedron, to
-``runs/princeton/rendered``; for each set of classes ``runs/princeton/<dataset>`` links to these images in the
-folders that ``train-teacher --images`` reads. Studies: ``configs/princeton.yaml``.
+``runs/princeton/rendered-SIZE``; for each set of classes ``runs/princeton/<dataset>`` links to the images of
+the size rendered last, in the folders that ``train-teacher --images`` reads. Studies:
+``configs/princeton.yaml``.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ def link(rendered: Path, data: Path, out: Path, name: str) -> int:
             _, label, mesh = shape.split("/")
             for image in sorted((rendered / split / "psb").glob(f"{mesh}_[0-9]*.png")):
                 target = out / name / split / label / image.name
-                if not target.exists():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    try:
-                        os.link(image, target)
-                    except OSError:  # another file system, or one without links
-                        shutil.copy(image, target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.unlink(missing_ok=True)  # it may be of another size
+                try:
+                    os.link(image, target)
+                except OSError:  # another file system, or one without links
+                    shutil.copy(image, target)
                 made += 1
     return made
 

@@ -21,7 +21,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ import yaml
 from scipy.spatial.transform import Rotation
 
 from benchmarks._harness import RESULTS, ROOT, commit, machine
+from pointcmt.checkpoint import atomic_write
 from pointcmt.data import PointDataset
-from pointcmt.recipes.engine import LoopOptions, MachineOptions, OutOfTime, count_parameters
+from pointcmt.recipes.engine import LoopOptions, MachineOptions, count_parameters
 from pointcmt.recipes.options import DataOptions
 from pointcmt.recipes.train_registration import (
     NetworkOptions,
@@ -108,7 +109,6 @@ class Study:
     networks: Mapping[str, Mapping[str, Mapping[str, Any]]]
     plan: Sequence[Mapping[str, Any]]
     per_class: int | None = None
-    notes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path = CONFIG) -> Study:
@@ -355,11 +355,9 @@ def run_cell(cell: Cell, study: Study, shapes: Shapes, runs: Path) -> dict[str, 
 
 
 def write(path: Path, content: Any) -> None:
-    """JSON, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content) + "\n")
-    os.replace(temporary, path)
+    """JSON on one line, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content) + "\n")
 
 
 def missing(study: Study, out: Path, only: str = "") -> Iterator[tuple[Cell, Path]]:
@@ -389,11 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.minutes and time.monotonic() - began > 60 * options.minutes:
             break
         print(f"== {cell.name}", flush=True)
-        try:
-            write(path, run_cell(cell, study, shapes, options.runs))
-        except OutOfTime as error:
-            print(error)
-            return 1
+        write(path, run_cell(cell, study, shapes, options.runs))
         gc.collect()
     print(
         f"{options.out}: {len(list(missing(study, options.out)))} of {len(study.cells())} cells are missing"

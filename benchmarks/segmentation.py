@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import RESULTS, ROOT
+from benchmarks._harness import RESULTS, ROOT, put_between
 from pointcmt.recipes.build import StudentOptions
 from pointcmt.recipes.config import write_json
 from pointcmt.recipes.engine import LoopOptions, MachineOptions
@@ -32,7 +32,6 @@ from pointcmt.studies.tables import interval_text, markdown, mean_sd, paired_int
 
 RECORDS = RESULTS / "segmentation"
 PAGE = ROOT / "docs" / "segmentation.md"
-BEGIN, END = "<!-- begin:study -->", "<!-- end:study -->"
 METHODS = ("scratch", "crosspoint", "mm-point", "pic-at-point", "dense")
 WORDS = {
     "scratch": "from scratch",
@@ -66,6 +65,11 @@ class Setting:
     steps: int
     pretrain_epochs: int
     figure: str
+    clouds: int
+    """To train on."""
+    classes: int
+    views: int | None
+    """Of a shape in a step of pre-training; None: as the method has it."""
 
 
 SETTINGS = {
@@ -78,6 +82,9 @@ SETTINGS = {
         100,
         20,
         "miou",
+        45,
+        1,
+        1,
     ),
     "parts": Setting(
         "labeled_psb_parts",
@@ -88,6 +95,9 @@ SETTINGS = {
         150,
         4,
         "instance_miou",
+        285,
+        19,
+        None,
     ),
 }
 POINTS, WIDTH, SIZE = 256, 0.25, 96
@@ -120,7 +130,6 @@ def pretrained(root: Path, work: Path, setting: Setting, name: str, method: str,
     if cost.is_file():
         return {"folder": out, **json.loads(cost.read_text())}
     began = time.process_time()
-    views = 1 if name == "tables" else None
     pretrain(
         Pretrain(
             out=out,
@@ -129,7 +138,7 @@ def pretrained(root: Path, work: Path, setting: Setting, name: str, method: str,
                 method=method,  # type: ignore[arg-type]
                 local_points=128,
                 head_width=128,
-                views_per_step=views,
+                views_per_step=setting.views,
                 image_levels=0,
                 train_images="no",
             ),
@@ -162,13 +171,11 @@ def run_cell(root: Path, work: Path, name: str, method: str, labels: str, seed: 
     before = None if method == "scratch" else pretrained(root, work, setting, name, method, seed)
     began = time.process_time()
     data = data_of(root, setting)
-    batch = setting.batch_size
+    batch, clouds = setting.batch_size, setting.clouds
     if labels == "few":
         data.per_class, data.data_seed = setting.few, seed
-        clouds = setting.few * (1 if name == "tables" else 19)
+        clouds = setting.few * setting.classes
         batch = min(batch, clouds)
-    else:
-        clouds = 45 if name == "tables" else 285
     epochs = max(1, setting.steps // (clouds // batch))
     results = segment(
         Segment(
@@ -270,11 +277,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def write_table() -> None:
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"{PAGE} lacks the lines {BEGIN} and {END}, between which the table stands")
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(records())}\n\n{END}{after}")
+    put_between(PAGE, "study", table(records()))
 
 
 def main() -> int:

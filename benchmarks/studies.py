@@ -154,16 +154,18 @@ def demo_summary(record: Mapping[str, Any]) -> str:
     )
 
 
+def demo_gains(rows: Sequence[Mapping[str, Any]]) -> tuple[list[np.ndarray], int]:
+    """Taught minus plain by seed, for each repetition; and of how many the interval is above zero."""
+    gains = [np.array(row["OA by seed"]["taught"]) - np.array(row["OA by seed"]["plain"]) for row in rows]
+    intervals = [paired_interval(gain) for gain in gains]
+    return gains, sum(one is not None and one[0] > one[1] for one in intervals)
+
+
 def demo_verdict(record: Mapping[str, Any]) -> str:
     """How sure the demo's gain is, in two sentences."""
-    gains = [
-        np.array(row["OA by seed"]["taught"]) - np.array(row["OA by seed"]["plain"]) for row in record["rows"]
-    ]
+    gains, above = demo_gains(record["rows"])
     means = [float(gain.mean()) for gain in gains]
-    intervals = [paired_interval(gain) for gain in gains]
-    above = sum(one is not None and one[0] > one[1] for one in intervals)
-    least = int(np.argmin(means))
-    smallest = interval_text(intervals[least]).replace("*", "")
+    smallest = interval_text(paired_interval(gains[int(np.argmin(means))])).replace("*", "")
     return (
         f"Taught minus plain: {np.mean(means):+.1f} points on average over the repetitions, from "
         f"{min(means):+.1f} to {max(means):+.1f}. The 95 % interval over the seeds of one repetition is "
@@ -174,12 +176,10 @@ def demo_verdict(record: Mapping[str, Any]) -> str:
 def demo_cell(which: str) -> str:
     """The mean gain of the repeated demo with its interval over the repetitions, or how sure each is."""
     rows = json.loads((RESULTS / "runs-demo.json").read_text())["rows"]
-    pairs = [(np.array(row["OA by seed"]["taught"]), np.array(row["OA by seed"]["plain"])) for row in rows]
-    intervals = [paired_interval(taught - plain) for taught, plain in pairs]
-    above = sum(one is not None and one[0] > one[1] for one in intervals)
+    gains, above = demo_gains(rows)
     found = {
-        "mean": interval_text(paired_interval(np.array([one[0] for one in intervals if one is not None]))),
-        "sure": f"above zero in {above} of {len(rows)} repetitions of {len(pairs[0][0])} seeds each",
+        "mean": interval_text(paired_interval(np.array([gain.mean() for gain in gains]))),
+        "sure": f"above zero in {above} of {len(rows)} repetitions of {len(gains[0])} seeds each",
     }
     return found[which]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import studies
-from benchmarks._harness import RESULTS, ROOT, as_markdown, as_text
+from benchmarks._harness import RESULTS, ROOT, as_markdown, as_text, put_between
 
 PAGE = ROOT / "docs" / "performance.md"
 HEAD = """# Performance
@@ -23,7 +23,6 @@ in turns, in one run; *spread* is the distance between the quartiles as a part o
 the two.
 """
 README = ROOT / "README.md"
-BEGIN, END = "<!-- begin:results -->", "<!-- end:results -->"
 
 
 def section(record: Mapping[str, Any], heading: bool = True) -> str:
@@ -63,11 +62,7 @@ def main() -> int:
     notes = ROOT / "benchmarks" / "notes.md"
     body += [notes.read_text().rstrip()] if notes.exists() else []
     PAGE.write_text("\n\n".join([HEAD.rstrip(), *body]) + "\n")
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"{README} lacks the lines {BEGIN} and {END}, between which the results stand")
-    README.write_text(f"{before}{BEGIN}\n\n{results()}\n\n{END}{after}")
+    put_between(README, "results", results())
     print(f"{PAGE.relative_to(ROOT)} and README.md: {len(records)} benchmarks")
     return 0
 

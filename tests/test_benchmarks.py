@@ -14,7 +14,8 @@ from benchmarks import _harness, reliability, runs, studies, tables
 def written(tmp_path, monkeypatch):
     results = tmp_path / "results"
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    begin, end = _harness.marks("results")
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", results)
     monkeypatch.setattr(tables, "README", readme)
@@ -56,7 +57,7 @@ def test_runs_of_single_commands_go_to_the_page_of_results(written, monkeypatch)
 
 def test_a_readme_without_marks_is_left_alone(written):
     (written / "README.md").write_text("nothing here")
-    with pytest.raises(ValueError, match="lacks the lines"):
+    with pytest.raises(ValueError, match="has no line"):
         tables.main()
     assert (written / "README.md").read_text() == "nothing here"
 

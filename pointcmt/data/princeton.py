@@ -138,7 +138,7 @@ def _register(name: str, **fixed: Any) -> None:
     @register_dataset(name, layout=_FILE)
     @wraps(PrincetonShapes)  # its parameters are those that the options go by
     def build(*args: Any, **options: Any) -> PrincetonShapes:
-        return PrincetonShapes(*args, **options, **fixed)
+        return PrincetonShapes(*args, **(options | fixed))
 
 
 _register("princeton36", course=True)

@@ -30,6 +30,8 @@ class LabelledBatches(Ordered):
         ValueError: no labels, an empty set, or one too small for a training batch.
     """
 
+    dataset: PointDataset
+
     def __init__(
         self,
         dataset: PointDataset,

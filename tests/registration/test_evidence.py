@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from benchmarks import registration, registration_page, registration_scans
+from benchmarks._harness import between
 from pointcmt.registration.align import Evidence, Thresholds
 
 FIGURES = {
@@ -32,9 +33,7 @@ def made(method: str, seed: int, error: float) -> dict:
 
 
 def test_the_page_in_the_repository_is_that_of_its_records():
-    before, _, rest = registration_page.PAGE.read_text().partition(registration_page.BEGIN)
-    text, _, _ = rest.partition(registration_page.END)
-    assert before and text.strip() == registration_page.evidence().strip(), (
+    assert between(registration_page.PAGE, "evidence") == registration_page.evidence().strip(), (
         "run python -m benchmarks.registration_page"
     )
 

@@ -11,14 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks._harness import put_between
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "benchmarks" / "results" / "third_party" / "classes.json"
 IMPORTS = ROOT / "benchmarks" / "results" / "third_party" / "extensions.json"
 PAGE = ROOT / "docs" / "adapters.md"
-
-
-def markers(name: str) -> tuple[str, str]:
-    return f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
 
 
 @dataclass(frozen=True)
@@ -98,26 +96,10 @@ def tables() -> dict[str, str]:
     return {"classes": classes(read()), "imports": imports(json.loads(IMPORTS.read_text()))}
 
 
-def between(text: str, name: str) -> str:
-    """What stands between the markers of that name.
-
-    Raises:
-        ValueError: the text lacks the markers.
-    """
-    begin, end = markers(name)
-    if begin not in text or end not in text:
-        raise ValueError(f"the page has no line {begin!r} followed by {end!r}")
-    return text.partition(begin)[2].partition(end)[0].strip()
-
-
 def write(path: Path = PAGE) -> None:
-    """Writes both tables between the markers of the page."""
-    for name, table in tables().items():
-        text = path.read_text()
-        begin, end = markers(name)
-        between(text, name)
-        before, _, rest = text.partition(begin)
-        path.write_text(f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}")
+    """Writes both tables between the marks of the page."""
+    for name, text in tables().items():
+        put_between(path, name, text)
 
 
 if __name__ == "__main__":
