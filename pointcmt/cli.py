@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 import traceback
@@ -97,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = arguments[0]
     if command not in COMMANDS:
-        print(f"pointcmt: there is no command {command!r}\n\n{usage()}", file=sys.stderr)
+        near = ", ".join(difflib.get_close_matches(command, COMMANDS)) or "nothing"
+        print(f"pointcmt: there is no command {command!r}; near it: {near}\n\n{usage()}", file=sys.stderr)
         return 2
     module_name, options_name, function_name = COMMANDS[command]
     running = False

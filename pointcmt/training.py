@@ -832,9 +832,14 @@ def _checked(where: str, objectives: Iterable[Objective]) -> list[Objective]:
     chosen = list(objectives)
     for objective in chosen:
         if not isinstance(objective, Objective):
+            given = (
+                f"the class {objective.__name__}"
+                if isinstance(objective, type)
+                else f"a {type(objective).__name__}"
+            )
             raise ValueError(
-                f"{where} holds a {type(objective).__name__}; expected instances of "
-                "pointcmt.objectives.Objective"
+                f"{where} holds {given}; expected instances of pointcmt.objectives.Objective, for example "
+                "FeatureEnhancement()"
             )
     names = [objective.name for objective in chosen]
     if len(set(names)) < len(names):

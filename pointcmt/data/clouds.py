@@ -75,7 +75,7 @@ def read_cloud(path: Path, finite: bool = True) -> Cloud:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     points = cloud.points
     if len(points) == 0:
-        raise ValueError(f"{path} holds no point")
+        raise ValueError(f"{path} holds no point; expected at least 1. Delete the file, or leave it out")
     with np.errstate(invalid="ignore"):
         broken = np.flatnonzero(~((np.abs(points) < 1e30) | (not finite and ~np.isfinite(points))).all(1))
     if len(broken):

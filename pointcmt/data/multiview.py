@@ -283,6 +283,7 @@ def _views(root: Path, key: _Key, found: dict[int, Path], wanted: int) -> list[P
         raise FileNotFoundError(
             f"{key[2]} in {root} lacks view{'s' if len(missing) > 1 else ''} "
             f"{', '.join(f'{number:03d}' for number in missing)} of {wanted}; "
-            f"it has {', '.join(f'{number:03d}' for number in sorted(found))}"
+            f"it has {', '.join(f'{number:03d}' for number in sorted(found))}. Render the shape again, or "
+            "use fewer views of all (num_views=)"
         )
     return [found[number] for number in range(first, first + wanted)]
