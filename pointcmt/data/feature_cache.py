@@ -108,6 +108,8 @@ class FeatureCache:
                 return None
 
         if (found := there()) is not None:  # before the lock, which a read-only folder does not give
+            # of a build that was killed when all was there: as it was about to be deleted
+            shutil.rmtree(_partial(path), ignore_errors=True)
             return found
         with _exclusive(path.with_name(f".{path.name}.lock")):
             # another process may have made it meanwhile
