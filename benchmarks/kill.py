@@ -9,15 +9,21 @@ Everything is imported once; each run is a child made by ``os.fork``, so that a 
 are seen by an audit hook of Python: a file opened for writing, renamed, deleted, or a folder made, inside the
 run's folder; the child ends itself with SIGKILL before the n-th of them. A third of the random kills are
 followed by another one of the resumed run.
+
+Each recipe also meets a full disk (a limit of the system on the size of files) and a folder that may not be
+written to, at its first write: it must end with exit code 1 and a message that names what could not be
+written and says what to do, and the run that is then resumed must be equal too.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -43,8 +49,8 @@ QUESTION = "Is a run that was killed and resumed the run that was never killed?"
 STATE = ROOT / "build" / "kill.json"
 RECORD = RESULTS / "reliability" / "kill.json"
 WANTED = 100
-# times, which may be equal in two runs by chance, and whether a run was resumed
-NOT_COMPARED = re.compile(r"(seconds|milliseconds\w*|per_second|/time|/config/resume)$")
+# times, which may be equal in two runs by chance; whether and where a run was resumed
+NOT_COMPARED = re.compile(r"(seconds|milliseconds\w*|per_second|/time|/config/resume)$|/environment/")
 LONGEST = 120.0  # seconds after which a run of a second or two counts as hanging
 
 
@@ -153,7 +159,7 @@ def _registration(out: Path, made: Path) -> Sequence[object]:
 
 
 def _render(out: Path, made: Path) -> Sequence[object]:
-    return ("render-views", made / "meshes", "--out", out / "images", "--rig", "simpleview", "--size", 16)
+    return ("render-views", made / "meshes", "--out", out / "images", "--rig", "simpleview", "--size", 96)
 
 
 def _ablate(out: Path, made: Path) -> Sequence[object]:
@@ -266,33 +272,64 @@ def load_libraries() -> None:
 # ---- one run in a child
 
 
-def _watch_writes(folder: Path, kill_at: int | None, report: Path) -> None:
-    """Counts writes inside ``folder``; dies before number ``kill_at``, else adds each to ``report``."""
-    inside, count = str(folder), 0
-    notes = os.open(report, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+def _on_write(folder: Path, act: Callable[[str], None]) -> None:
+    """Calls ``act`` with the path before every write of this process inside ``folder``."""
+    inside = f"{folder}{os.sep}"
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal count
         if event == "open":
             path, mode, flags = arguments
-            writes = any(letter in (mode or "") for letter in "wax+") or (flags or 0) & (
-                os.O_WRONLY | os.O_RDWR
-            )
+            writes = any(letter in (mode or "") for letter in "wax+")
+            writes = writes or bool((flags or 0) & (os.O_WRONLY | os.O_RDWR))
         elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
             path, writes = arguments[0], True
         else:
             return
         if writes and isinstance(path, str | bytes | os.PathLike) and os.fsdecode(path).startswith(inside):
-            if count == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-            os.write(notes, b".")
+            act(os.fsdecode(path))
 
     sys.addaudithook(hook)
 
 
+def _watch_writes(folder: Path, kill_at: int | None, report: Path) -> None:
+    """Counts writes inside ``folder``; dies before number ``kill_at``, else adds each to ``report``."""
+    count = 0
+    notes = os.open(report, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+
+    def act(path: str) -> None:
+        nonlocal count
+        if count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+        os.write(notes, b".")
+
+    _on_write(folder, act)
+
+
+def _full_disk(folder: Path) -> None:
+    """Files of this process may have 2000 bytes, as on a disk that is full."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, most))
+
+
+def _read_only(folder: Path) -> None:
+    """Nothing may be written in ``folder``; said of this process alone, as permissions do not bind root."""
+
+    def refuse(path: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    _on_write(folder, refuse)
+
+
+FAULTS = {"a full disk": _full_disk, "a read-only folder": _read_only}
+
+
 def _child(
-    words: Sequence[object], folder: Path, environment: Mapping[str, str], kill_at: int | None
+    words: Sequence[object],
+    folder: Path,
+    environment: Mapping[str, str],
+    kill_at: int | None,
+    fault: str | None,
 ) -> None:
     code = 70
     try:
@@ -304,7 +341,9 @@ def _child(
         os.dup2(said, 2)
         sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", closefd=False)
-        if rank == "0":
+        if fault is not None:
+            FAULTS[fault](folder)
+        elif rank == "0":
             _watch_writes(folder, kill_at, folder.with_name(f"{folder.name}.writes"))
         code = command_line([str(word) for word in words])
     except BaseException:
@@ -322,6 +361,7 @@ def run(
     *,
     kill_at: int | None = None,
     kill_after: float | None = None,
+    fault: str | None = None,
 ) -> tuple[int, str]:
     """A command in children of this process.
 
@@ -331,6 +371,7 @@ def run(
         processes: how many, joined by gloo.
         kill_at: it is killed before this write of its first process, counted from 0.
         kill_after: seconds after which all its processes are killed.
+        fault: one of ``FAULTS`` that it meets.
 
     Returns:
         the exit code of the first process, −9 where it was killed, and what it printed.
@@ -351,7 +392,7 @@ def run(
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         child = os.fork()
         if child == 0:
-            _child(words, folder, own, kill_at)
+            _child(words, folder, own, kill_at, fault)
         children.append(child)
     started = time.monotonic()
     until = started + (LONGEST if kill_after is None else kill_after)
@@ -423,7 +464,9 @@ def differences(
     return [
         each
         for each in found
-        if each not in varies and not NOT_COMPARED.search(each[1]) and each[0] != "run/environment.json"
+        if each not in varies
+        and not NOT_COMPARED.search(each[1])
+        and not each[0].endswith("environment.json")
     ]
 
 
@@ -484,6 +527,23 @@ def kill_once(
     return hit, ""
 
 
+def meet(recipe: Recipe, whole: Whole, work: Path, made: Path, fault: str) -> str:
+    """A fault, and the run that is resumed when it is over: what is wrong, empty where nothing is."""
+    shutil.rmtree(work, ignore_errors=True)
+    words = recipe.words(work, made)
+    code, said = run(words, work, fault=fault)
+    message = said.strip().splitlines()[-2:]
+    if code != 1 or "Traceback" in said or not any(f"{work}{os.sep}" in line for line in message):
+        return f"{fault}: exit code {code}, and it says {message}"
+    if "make room" not in said and "permissions" not in said:
+        return f"{fault}: it does not say what to do: {message}"
+    code, said = run([*words, *recipe.resume], work)
+    wrong = differences(whole.contents, contents(work), whole.varies)
+    if code or wrong:
+        return f"{fault}: resumed, exit code {code}, differs in {wrong[:1]}"
+    return ""
+
+
 # ---- the command
 
 
@@ -508,7 +568,7 @@ def main(argv: list[str] | None = None) -> int:
         while chosen and time.monotonic() < until:
             for recipe in list(chosen):
                 own = state.setdefault(
-                    recipe.name, {"random": 0, "writes": 0, "of": 0, "wrong": [], "next": 0}
+                    recipe.name, {"random": 0, "writes": 0, "of": 0, "wrong": [], "next": 0, "met": []}
                 )
                 if time.monotonic() > until:
                     break
@@ -535,6 +595,12 @@ def main(argv: list[str] | None = None) -> int:
                     if wrong:
                         own["wrong"].append(wrong)
                         print(f"{recipe.name}: {wrong}", flush=True)
+                for fault in FAULTS if recipe.processes == 1 else ():
+                    if fault not in own["met"]:
+                        own["met"].append(fault)
+                        if wrong := meet(recipe, whole, work, made, fault):
+                            own["wrong"].append(wrong)
+                            print(f"{recipe.name}: {wrong}", flush=True)
                 write_json(args.state, state)
                 done = own["random"] >= wanted and own["writes"] >= len(order)
                 if done:
@@ -545,7 +611,8 @@ def main(argv: list[str] | None = None) -> int:
             "killed at random instants": own["random"],
             "killed at a write": own["writes"],
             "of its writes": own["of"],
-            "not equal after resuming": len(own["wrong"]),
+            "full disk, read-only folder": len(own["met"]),
+            "wrong": len(own["wrong"]),
         }
         for name, own in state.items()
     ]

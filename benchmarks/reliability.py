@@ -18,7 +18,8 @@ HEAD = """# Reliability
 
 Generated from records by `python -m benchmarks.reliability`. `make fuzz MINUTES=10` damages files and reads
 them; `make exhaust` compares the EMD with the exact optimum. Both go on where they were, and give a wrong
-case's number, by which it is run again alone. Short forms of both are in `make test`.
+case's number, by which it is run again alone. `make kill MINUTES=10` kills every recipe, fills its disk and
+resumes it; `python -m benchmarks.longrun` trains for long. Short forms of all four are in `make test`.
 """
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pointcmt.checkpoint import atomic_write, disk_full
+from pointcmt.checkpoint import atomic_write, disk_full, naming_file
 from pointcmt.types import TeacherOutput
 
 _KIND = "pointcmt feature cache 2"
@@ -92,7 +92,8 @@ class FeatureCache:
             "views": json.dumps(views, sort_keys=True),
             "n": str(n),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with naming_file(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
 
         def there() -> FeatureCache | None:
             try:
