@@ -90,8 +90,16 @@ def extension() -> tuple[list, dict]:
         )
         return [], {}
 
-    # torch adds the -std its headers need; math-errno would keep every square root from being vectorised
-    flags = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    # older torch adds C++17 by itself; math-errno would keep every square root from being vectorised
+    flags = [
+        "-std=c++20",
+        "-O3",
+        "-g0",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+    ]
     # a·b + c is two roundings unless the code says fma: kernels then equal their twins bit by bit
     flags.append("-ffp-contract=off")
     link: list[str] = []
