@@ -2,7 +2,9 @@
 # make test   set-up, lint, and the whole suite
 # make bench  speed, as ratios against peers measured in the same run; REPOS=folder of checkouts of the public
 #             repositories and MODELNET40=folder of its clouds add the peers and the data that need them
-# make test-torch TORCH=2.6.0   the suite on another torch, in an environment of its own
+# make test-torch TORCH=2.6.0, make test-lowest, make test-python PYTHON=python3.13   the suite on another torch, on
+#             the lowest version of every dependency, on another Python, each in an environment of its own
+# make sanitize   the kernels with AddressSanitizer and UndefinedBehaviorSanitizer: the ops' suite, random calls
 # make exhaust  the EMD against the exact optimum on CASES=1000000 random and adversarial pairs, on all cores;
 #             begun again, it goes on where it was
 # make fuzz   MINUTES=10 of damaged files through every reader; begun again, it goes on where it was
@@ -20,7 +22,7 @@ SOURCES := $(wildcard csrc/*)
 TORCHVISION_2.6.0 := 0.21.0
 TORCHVISION_2.9.1 := 0.24.1
 
-.PHONY: demo test test-torch bench exhaust fuzz kill lint types cuda-compile clean
+.PHONY: demo test test-torch test-lowest test-python sanitize bench exhaust fuzz kill lint types cuda-compile clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.dependencies: pyproject.toml
@@ -62,18 +64,32 @@ cuda-compile: $(STAMP)
 test: lint cuda-compile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
-# everything built and installed anew beside the newest torch: VENV names another environment, the extension lies
-# in it and not in the source tree
-test-torch:
-	@test -n "$(TORCHVISION_$(TORCH))" || { echo "make test-torch TORCH=2.6.0 or 2.9.1"; exit 1; }
-	test -d build/torch-$(TORCH) || $(PYTHON) -m venv build/torch-$(TORCH)
-	build/torch-$(TORCH)/bin/pip install --quiet torch==$(TORCH) torchvision==$(TORCHVISION_$(TORCH)) \
+# Everything built and installed anew in build/$(NAME), beside the newest versions in .venv: pip is held to PINS,
+# the extension lies there and not in the source tree. TESTS="tests/ops tests/methods" runs a part of the suite.
+test-torch: NAME = torch-$(TORCH)
+test-torch: PINS = printf 'torch==%s\ntorchvision==%s\n' $(TORCH) $(TORCHVISION_$(TORCH))
+test-torch test-python: EXTRAS = dev
+# the codebases that the suite compares with want newer versions of these dependencies themselves
+test-lowest: EXTRAS = test,mesh,registration,tensorboard,pretrained,cluster
+test-lowest: NAME = lowest
+test-lowest: PINS = $(PYTHON) tests/lowest.py pyproject.toml
+test-python: NAME = $(notdir $(PYTHON))
+test-python: PINS = true
+test-torch test-lowest test-python:
+	@test $@ != test-torch -o -n "$(TORCHVISION_$(TORCH))" || { echo "make test-torch TORCH=2.6.0 or 2.9.1"; exit 1; }
+	test -d build/$(NAME) || $(PYTHON) -m venv build/$(NAME)
+	$(PINS) > build/$(NAME)/pins.txt
+	build/$(NAME)/bin/python -m pip install --quiet --constraint build/$(NAME)/pins.txt torch torchvision \
 		"setuptools>=77" wheel ninja
-	rm -rf build/torch-$(TORCH)/tree && mkdir build/torch-$(TORCH)/tree
-	git ls-files -z | xargs -0 cp --parents -t build/torch-$(TORCH)/tree
-	cd build/torch-$(TORCH)/tree && ../bin/pip install --quiet --no-build-isolation -e ".[dev]" && \
-		POINTCMT_MODELNET40=$${POINTCMT_MODELNET40:-$(CURDIR)/../shared/data/modelnet40_ply_hdf5_1024} \
-		OMP_NUM_THREADS=1 ../bin/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TESTS)
+	rm -rf build/$(NAME)/tree && mkdir build/$(NAME)/tree
+	git ls-files -z | xargs -0 cp --parents -t build/$(NAME)/tree
+	cd build/$(NAME)/tree && ../bin/python -m pip install --quiet --no-build-isolation --constraint ../pins.txt \
+		-e ".[$(EXTRAS)]"
+	export POINTCMT_MODELNET40=$${POINTCMT_MODELNET40:-$(CURDIR)/../shared/data/modelnet40_ply_hdf5_1024}; \
+	cd build/$(NAME)/tree; \
+	OMP_NUM_THREADS=1 ../bin/python -m pytest -n $(TEST_JOBS) --dist loadfile --junitxml ../suite.xml $(TESTS); \
+	code=$$?; ../bin/python -m benchmarks.versions --name $(NAME) --report ../suite.xml --tests "$(TESTS)" \
+		--out $(CURDIR)/benchmarks/results/reliability/versions.json && exit $$code
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(if $(REPOS),--repos $(REPOS)) $(if $(MODELNET40),--modelnet40 $(MODELNET40))
@@ -86,6 +102,9 @@ fuzz: $(STAMP)
 
 kill: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kill --minutes $(or $(MINUTES),10)
+
+sanitize: $(STAMP)
+	$(BIN)/python -m benchmarks.sanitize $(if $(THREAD),--thread) $(if $(CALLS),--calls $(CALLS))
 
 clean:
 	rm -rf build $(VENV) pointcmt/*.so *.egg-info

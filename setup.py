@@ -7,6 +7,7 @@ Environment:
     FORCE_CUDA=1           compile the CUDA kernels though no GPU is visible
     FORCE_CUDA=0           never compile them
     POINTCMT_ARCH=native   compile the CPU kernels once, for one CPU (a -march value)
+    POINTCMT_SANITIZE=…    compile with these sanitizers (`make sanitize`); their runtime must be preloaded
     POINTCMT_REQUIRE_EXT=1 fail, instead of falling back to the PyTorch twins, when nothing compiles
 """
 
@@ -89,14 +90,30 @@ def extension() -> tuple[list, dict]:
         )
         return [], {}
 
-    # torch adds the -std its headers need; math-errno would keep every square root from being vectorised
-    flags = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    # older torch adds C++17 by itself; math-errno would keep every square root from being vectorised
+    flags = [
+        "-std=c++20",
+        "-O3",
+        "-g0",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+    ]
     # a·b + c is two roundings unless the code says fma: kernels then equal their twins bit by bit
     flags.append("-ffp-contract=off")
     link: list[str] = []
-    if sys.platform != "darwin":
+    sanitizers = os.environ.get("POINTCMT_SANITIZE", "")
+    if sys.platform != "darwin" and "thread" not in sanitizers:
         flags.append("-fopenmp")  # at::parallel_for runs serially in a translation unit without it
         link.append("-fopenmp")
+    if sanitizers:
+        # the optimiser stays on, or the suite would take hours; vptr needs type information that torch hides
+        extra = [f"-fsanitize={sanitizers}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+        if "undefined" in sanitizers:
+            extra.append("-fsanitize=float-cast-overflow")
+        flags += ["-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS", *extra]
+        link += extra
 
     csrc = ROOT / "csrc"
     sources = ["csrc/bindings.cpp"]
@@ -170,7 +187,7 @@ def extension() -> tuple[list, dict]:
         cpp.CppExtension(
             f"pointcmt._cpu_{name}",
             kernels,
-            include_dirs=[str(csrc)],
+            include_dirs=[*[str(ROOT / "tests/ops/tsan")] * ("thread" in sanitizers), str(csrc)],
             extra_compile_args={"cxx": [*flags, *extra]},
             extra_link_args=link,
         )

@@ -18,6 +18,8 @@ inline void check_edges(const char* op, const at::Tensor& x, const OptionalTenso
                     x.scalar_type(), " ", x.sizes());
   const int64_t channels = x.size(-1);
   TORCH_CHECK_VALUE(centres.has_value() == idx.has_value(), op, ": centres and idx come together");
+  const int64_t samples = idx && idx->dim() > 0 ? idx->size(-1) : x.size(-2);  // places among them are int32
+  TORCH_CHECK_VALUE(samples < (int64_t{1} << 31), op, ": too many samples in a group: ", samples);
   TORCH_CHECK_VALUE(mean.has_value() == var.has_value(), op, ": mean and variance come together");
   const auto of_channels = [&](const char* name, const at::Tensor& t) {
     TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == channels && t.scalar_type() == x.scalar_type() &&

@@ -168,7 +168,7 @@ template <typename T, typename F>
 void scatter(const Rows<T>& rows, T* grad_points, const F& f) {
   constexpr int64_t W = width<T>;
   const int64_t fitting = kScatterBytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(1, rows.n) / W * W;
-  const int64_t size = std::clamp(fitting, 2 * W, round_up(rows.channels, W));
+  const int64_t size = std::min(std::max(fitting, 2 * W), round_up(rows.channels, W));
   const int64_t parts = (rows.channels + size - 1) / size, clouds = rows.groups / rows.groups_per_cloud;
   at::parallel_for(0, clouds * parts, 1, [&](int64_t begin, int64_t end) {
     std::vector<T> sum;

@@ -62,7 +62,9 @@ inline at::ScalarType sum_dtype(const at::Tensor& values) {
   return values.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-inline void check_three(const char* op, const at::Tensor& values, const at::Tensor& idx, const at::Tensor& weight) {
+// values: the features [B, C, m] or the gradient [B, C, n]; m: of the features.
+inline void check_three(const char* op, const at::Tensor& values, const at::Tensor& idx, const at::Tensor& weight,
+                        int64_t m) {
   check_index(op, values, idx, 3);
   TORCH_CHECK_VALUE(values.dim() == 3 && idx.size(2) == 3 && weight.sizes() == idx.sizes(), op,
                     ": [B, C, m], idx [B, n, 3] and weight [B, n, 3] were expected, got ", values.sizes(), ", ",
@@ -70,6 +72,7 @@ inline void check_three(const char* op, const at::Tensor& values, const at::Tens
   TORCH_CHECK_VALUE(weight.scalar_type() == sum_dtype(values), op, ": weight must be ", sum_dtype(values), ", got ",
                     weight.scalar_type());
   TORCH_CHECK_VALUE(weight.device() == idx.device(), op, ": all tensors must be on one device");
+  TORCH_CHECK_VALUE(m >= 0 && m < (int64_t{1} << 31), op, ": m must be between 0 and 2^31 - 1, got ", m);
 }
 
 inline void check_three_weight(const at::Tensor& grad, const at::Tensor& features, const at::Tensor& idx) {
@@ -79,6 +82,7 @@ inline void check_three_weight(const at::Tensor& grad, const at::Tensor& feature
                         grad.scalar_type() == features.scalar_type() && grad.device() == features.device(),
                     "three_interpolate_weight_backward: grad ", grad.sizes(), ", features ", features.sizes(),
                     " and idx ", idx.sizes(), " do not fit");
+  TORCH_CHECK_VALUE(features.size(2) < (int64_t{1} << 31), "three_interpolate_weight_backward: too many points");
 }
 
 }  // namespace pointcmt

@@ -360,7 +360,7 @@ void weight_backward_all(const at::Tensor& slopes, const at::Tensor& values, con
 }
 
 at::Tensor three_interpolate(const at::Tensor& features, const at::Tensor& idx, const at::Tensor& weight) {
-  check_three("three_interpolate", features, idx, weight);
+  check_three("three_interpolate", features, idx, weight, features.dim() == 3 ? features.size(2) : 0);
   const at::Tensor values = features.contiguous(), weights = weight.contiguous();
   const at::Tensor index = checked_index("three_interpolate", idx, values.size(2));
   at::Tensor out = at::empty({values.size(0), values.size(1), idx.size(1)}, values.options());
@@ -371,7 +371,7 @@ at::Tensor three_interpolate(const at::Tensor& features, const at::Tensor& idx, 
 
 at::Tensor three_interpolate_backward(const at::Tensor& grad, const at::Tensor& idx, const at::Tensor& weight,
                                       int64_t m) {
-  check_three("three_interpolate_backward", grad, idx, weight);
+  check_three("three_interpolate_backward", grad, idx, weight, m);
   TORCH_CHECK_VALUE(grad.size(2) == idx.size(1), "three_interpolate_backward: grad must be [B, C, n], got ",
                     grad.sizes());
   const at::Tensor slopes = grad.contiguous(), weights = weight.contiguous();

@@ -266,7 +266,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_relative_backward(const at:
 }
 
 at::Tensor three_interpolate(const at::Tensor& features, const at::Tensor& idx, const at::Tensor& weight) {
-  check_three("three_interpolate", features, idx, weight);
+  check_three("three_interpolate", features, idx, weight, features.dim() == 3 ? features.size(2) : 0);
   const c10::cuda::CUDAGuard guard(features.device());
   const at::Tensor values = features.contiguous(), index = idx.contiguous(), weights = weight.contiguous();
   const int64_t batch = values.size(0), channels = values.size(1), m = values.size(2), n = index.size(1);
@@ -286,7 +286,7 @@ at::Tensor three_interpolate(const at::Tensor& features, const at::Tensor& idx, 
 
 at::Tensor three_interpolate_backward(const at::Tensor& grad, const at::Tensor& idx, const at::Tensor& weight,
                                       int64_t m) {
-  check_three("three_interpolate_backward", grad, idx, weight);
+  check_three("three_interpolate_backward", grad, idx, weight, m);
   TORCH_CHECK_VALUE(grad.size(2) == idx.size(1), "three_interpolate_backward: grad must be [B, C, n], got ",
                     grad.sizes());
   return scatter(grad, idx, weight.contiguous(), m, 0, grad.size(1));

@@ -21,6 +21,7 @@ inline void check_pair(const char* op, const at::Tensor& points, const at::Tenso
   TORCH_CHECK_VALUE(points.size(1) >= 1, op, ": there must be at least one point to search");
   TORCH_CHECK_VALUE(points.size(1) < (int64_t{1} << 30) && queries.size(1) < (int64_t{1} << 30), op,
                     ": too many points");
+  TORCH_CHECK_VALUE(points.size(2) < (int64_t{1} << 30), op, ": too many dimensions");
 }
 
 inline void check_ball_query(double radius, int64_t nsample, const at::Tensor& xyz, const at::Tensor& new_xyz,
@@ -28,7 +29,8 @@ inline void check_ball_query(double radius, int64_t nsample, const at::Tensor& x
   check_pair("ball_query", xyz, new_xyz);
   TORCH_CHECK_VALUE(xyz.size(2) == 3, "ball_query: xyz must be [B, N, 3], got ", xyz.sizes());
   TORCH_CHECK_VALUE(radius > 0, "ball_query: radius must be positive, got ", radius);
-  TORCH_CHECK_VALUE(nsample >= 1, "ball_query: nsample must be at least 1, got ", nsample);
+  TORCH_CHECK_VALUE(nsample >= 1 && nsample < (int64_t{1} << 30),
+                    "ball_query: nsample must be at least 1 and below 2^30, got ", nsample);
   check_lengths("ball_query", xyz, lengths);
 }
 

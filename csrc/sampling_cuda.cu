@@ -153,7 +153,7 @@ void run(const at::Tensor& points, const int64_t* lengths, int64_t npoint, at::T
   // four points per thread: few warps, hence cheap barriers, and independent work to hide latency
   int threads = 32;
   while (threads < kMaxThreads && threads * 4 < n) threads *= 2;
-  const int per = (n + threads - 1) / threads;
+  const int per = (n - 1) / threads + 1;  // n may be the largest int
   const int64_t bytes = 3 * static_cast<int64_t>(n) * static_cast<int64_t>(sizeof(T));
   const bool cached = bytes <= 40 * 1024;  // of the 48 KiB that every device gives without asking
   const size_t shared = cached ? bytes : 0;
@@ -182,6 +182,7 @@ at::Tensor furthest_point_sample(const at::Tensor& xyz, int64_t npoint, const st
   const at::Tensor points = xyz.contiguous(), sizes = sizes_on_device(lengths);
   at::Tensor chosen = at::empty({points.size(0), npoint}, points.options().dtype(at::kLong));
   if (chosen.numel() == 0) return chosen;
+  TORCH_CHECK_VALUE(points.size(0) < (int64_t{1} << 31), "furthest_point_sample: too many clouds: ", points.size(0));
   AT_DISPATCH_FLOATING_TYPES(points.scalar_type(), "furthest_point_sample",
                              [&] { run<scalar_t>(points, size_data(sizes), npoint, chosen); });
   return chosen;

@@ -128,7 +128,7 @@ def _ply_columns(path: Path, *wanted: tuple[str, str, str]) -> list[np.ndarray |
     """Properties of a PLY cloud's points by threes, which trimesh keeps with the raw elements only."""
     import trimesh
 
-    loaded: Any = trimesh.load(path, process=False)
+    loaded: Any = trimesh.load(path, process=False, skip_materials=True)  # or it would open textures
     columns = loaded.metadata.get("_ply_raw", {}).get("vertex", {}).get("data", {})
 
     def three(names: tuple[str, str, str]) -> np.ndarray | None:

@@ -227,7 +227,7 @@ def _arrays(found: dict[str, np.ndarray]) -> LabelledCloud:
 def _ply(path: Path) -> LabelledCloud:
     import trimesh
 
-    loaded: Any = trimesh.load(path, process=False)
+    loaded: Any = trimesh.load(path, process=False, skip_materials=True)  # or it would open textures
     raw = loaded.metadata.get("_ply_raw", {}).get("vertex", {}).get("data", {})
     fields = {name.lower(): name for name in getattr(getattr(raw, "dtype", None), "names", None) or raw}
 

@@ -65,7 +65,8 @@ def read_mesh(path: str | os.PathLike[str], finite: bool = True) -> tuple[np.nda
 def _read_trimesh(path: Path) -> tuple[np.ndarray, np.ndarray]:
     import trimesh
 
-    loaded: Any = trimesh.load(path, process=False)
+    # materials are files that the mesh names: data must not have other files opened
+    loaded: Any = trimesh.load(path, process=False, skip_materials=True)
     if isinstance(loaded, trimesh.Scene):  # an OBJ of several parts
         loaded = loaded.to_mesh() if loaded.geometry else trimesh.PointCloud(np.zeros((0, 3)))
     vertices = np.asarray(loaded.vertices, dtype=np.float64).reshape(-1, 3)

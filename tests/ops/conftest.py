@@ -24,6 +24,9 @@ def _build(compiler: str) -> Path:
     flags = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-w", "-DPOINTCMT_CUDA_ON_CPU"]
     flags += [f"-I{ROOT / folder}" for folder in ("csrc", "tests")]
     flags += [f"-isystem{path}" for path in (include, include / "torch/csrc/api/include")]
+    if sanitizers := os.environ.get("POINTCMT_SANITIZE"):  # stacks apart: fibers switch them
+        flags += [f"-fsanitize={sanitizers}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-g1"]
+        flags += ["--param=asan-stack=0"] * ("address" in sanitizers)
     content = hashlib.sha256(f"{compiler} {torch.__version__} {flags}".encode())
     for folder in ("csrc", "tests/cuda_on_cpu"):
         for file in sorted((ROOT / folder).iterdir()):
@@ -33,17 +36,21 @@ def _build(compiler: str) -> Path:
     if library.exists():
         return library
     out.mkdir(parents=True, exist_ok=True)
+    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not the compiler
 
     def compile_one(source: Path) -> str:
         target = out / f"{source.stem}.o"
-        subprocess.run([compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
+        subprocess.run(
+            [compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(target)], env=plain, check=True
+        )
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
     linked = out / f"{os.getpid()}.so"
-    link = [f"-L{home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    subprocess.run([compiler, "-shared", "-o", str(linked), *objects, *link], check=True)
+    link = [flag for flag in flags if flag.startswith("-fsanitize")]
+    link += [f"-L{home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run([compiler, "-shared", "-o", str(linked), *objects, *link], env=plain, check=True)
     os.replace(linked, library)
     return library
 
