@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -312,6 +313,10 @@ def test_features_in_any_form_serve():
             inferred,
             feature,
             feature.astype(np.float64),
+            np.ascontiguousarray(feature[::-1])[::-1],
+            np.broadcast_to(feature, feature.shape),  # read-only
+            feature.tolist(),
+            (feature, None),
             ImageFeatures(torch.from_numpy(feature)),
             (torch.from_numpy(feature), None),
             TeacherOutput(torch.from_numpy(feature)),
@@ -321,6 +326,8 @@ def test_features_in_any_form_serve():
             loss = cmt.loss(image_features=given)
             loss.backward()
             values.append(loss.item())
+        student(points)
+        values.append(cmt.loss(views=views.numpy()).item())
     assert max(values) - min(values) < 1e-6
 
 
@@ -379,9 +386,12 @@ def test_a_context_cannot_be_copied():
     teacher, student = build()
     with (
         CrossModalTraining(teacher, student, objectives=[FeatureL2(1.0)]) as cmt,
-        pytest.raises(TypeError, match="cannot be copied"),
+        warnings.catch_warnings(),
     ):
-        copy.deepcopy(cmt)
+        warnings.simplefilter("error")
+        for duplicate in (copy.deepcopy, copy.copy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied"):
+                duplicate(cmt)
 
 
 def test_lazy_layers_are_explained():

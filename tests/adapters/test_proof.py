@@ -308,6 +308,24 @@ def test_the_proof_runs_on_copies_of_any_input():
         assert torch.isfinite(cmt.loss(views=batch(0)[2]))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_input_is_named_and_not_the_adapter(value):
+    """Case 16: a point that is not finite in the first batch, in any form of input."""
+    points, _, views = batch(0)
+    points[2, 3, 1] = value
+    words = rf"input \[6, 12, 3\] has {value} at \[2, 3, 1\] \(shape 2 of the batch\)"
+    with pytest.raises(ValueError, match=words):
+        fit_adapter(Student(), points)
+    with (
+        pytest.raises(ValueError, match=words),
+        CrossModalTraining(Teacher(), net := Student(), objectives=[FeatureL2()]) as cmt,
+    ):
+        net(points)
+        cmt.loss(views=views)
+    with pytest.raises(ValueError, match=words):
+        verify_adapter(WritesIntoItsInput(), Holder(points))
+
+
 def test_arguments_of_any_name():
     class Names(Student):
         def forward(self, student, adapter=None, *, module=None):
