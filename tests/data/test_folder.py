@@ -71,6 +71,7 @@ def write_clouds(folder: Path) -> dict[str, bool]:
 
 
 def test_formats(tmp_path: Path) -> None:
+    """Case 15: own clouds of every format."""
     names = write_clouds(tmp_path)
     assert {Path(name).suffix.lower() for name in names} == set(SUFFIXES)
     for name, has_normals in names.items():
@@ -201,6 +202,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_classes_of_all_splits_and_points_of_unequal_numbers(root: Path) -> None:
+    """Case 1: class names of all splits together; Case 12: equal file names have ids of class and split."""
     train, test = PointFolder(root, "train", 64), PointFolder(root, "test", 64)
     assert train.class_names == test.class_names == ["ball", "box", "tube"]
     assert train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -241,7 +243,7 @@ def test_loaded_like_the_others(root: Path) -> None:
 
 
 def test_what_operating_systems_leave_behind_is_skipped(root: Path) -> None:
-    """Case 13."""
+    """Case 13: whatever lies about, the set is the same."""
     before = PointFolder(root, "train", 32).fingerprint()
     for name in ("._model_0.xyz", ".DS_Store", "Thumbs.db", ".hidden.npy", "notes.md"):
         (root / "train" / "ball" / name).write_bytes(b"\0junk")
