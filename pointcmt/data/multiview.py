@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pointcmt.data.dataset import Split, check_split
+from pointcmt.data.dataset import Split, check_class_names, check_split
 from pointcmt.data.files import is_junk
 from pointcmt.types import Views
 from pointcmt.views.mesh_files import CAMERA_KEYS, CAMERAS
@@ -89,6 +89,7 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
         self._paths = [_views(self.root, key, everything[key], wanted) for key in keys]
         names = sorted({_class(key) for key in everything}) if class_names is None else list(class_names)
         self.class_names = names
+        check_class_names(names)
         if unknown := sorted({_class(key) for key in keys} - set(names)):
             raise ValueError(f"images of {unknown} in {self.root}; class_names has only {names}")
         number = {name: label for label, name in enumerate(names)}
