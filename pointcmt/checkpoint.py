@@ -387,7 +387,7 @@ def maker(kind: str) -> str:
 def _open(path: PathLike, kind: str, weights: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = Path(path)
     if path.is_dir():
-        inside = sorted(file.name for file in path.glob("*.safetensors"))
+        inside = sorted(file.name for file in path.glob("[!.]*.safetensors"))
         raise ValueError(
             f"{path} is a folder; expected a {kind} checkpoint (.safetensors). "
             + (f"It holds: {', '.join(inside)}" if inside else f"Make one with: {maker(kind)}")

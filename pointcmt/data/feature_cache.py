@@ -221,7 +221,8 @@ class _Builder:
         self.written = torch.zeros(n, dtype=torch.bool)
         if self.folder.is_file():  # of an earlier version
             self.folder.unlink()
-        for piece in sorted(self.folder.glob("*.safetensors")):
+        # not the temporary file of a write that was killed: the next write deletes it
+        for piece in sorted(self.folder.glob("[!.]*.safetensors")):
             try:
                 found, tensors = _read(piece)
                 rows = tensors.pop("rows")

@@ -20,12 +20,12 @@ Record = Mapping[str, Any]
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records of all finished cells of a study."""
-    return [read_json(path) for path in sorted((folder / "records").glob("*.json"))]
+    return [read_json(path) for path in sorted((folder / "records").glob("[!.]*.json"))]
 
 
 def read_teachers(folder: Path) -> dict[str, dict[str, Any]]:
     """The records of a study's teachers, by name."""
-    return {path.stem: read_json(path) for path in sorted((folder / "records/teachers").glob("*.json"))}
+    return {path.stem: read_json(path) for path in sorted((folder / "records/teachers").glob("[!.]*.json"))}
 
 
 def paired_interval(differences: np.ndarray, level: float = 0.95) -> tuple[float, float] | None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pointcmt import checkpoint
 from pointcmt.data import FeatureCache
 from pointcmt.types import TeacherOutput
 
@@ -255,3 +256,16 @@ def test_what_a_kill_left_beside_a_finished_cache_goes(path: Path) -> None:
     fill = Fill()
     build(path, fill)
     assert fill.asked == [] and not left.exists()
+
+
+def test_a_piece_without_its_name_is_no_piece(tmp_path: Path) -> None:
+    """Killed when a piece was written and about to get its name: the next write deletes that file."""
+    path = tmp_path / "features.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        build(path, Fill(until=14))
+    pieces = sorted((tmp_path / "features.safetensors.partial").glob("[!.]*"))
+    unnamed = f".{pieces[-1].stem}.{checkpoint._HOST}-999999999-0123abcd.tmp.safetensors"
+    pieces[-1].rename(pieces[-1].with_name(unnamed))
+    checkpoint._tidied.clear()  # as in a new process
+    cache = build(path, Fill())
+    assert torch.equal(cache[torch.arange(N)], outputs(0).feature)

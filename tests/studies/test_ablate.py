@@ -403,3 +403,12 @@ def test_one_piece_of_a_study_is_a_command(tmp_path, capsys):
     assert "--only nte: no cell's name contains it; there are net-none-0" in capsys.readouterr().err
     assert main([*command[2:], "--cell", "net-none-7"]) == 1
     assert "expected one of teacher-only, net-none-0" in capsys.readouterr().err
+
+
+def test_the_file_of_a_write_that_was_killed_is_no_record(tmp_path):
+    for folder in (tmp_path / "records", tmp_path / "records/teachers"):
+        folder.mkdir()
+        (folder / "a.json").write_text('{"cell": 1}')
+        (folder / ".b.host-1-0123abcd.tmp.json").write_text('{"cel')
+    assert read_records(tmp_path) == [{"cell": 1}]
+    assert tables.read_teachers(tmp_path) == {"a": {"cell": 1}}
