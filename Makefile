@@ -8,6 +8,7 @@
 # make exhaust  the EMD against the exact optimum on CASES=1000000 random and adversarial pairs, on all cores;
 #             begun again, it goes on where it was
 # make fuzz   MINUTES=10 of damaged files through every reader; begun again, it goes on where it was
+# make kill   MINUTES=10 of killing every recipe and resuming it; begun again, it goes on where it was
 # Every target does its own set-up in .venv.
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ SOURCES := $(wildcard csrc/*)
 TORCHVISION_2.6.0 := 0.21.0
 TORCHVISION_2.9.1 := 0.24.1
 
-.PHONY: demo test test-torch test-lowest test-python sanitize bench exhaust fuzz lint types cuda-compile clean
+.PHONY: demo test test-torch test-lowest test-python sanitize bench exhaust fuzz kill lint types cuda-compile clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.dependencies: pyproject.toml
@@ -98,6 +99,9 @@ exhaust: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m tests.fuzz.run --minutes $(or $(MINUTES),10) --out benchmarks/results/reliability/fuzz.json
+
+kill: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kill --minutes $(or $(MINUTES),10)
 
 sanitize: $(STAMP)
 	$(BIN)/python -m benchmarks.sanitize $(if $(THREAD),--thread) $(if $(CALLS),--calls $(CALLS))

@@ -135,9 +135,40 @@ def verify_call(
     student: nn.Module, adapter: Adapter | str | None, args: tuple, kwargs: Mapping[str, Any]
 ) -> AdapterReport:
     """As :func:`verify_adapter`, for a call with any arguments, also such as ``adapter`` or ``student``."""
+    given = (args, dict(kwargs))
+    try:
+        return _verified(student, adapter, given)
+    except AdapterError as error:
+        _blame_input(given, error)
+        raise
+
+
+def _blame_input(given: Any, error: Exception) -> None:
+    """Where the input itself is broken, that is the reason, and no adapter would be right.
+
+    Raises:
+        ValueError: a tensor of it has a value that is not finite; names its place.
+    """
+    tensors: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    copied(given, keep)
+    for tensor in tensors:
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            place = (~tensor.isfinite()).nonzero()[0].tolist()
+            value = tensor[tuple(place)].item()
+            raise ValueError(
+                f"the network's input {list(tensor.shape)} has {value} at {place} (shape {place[0]} of the "
+                "batch); expected finite numbers. Mend that shape or leave it out (pointcmt check-data)"
+            ) from error
+
+
+def _verified(student: nn.Module, adapter: Adapter | str | None, given: tuple[tuple, dict]) -> AdapterReport:
     module = unwrap(student)
     _refuse_lazy(module)
-    given = (args, dict(kwargs))
 
     def run() -> Any:
         args, kwargs = copied(given)

@@ -18,7 +18,8 @@ HEAD = """# Reliability
 
 Generated from records by `python -m benchmarks.reliability`. `make fuzz MINUTES=10` damages files and reads
 them; `make exhaust` compares the EMD with the exact optimum. Both go on where they were, and give a wrong
-case's number, by which it is run again alone. Short forms of both are in `make test`.
+case's number, by which it is run again alone. `make kill MINUTES=10` kills every recipe, fills its disk and
+resumes it; `python -m benchmarks.longrun` trains for long. Short forms of all four are in `make test`.
 
 `make sanitize` runs the kernels with sanitizers; `make test-lowest`, `make test-python PYTHON=python3.13` and
 `make test-torch TORCH=2.6.0` run the suite on other versions.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import difflib
 import importlib
+import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -84,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         something was wrong (said in one message on stderr), 2 wrong usage,
         130 interrupted.
     """
+    print_in_any_locale()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments, modules = own_modules([argument for argument in arguments if argument != "--debug"])
@@ -97,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = arguments[0]
     if command not in COMMANDS:
-        print(f"pointcmt: there is no command {command!r}\n\n{usage()}", file=sys.stderr)
+        near = ", ".join(difflib.get_close_matches(command, COMMANDS)) or "nothing"
+        print(f"pointcmt: there is no command {command!r}; near it: {near}\n\n{usage()}", file=sys.stderr)
         return 2
     module_name, options_name, function_name = COMMANDS[command]
     running = False
@@ -142,6 +147,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             words = str(error) or type(error).__name__
             print(f"pointcmt {command}: {words}\n(--debug shows where)", file=sys.stderr)
         return 1
+
+
+def print_in_any_locale() -> None:
+    """Help, tables and class names hold more than ASCII. An ASCII locale (``LC_ALL=C``, as in containers)
+    says nothing about where the text ends, so it gets UTF-8; another one a question mark for what it lacks.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            ascii_only = codecs.lookup(stream.encoding).name == "ascii"
+            stream.reconfigure(encoding="utf-8" if ascii_only else None, errors="replace")
 
 
 def own_modules(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, SupportsIndex
 
 import numpy as np
 import torch
@@ -243,7 +243,8 @@ class CrossModalTraining:
         if equal is not None:
             equal.close()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Asked by copy, deepcopy and pickle alike."""
         raise TypeError(
             f"a {type(self).__name__} cannot be copied: it hangs on one network. Copy the network, and make "
             f"another {type(self).__name__} for it"
@@ -655,7 +656,7 @@ class CrossModalTraining:
         """What the teacher says, as far as the active objectives need it; None where none is active."""
         device, batch = captured.feature.device, len(captured.feature) // self.copies
         if views is not None:
-            given = views if isinstance(views, Views) else Views(views)
+            given = views if isinstance(views, Views) else Views(_as_tensor(views))
             if given.images.ndim != 5:
                 raise ValueError(
                     f"views has shape {list(given.images.shape)}; expected [B, V, C, H, W] (one view per "
@@ -741,9 +742,15 @@ def _as_output(said: Any) -> TeacherOutput:
         return said
     if isinstance(said, ImageFeatures):
         return TeacherOutput(said.pooled, None, said.per_view, said.maps)
-    if isinstance(said, (tuple, list)):
-        return TeacherOutput(*said[:2])
-    return TeacherOutput(torch.as_tensor(said))
+    if isinstance(said, (tuple, list)) and said and isinstance(said[0], (Tensor, np.ndarray)):
+        logits = said[1] if len(said) > 1 else None
+        return TeacherOutput(_as_tensor(said[0]), None if logits is None else _as_tensor(logits))
+    return TeacherOutput(_as_tensor(said))
+
+
+def _as_tensor(given: Any) -> Tensor:
+    """A copy of what is no tensor: an array may be read-only, or run backwards, which tensors cannot."""
+    return given if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
 
 
 def _moved(output: TeacherOutput, feature: Tensor) -> TeacherOutput:
@@ -832,9 +839,14 @@ def _checked(where: str, objectives: Iterable[Objective]) -> list[Objective]:
     chosen = list(objectives)
     for objective in chosen:
         if not isinstance(objective, Objective):
+            given = (
+                f"the class {objective.__name__}"
+                if isinstance(objective, type)
+                else f"a {type(objective).__name__}"
+            )
             raise ValueError(
-                f"{where} holds a {type(objective).__name__}; expected instances of "
-                "pointcmt.objectives.Objective"
+                f"{where} holds {given}; expected instances of pointcmt.objectives.Objective, for example "
+                "FeatureEnhancement()"
             )
     names = [objective.name for objective in chosen]
     if len(set(names)) < len(names):

@@ -10,6 +10,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from pointcmt.cli import main as command_line
+from pointcmt.distributed import leave
 from pointcmt.methods import CrossPoint, PicAtPoint, freeze_unused
 from tests.objectives.contrastive_cases import CASES, batch, projector
 from tests.pretraining_toys import adapter, clouds, images, network, views_of
@@ -63,4 +64,4 @@ def own_loop(folder: Path) -> None:
 if __name__ == "__main__":
     losses(Path(sys.argv[1]))
     own_loop(Path(sys.argv[1]))
-    raise SystemExit(command_line(sys.argv[2:]))  # leaves the processes
+    leave(command_line(sys.argv[2:]))

@@ -11,6 +11,7 @@ from torch import distributed
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from pointcmt.distributed import leave
 from pointcmt.methods import PointCMT
 from tests.toys import BATCH, DeepHead, Generator, Student, Teacher, batch, deep_head_adapter, hooks
 
@@ -53,7 +54,7 @@ def main() -> None:
     if distributed.get_rank() == 0:
         torch.save(results, Path(sys.argv[1]) / "gradients.pt")
     distributed.barrier()
-    distributed.destroy_process_group()
+    leave(0)
 
 
 main()

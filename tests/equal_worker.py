@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from pointcmt import CrossModalTraining
+from pointcmt.distributed import leave
 from pointcmt.objectives import SoftmaxRegression
 from tests.toys import BATCH, FEATURE, Student, Teacher, batch
 
@@ -45,7 +46,7 @@ def main() -> None:
     state |= {f"student.{name}": value for name, value in student.state_dict().items()}
     torch.save({"state": state, "own": own, "averaged": averaged}, Path(sys.argv[1]) / f"{rank}.pt")
     distributed.barrier()
-    distributed.destroy_process_group()
+    leave(0)
 
 
 main()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from pointcmt import ImageTeacher, PointCMT, students
+from pointcmt.distributed import leave
 from pointcmt.generator import PointGenerator
 from pointcmt.methods import CrossPoint, MMPoint, PicAtPoint
 from pointcmt.methods.unused import freeze_unused
@@ -106,7 +107,7 @@ def main() -> None:
             results[f"{name} {method}"] = three_steps(name, method)
     Path(sys.argv[1], f"{distributed.get_rank()}.json").write_text(json.dumps(results))
     distributed.barrier()
-    distributed.destroy_process_group()
+    leave(0)
 
 
 main()

@@ -6,8 +6,10 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import io
 import itertools
 import re
+import sys
 import typing
 
 import pytest
@@ -70,6 +72,21 @@ def test_help_of_a_command_explains_every_option(command, capsys):
         option = re.search(rf"--{name.replace('_', '-')}[ ,]", printed)
         assert option or positional(options_type, name)
     assert len({name for name, _ in fields}) == len(fields), "two options of one name"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", "×".encode()), ("latin-1", b"\xd7"), ("cp1252", b"\xd7")]
+)
+def test_it_prints_in_any_locale(encoding, shown, monkeypatch):
+    """Case 22: help and messages where the locale has no letters but ASCII's, or Latin-1's."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    assert main(["--help"]) == 0
+    assert main(["train", "--help"]) == 0
+    assert main(["report", "/nirgends/größe/łódź"]) == 1
+    printed, said = (stream.flush() or stream.buffer.getvalue() for stream in streams)
+    assert shown in printed and b"pointcmt report: " in said
 
 
 def test_unknown_options_exit_with_2(capsys):

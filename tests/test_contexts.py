@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -299,6 +300,7 @@ def test_what_an_objective_needs_is_asked_of_the_teacher_or_explained():
 
 
 def test_features_in_any_form_serve():
+    """Case 8: of inference mode, of NumPy, lists."""
     teacher, student = build()
     teacher.eval()
     points, _, views = batch(8)
@@ -312,6 +314,10 @@ def test_features_in_any_form_serve():
             inferred,
             feature,
             feature.astype(np.float64),
+            np.ascontiguousarray(feature[::-1])[::-1],
+            np.broadcast_to(feature, feature.shape),  # read-only
+            feature.tolist(),
+            (feature, None),
             ImageFeatures(torch.from_numpy(feature)),
             (torch.from_numpy(feature), None),
             TeacherOutput(torch.from_numpy(feature)),
@@ -321,6 +327,8 @@ def test_features_in_any_form_serve():
             loss = cmt.loss(image_features=given)
             loss.backward()
             values.append(loss.item())
+        student(points)
+        values.append(cmt.loss(views=views.numpy()).item())
     assert max(values) - min(values) < 1e-6
 
 
@@ -336,6 +344,7 @@ def test_a_trained_teacher_gets_gradients_and_stays_as_it_was_otherwise():
 
 
 def test_a_teacher_of_two_contexts_comes_back_as_it_was_in_whatever_order_they_are_left():
+    """Case 28: also in the order entered."""
     teacher, one = build()
     other = Student()
     teacher.dropout.eval()
@@ -351,6 +360,7 @@ def test_a_teacher_of_two_contexts_comes_back_as_it_was_in_whatever_order_they_a
 
 
 def test_a_connector_that_is_in_no_optimizer_is_warned_about_once():
+    """Case 27: SRRL's connector gets gradients and does not move."""
     teacher, student = build()
     points, _, views = batch(10)
 
@@ -376,15 +386,21 @@ def test_a_connector_that_is_in_no_optimizer_is_warned_about_once():
 
 
 def test_a_context_cannot_be_copied():
+    """Case 29: nor pickled."""
     teacher, student = build()
     with (
         CrossModalTraining(teacher, student, objectives=[FeatureL2(1.0)]) as cmt,
-        pytest.raises(TypeError, match="cannot be copied"),
+        warnings.catch_warnings(),
     ):
-        copy.deepcopy(cmt)
+        warnings.simplefilter("error")
+        for duplicate in (copy.deepcopy, copy.copy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied"):
+                duplicate(cmt)
 
 
 def test_lazy_layers_are_explained():
+    """Case 29: LazyBatchNorm, before and after its first batch."""
+
     class Lazy(Student):
         def __init__(self) -> None:
             super().__init__()
@@ -426,6 +442,7 @@ class Rewriting(Student):
 
 
 def test_buffers_that_are_replaced_or_resized_are_put_back():
+    """Case 23: in the classifier, as the loss runs it."""
     teacher, student = build()
     student = Rewriting()
     points, labels, views = batch(12)

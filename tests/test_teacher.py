@@ -372,6 +372,7 @@ def test_a_frozen_backbone_stays_what_it_is():
     "views", [torch.full((1, 2, 3, 8, 8), 255.0), torch.full((1, 2, 3, 8, 8), torch.nan)]
 )
 def test_images_of_another_range_are_refused(views):
+    """Case 26: views from 0 to 255 as floats."""
     teacher = ImageTeacher(3, backbone="test_resnet", feature_dim=8).eval()
     with pytest.raises(
         ValueError, match=r"values from .*expected images from 0 to 1: divide those of 8 bits"

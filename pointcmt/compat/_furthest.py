@@ -9,6 +9,19 @@ from pointcmt import ops
 from pointcmt.ops.sampling import MIN_SQUARED_NORM
 
 
+def furthest_repeating(points: Tensor, npoint: int) -> Tensor:
+    """[B, N, 3] → int64 [B, npoint], as :func:`pointcmt.ops.furthest_point_sample`, for any ``npoint``.
+
+    Where more are asked for than there are, pointnet2_ops' kernel goes on with all distances zero: the first
+    point in its order of ties that is not near the origin is repeated.
+    """
+    batch, n, _ = points.shape
+    if npoint <= n:
+        return ops.furthest_point_sample(points, npoint)
+    padded = torch.nn.functional.pad(points.detach(), (0, 0, 0, npoint - n))
+    return ops.furthest_point_sample(padded, npoint, torch.full((batch,), n, device=points.device))
+
+
 def furthest(points: Tensor, npoint: int) -> Tensor:
     """[B, N, 3] → int64 [B, npoint], as :func:`pointcmt.ops.furthest_point_sample` without its origin rule.
 

@@ -70,7 +70,7 @@ class Frame(NamedTuple):
             f"the clouds are not in the unit sphere: the farthest point is typically {self.radius:.3g} from "
             f"the origin, the centre {self.offset:.2g} radii off it, and {self.part_outside:.0%} of the "
             "points are outside. Views would be nearly blank and networks see other numbers than they were "
-            "made for: --normalize True centres and scales each cloud (and its views)"
+            "made for: use --normalize True, which centres and scales each cloud (and its views)"
         )
 
 

@@ -17,6 +17,7 @@ SUFFIXES = (*MESH_SUFFIXES, ".pcd", *TEXT_SUFFIXES, ".npy", ".npz")
 
 _POINT_KEYS = ("points", "xyz", "pos", "pc", "data")
 _PCD_TYPES = {"F": "f", "I": "i", "U": "u"}
+_DECIMAL_COMMAS = re.compile(r"(-?\d+,\d+(e[-+]?\d+)?[;\s]+){2,}-?\d+,\d+(e[-+]?\d+)?", re.IGNORECASE)
 _EXPANSION, _ALLOWANCE = 64, 64 << 20  # as for HDF5: what an archive may unpack to
 
 
@@ -75,7 +76,7 @@ def read_cloud(path: Path, finite: bool = True) -> Cloud:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     points = cloud.points
     if len(points) == 0:
-        raise ValueError(f"{path} holds no point")
+        raise ValueError(f"{path} holds no point; expected at least 1. Delete the file, or leave it out")
     with np.errstate(invalid="ignore"):
         broken = np.flatnonzero(~((np.abs(points) < 1e30) | (not finite and ~np.isfinite(points))).all(1))
     if len(broken):
@@ -96,8 +97,11 @@ def _rows(path: Path, suffix: str) -> np.ndarray | dict[str, np.ndarray]:
             raise ValueError(f"unpacks to {size / 1e6:.0f} MB: refused")
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    lines = [re.split(r"[,;\s]+", line.strip(" \t,;")) for line in read_text(path).splitlines()]
+    texts = [line.strip(" \t,;") for line in read_text(path).splitlines()]
+    lines = [re.split(r"[,;\s]+", line) for line in texts]
     rows = [line for line in lines if line != [""] and not line[0].startswith(("#", "//"))]
+    if _DECIMAL_COMMAS.fullmatch(next((line for line in texts if line[:1].isdigit() or line[:1] == "-"), "")):
+        raise ValueError("has commas in its numbers (0,5); expected points: 0.5")
     if len(rows) > 1 and len(rows[0]) == 1:
         del rows[0]  # the number of points
     return np.array(rows, dtype=np.float64)
@@ -113,6 +117,10 @@ def _columns(found: np.ndarray | dict[str, np.ndarray]) -> Cloud:
         found = found[keys[0]]
     if found.ndim != 2 or found.shape[1] < 3 or found.dtype.kind not in "fiu":
         raise ValueError(f"holds {found.dtype} {list(found.shape)}; expected rows of x y z: [points, ≥ 3]")
+    if len(found) in (3, 4, 6) and found.shape[1] > 8:
+        raise ValueError(
+            f"holds {list(found.shape)}, a row for each coordinate; expected a row for each point: turn it"
+        )
     found = found.astype(np.float64)
     points = found[:, :3]
     if normals is None and found.shape[1] >= 6:

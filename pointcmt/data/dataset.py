@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -152,6 +154,7 @@ class PointDataset(Dataset[tuple[Tensor, int, int]]):
             raise ValueError(f"up is {up!r}; expected 'x', 'y' or 'z', or None where it is not known")
         self.points = np.ascontiguousarray(points, dtype=np.float32)
         self.class_names = list(class_names)
+        check_class_names(self.class_names)
         self.shape_ids = list(shape_ids)
         self.labels = check_labels(labels, len(self.class_names), self.shape_ids)
         self.source_index = (
@@ -268,6 +271,21 @@ def subset(dataset: PointDataset, indices: Sequence[int] | np.ndarray | Tensor) 
     if dataset.stored_views is not None:
         made.stored_views = StoredViews(*(part[rows] for part in dataset.stored_views))
     return made
+
+
+def check_class_names(names: Sequence[str]) -> None:
+    """Warns of classes that one name in two spellings makes: capitals, or an accent stored in two ways, as
+    systems differ in them."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            warnings.warn(
+                f"the classes {other!a} and {name!a} differ in nothing but capitals or how an "
+                "accent is stored, and count as two; if they are one, give their folders one name",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def check_labels(labels: np.ndarray, classes: int, shape_ids: Sequence[str]) -> np.ndarray:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pointcmt.checkpoint import atomic_write, disk_full
+from pointcmt.checkpoint import atomic_write, disk_full, naming_file
 from pointcmt.types import TeacherOutput
 
 _KIND = "pointcmt feature cache 2"
@@ -92,7 +92,8 @@ class FeatureCache:
             "views": json.dumps(views, sort_keys=True),
             "n": str(n),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with naming_file(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
 
         def there() -> FeatureCache | None:
             try:
@@ -108,6 +109,8 @@ class FeatureCache:
                 return None
 
         if (found := there()) is not None:  # before the lock, which a read-only folder does not give
+            # of a build that was killed when all was there: as it was about to be deleted
+            shutil.rmtree(_partial(path), ignore_errors=True)
             return found
         with _exclusive(path.with_name(f".{path.name}.lock")):
             # another process may have made it meanwhile

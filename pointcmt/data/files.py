@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def read_json(path: Path) -> Any:
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """(number from 1, text without blanks around it) of every line that is not blank."""
-    lines = enumerate(read_text(path).splitlines(), start=1)
+    # not splitlines(): a name may hold what it takes for an end, such as U+2028
+    lines = enumerate(re.split(r"\r\n|\r|\n", read_text(path)), start=1)
     return [(number, line.strip()) for number, line in lines if line.strip()]
 
 

@@ -38,7 +38,8 @@ def read_clouds(path: Path, num_points: int | None = None) -> tuple[np.ndarray, 
         whole = labels.astype(np.int64)
     if len(wrong := np.flatnonzero((whole != labels) | (whole < 0))):
         raise ValueError(
-            f"{path}, row {wrong[0]}: the label is {labels[wrong[0]]}; expected whole numbers from 0"
+            f"{path}, row {wrong[0]}: the label is {labels[wrong[0]]}; expected whole numbers from 0. "
+            "Leave out the shapes that have none"
         )
     return data.astype(np.float32), whole
 

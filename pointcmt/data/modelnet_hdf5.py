@@ -82,7 +82,10 @@ def _class_names(folder: Path, at_least: int) -> list[str]:
         raise FileNotFoundError(f"{path} does not exist; it names the classes, one per line, in label order")
     names = read_names(path)
     if len(names) < at_least:
-        raise ValueError(f"{path} names {len(names)} classes, but the h5 files hold label {at_least - 1}")
+        raise ValueError(
+            f"{path} names {len(names)} classes, but the h5 files hold label {at_least - 1}; expected labels "
+            f"from 0 to {len(names) - 1}. Count from 0, or name the classes that are missing"
+        )
     return names
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pointcmt.data.dataset import Split, check_split
+from pointcmt.data.dataset import Split, check_class_names, check_split
 from pointcmt.data.files import is_junk
 from pointcmt.types import Views
 from pointcmt.views.mesh_files import CAMERA_KEYS, CAMERAS
@@ -89,6 +89,7 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
         self._paths = [_views(self.root, key, everything[key], wanted) for key in keys]
         names = sorted({_class(key) for key in everything}) if class_names is None else list(class_names)
         self.class_names = names
+        check_class_names(names)
         if unknown := sorted({_class(key) for key in keys} - set(names)):
             raise ValueError(f"images of {unknown} in {self.root}; class_names has only {names}")
         number = {name: label for label, name in enumerate(names)}
@@ -283,6 +284,7 @@ def _views(root: Path, key: _Key, found: dict[int, Path], wanted: int) -> list[P
         raise FileNotFoundError(
             f"{key[2]} in {root} lacks view{'s' if len(missing) > 1 else ''} "
             f"{', '.join(f'{number:03d}' for number in missing)} of {wanted}; "
-            f"it has {', '.join(f'{number:03d}' for number in sorted(found))}"
+            f"it has {', '.join(f'{number:03d}' for number in sorted(found))}. Render the shape again, or "
+            "use fewer views of all (num_views=)"
         )
     return [found[number] for number in range(first, first + wanted)]

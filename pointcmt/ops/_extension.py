@@ -5,7 +5,7 @@ kernels are in libraries beside it, each compiled for CPUs of one capability, of
 can run is loaded: ``avx2`` or ``default``; a build with POINTCMT_ARCH has one, ``native``. They give the same
 neighbours, samples and groups, bit by bit. Where nothing could be built or loaded, every op in
 :mod:`pointcmt.ops` runs its pure-PyTorch twin instead, and the first use warns once with the command that
-builds it.
+builds it. A library of another version, whose operators take other arguments, is an error.
 
 Environment:
     POINTCMT_CPU_CAPABILITY: ``default`` or ``avx2``: take this library and no other.
@@ -18,39 +18,73 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from pointcmt.ops._capabilities import CAPABILITIES
 
-# what csrc has for the CPU; a library that lacks one of these was compiled from older sources
-COMPILED_OPS = frozenset(
-    {
-        "ball_query",
-        "emd",
-        "furthest_point_sample",
-        "gather_points",
-        "gather_points_backward",
-        "group_points",
-        "group_points_backward",
-        "group_relative",
-        "group_relative_backward",
-        "knn",
-        "norm_act_max",
-        "norm_act_max_backward",
-        "three_interpolate",
-        "three_interpolate_backward",
-        "three_interpolate_weight_backward",
-        "three_nn",
-        "voxel_subsample",
-    }
-)
+# What csrc/schemas.h declares: name → arguments and results. A library without one of these, or with others
+# of its name, was compiled from other sources.
+SCHEMAS: dict[str, str] = {
+    "ball_query": "(float radius, SymInt nsample, Tensor xyz, Tensor new_xyz, Tensor? lengths=None) -> "
+    "Tensor",
+    "emd": "(Tensor x, Tensor y, float tolerance, int max_rounds) -> "
+    "(Tensor distance, Tensor bound, Tensor assignment, Tensor statistics)",
+    "furthest_point_sample": "(Tensor xyz, SymInt npoint, Tensor? lengths=None) -> Tensor",
+    "gather_points": "(Tensor features, Tensor idx) -> Tensor",
+    "gather_points_backward": "(Tensor grad, Tensor idx, SymInt n) -> Tensor",
+    "group_points": "(Tensor features, Tensor idx) -> Tensor",
+    "group_points_backward": "(Tensor grad, Tensor idx, SymInt n) -> Tensor",
+    "group_relative": "(Tensor xyz, Tensor new_xyz, Tensor idx, Tensor? features) -> Tensor",
+    "group_relative_backward": "(Tensor grad, Tensor idx, SymInt n, bool coordinates) -> "
+    "(Tensor, Tensor, Tensor)",
+    "knn": "(Tensor queries, Tensor points, SymInt k, Tensor? lengths=None) -> (Tensor, Tensor)",
+    "norm_act_max": "(Tensor x, Tensor? centres, Tensor? idx, Tensor weight, Tensor bias, "
+    "Tensor? running_mean, Tensor? running_var, float eps, float slope) -> "
+    "(Tensor out, Tensor chosen, Tensor which, Tensor total, Tensor mean, Tensor var)",
+    "norm_act_max_backward": "(Tensor grad, Tensor x, Tensor? centres, Tensor? idx, Tensor weight, "
+    "Tensor bias, Tensor chosen, Tensor which, Tensor total, Tensor mean, Tensor var, float eps, "
+    "float slope, bool training) -> (Tensor, Tensor, Tensor, Tensor)",
+    "three_interpolate": "(Tensor features, Tensor idx, Tensor weight) -> Tensor",
+    "three_interpolate_backward": "(Tensor grad, Tensor idx, Tensor weight, SymInt m) -> Tensor",
+    "three_interpolate_weight_backward": "(Tensor grad, Tensor features, Tensor idx) -> Tensor",
+    "three_nn": "(Tensor unknown, Tensor known, Tensor? lengths=None) -> (Tensor, Tensor)",
+    "voxel_subsample": "(Tensor points, float size) -> (Tensor kept, Tensor inverse)",
+}
+COMPILED_OPS = frozenset(SCHEMAS)
 BUILD_COMMAND = "pip install --no-build-isolation -e .   # in a checkout of pointcmt, with a C++20 compiler"
 
 
 class UnsuitableCpuError(ImportError):
     """The CPU kernels were compiled for another CPU than this one; loading them would end the process."""
+
+
+class StaleKernelsError(ImportError):
+    """The compiled operators take or give other things than these sources: they are of another version."""
+
+
+def check_schemas(schemas: Mapping[str, str], library: str) -> None:
+    """Refuse a library whose operators have other arguments or results than :data:`SCHEMAS`.
+
+    Its operators cannot be undefined again in this process, nor called as this version calls them, so there
+    is no going on with it. Operators that it lacks altogether are left to :func:`missing_ops`: twins serve.
+
+    Args:
+        schemas: what the library declares, as SCHEMAS.
+        library: its file, for the message.
+
+    Raises:
+        StaleKernelsError: names the operators, both forms of the first, and the command that builds anew.
+    """
+    changed = sorted(name for name in schemas.keys() & SCHEMAS.keys() if schemas[name] != SCHEMAS[name])
+    if changed:
+        name = changed[0]
+        raise StaleKernelsError(
+            f"pointcmt's compiled kernels ({library}) are of another version than its sources: "
+            f"{', '.join(changed)} changed; {name} there is {schemas[name]}, expected {SCHEMAS[name]}. "
+            f"Build again: {BUILD_COMMAND}"
+        )
 
 
 def choose_capability(
@@ -102,16 +136,24 @@ def _load() -> Exception | None:
     forced = os.environ.get("POINTCMT_CPU_CAPABILITY")
     try:
         library = importlib.import_module("pointcmt._C")
+        check_schemas(_declared(), str(getattr(library, "__file__", "pointcmt._C")))
         names = ("native", *CAPABILITIES)
         built = [name for name in names if importlib.util.find_spec(f"pointcmt._cpu_{name}") is not None]
         chosen = choose_capability(library.cpu_features(), built, getattr(library, "native", None), forced)
         importlib.import_module(f"pointcmt._cpu_{chosen}")
-    except ValueError:
+    except (ValueError, StaleKernelsError):
         raise
     except Exception as error:  # ImportError, or an OSError from a library of another torch version
         return error
     _CAPABILITY = chosen
     return None
+
+
+def _declared() -> dict[str, str]:
+    """The operators of the loaded library, as SCHEMAS has them."""
+    there = set(torch._C._dispatch_get_all_op_names())
+    own = [name for name in SCHEMAS if f"pointcmt::{name}" in there]
+    return {name: str(torch._C._get_schema(f"pointcmt::{name}", "")).partition(name)[2] for name in own}
 
 
 def _registered(key: str) -> frozenset[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -74,7 +75,10 @@ def import_module(name: str) -> Any:
             sys.modules[path.stem] = module  # the code may import itself by name
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"cannot import {name!r}: {type(error).__name__}: {error}; expected a module that Python imports "
+            "from the current folder. Install it, or add its folder to PYTHONPATH"
+        ) from error
     if name not in IMPORTED:
         IMPORTED.append(name)
     return module
@@ -108,7 +112,10 @@ def make_student(options: StudentOptions, num_classes: int) -> nn.Module:
     try:
         model = factory(**arguments)
     except TypeError as error:
-        raise ValueError(f"student {options.student}({arguments}) could not be made: {error}") from error
+        raise ValueError(
+            f"student {options.student}({arguments}) could not be made: {error}; expected the arguments that "
+            "its factory has. Mend --student-options"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{options.student} made a {type(model).__name__}; expected a torch.nn.Module")
     return model
@@ -208,7 +215,11 @@ def find_factory(name: str) -> Callable[..., Any]:
         )
     module = import_module(module_name)
     if not callable(getattr(module, attribute, None)):
-        raise ValueError(f"--student {name}: {module_name} has no function or class {attribute}")
+        near = difflib.get_close_matches(attribute, dir(module)) or ["nothing"]
+        raise ValueError(
+            f"--student {name}: {module_name} has no function or class {attribute}; near it: "
+            f"{', '.join(near)}. Give module:factory"
+        )
     return getattr(module, attribute)
 
 

@@ -189,13 +189,15 @@ def parse_assignments(pairs: Sequence[str], option: str) -> dict[str, Any]:
     """``("radius=0.2", "variant=msg")`` as a dictionary; values are Python literals, else strings.
 
     Raises:
-        ValueError: a piece without ``=``.
+        ValueError: a piece without ``=``, or a name twice.
     """
     result: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise ValueError(f"{option} {pair!r}: expected NAME=VALUE")
+        if name in result:
+            raise ValueError(f"{option} names {name} twice; give each option once")
         try:
             result[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

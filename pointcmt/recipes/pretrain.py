@@ -304,7 +304,12 @@ def pretrain(options: Pretrain) -> dict[str, Any]:
                 "smaller --batch-size (it has fewer negatives, which --accumulate does not bring back), "
                 "smaller pictures (--size), fewer --views-per-step, or --precision bf16, and another --out"
             ) from error
-        chance = chances(pre)
+        # from the metrics, which are kept with the training state: a run that was killed after its last epoch
+        # makes no step when it is resumed
+        chance = {}
+        for metrics in (outcome["best"], outcome["last"]):
+            for name in [name for name in metrics if name.startswith(_CHANCE)]:
+                chance[name.removeprefix(_CHANCE)] = metrics.pop(name)
         if main:
             watch.draw(network, before, run.path)
     for parameter in untouched:
@@ -811,6 +816,7 @@ class Watch:
             metrics[f"{self.part}_retrieval"] = 100 * float(right.float().mean())
             metrics[f"{self.part}_alignment"] = float((ours - theirs).square().sum(1).mean())
             metrics[f"{self.part}_uniformity"] = float(torch.pdist(ours).square().mul(-2).exp().mean().log())
+        metrics |= {f"{_CHANCE}{name}": value for name, value in chances(self.pre).items()}
         if cells:
             shapes = sum(count for _, count in cells)
             metrics[f"{self.part}_{self.found}"] = sum(value * count for value, count in cells) / shapes
@@ -851,6 +857,9 @@ class Watch:
             names = [shapes.shape_ids[row] for row in rows.tolist()]
             state = self._state(model, points, 1)
             draw_similarity(self.local, state, said, names, self.source.up, folder / "similarity.png")
+
+
+_CHANCE = "chance_"
 
 
 def chances(pre: CrossModalTraining) -> dict[str, float]:

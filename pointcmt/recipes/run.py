@@ -147,7 +147,8 @@ def hold(folder: Path, what: str) -> None:
     path = folder.resolve() / ".lock"
     if path in _held:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming_file(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with naming_file(path):
         file = path.open("w")
     try:

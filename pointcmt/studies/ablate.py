@@ -43,7 +43,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pointcmt.checkpoint import atomic_write
+from pointcmt.checkpoint import atomic_write, naming_file
 from pointcmt.recipes.build import IMPORTED
 from pointcmt.recipes.config import override, read_json, write_json
 from pointcmt.recipes.engine import MachineOptions, OutOfTime
@@ -100,7 +100,8 @@ def ablate(options: Ablate) -> dict[str, Any] | int:
     if options.data is not None:
         study.data.data = options.data
     out = options.out or Path("runs") / options.config.stem
-    out.mkdir(parents=True, exist_ok=True)
+    with naming_file(out):
+        out.mkdir(parents=True, exist_ok=True)
     if options.cell is not None:
         return serve(lambda: run_one(options, study, out))
     with contextlib.nullcontext() if options.table else held(out, "pointcmt ablate"):

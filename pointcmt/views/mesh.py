@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -209,6 +210,10 @@ def _normalize(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def _import_pyvista() -> Any:
+    # Mesa draws with an LLVM of its own. Triton brings another, and ends the process by a segmentation fault
+    # where Mesa's was loaded before it (timm and torch.compile import it); the other way round both work
+    with suppress(ImportError):
+        importlib.import_module("triton")
     try:
         import pyvista
     except ModuleNotFoundError as error:

@@ -19,10 +19,16 @@ _OFF_HEAD = re.compile(rb"(?:\s+|#[^\n]*\n)*(?P<kind>(?:ST)?C?N?)(?P<more>4?n?)O
 _OFF_COLUMNS = {"ST": 2, "C": 4, "N": 3}  # floats of each kind beside x y z, in the binary form
 
 
+# of Windows, macOS, network storage (thumbnails in @eaDir) and file systems
+_JUNK_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
+_JUNK_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+
+
 def is_junk(path: Path) -> bool:
     """Whether a path (below the data's root) is what an operating system leaves behind, or is hidden."""
-    return path.name in ("Thumbs.db", "desktop.ini") or any(
-        (part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in path.parts
+    return path.name.lower() in _JUNK_FILES or any(
+        (part.startswith(".") and part not in (".", "..")) or part.lower() in _JUNK_FOLDERS
+        for part in path.parts
     )
 
 

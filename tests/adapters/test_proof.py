@@ -276,6 +276,7 @@ class Habits(Tapped):
 
 
 def test_buffers_replaced_or_resized_and_attributes_come_back():
+    """Case 23: a buffer re-assigned or resized in forward."""
     net = Habits()
     mean, keys = net.mean, set(vars(net))
     verify_adapter(net, batch(0)[0])
@@ -298,6 +299,7 @@ class WritesIntoItsInput(Student):
 
 
 def test_the_proof_runs_on_copies_of_any_input():
+    """Case 14: a forward pass that writes into its input."""
     data = Holder(batch(0)[0])
     before = data.pos.clone()
     report = verify_adapter(WritesIntoItsInput(), data)
@@ -308,7 +310,27 @@ def test_the_proof_runs_on_copies_of_any_input():
         assert torch.isfinite(cmt.loss(views=batch(0)[2]))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_input_is_named_and_not_the_adapter(value):
+    """Case 16: a point that is not finite in the first batch, in any form of input."""
+    points, _, views = batch(0)
+    points[2, 3, 1] = value
+    words = rf"input \[6, 12, 3\] has {value} at \[2, 3, 1\] \(shape 2 of the batch\)"
+    with pytest.raises(ValueError, match=words):
+        fit_adapter(Student(), points)
+    with (
+        pytest.raises(ValueError, match=words),
+        CrossModalTraining(Teacher(), net := Student(), objectives=[FeatureL2()]) as cmt,
+    ):
+        net(points)
+        cmt.loss(views=views)
+    with pytest.raises(ValueError, match=words):
+        verify_adapter(WritesIntoItsInput(), Holder(points))
+
+
 def test_arguments_of_any_name():
+    """Case 7: also such as student, adapter, module."""
+
     class Names(Student):
         def forward(self, student, adapter=None, *, module=None):
             return super().forward(student + adapter + module)
@@ -320,6 +342,7 @@ def test_arguments_of_any_name():
 
 
 def test_quantisation_aware_training_leaves_no_trace():
+    """Case 23: observers are back where they were."""
     net = Student()
     net.train()
     net.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
@@ -332,6 +355,7 @@ def test_quantisation_aware_training_leaves_no_trace():
 
 
 def test_double_precision_by_default():
+    """Case 29: torch.set_default_dtype(torch.float64)."""
     torch.set_default_dtype(torch.float64)
     try:
         net, teacher = Student(), Teacher()
@@ -373,6 +397,7 @@ class LowRank(nn.Module):
 
 @pytest.mark.parametrize("zero", [True, False])
 def test_low_rank_updates_of_the_classifier_are_part_of_it(zero):
+    """Case 19: LoRA on the classifier."""
     net = Student()
     net.head = LowRank(net.head, zero)
     report = verify_adapter(net, batch(0)[0])
@@ -471,6 +496,7 @@ class Around(nn.Module):
 
 
 def test_a_known_network_is_found_inside_ones_own_module_or_that_is_said():
+    """Case 19: a known network inside one's own."""
     register_adapter(KNOWN)
     report = verify_adapter(Around(1.0), batch(0)[0])
     assert report.adapter.name == "known (in backbone)" and report.feature_path == "backbone.neck"
@@ -530,6 +556,7 @@ class WithPartsOfDGCNN(nn.Module):
     [(WithPartsOfYanx27, "yanx27-pointnet2", "fc3"), (WithPartsOfDGCNN, "dgcnn", "linear3")],
 )
 def test_a_known_adapter_that_is_wrong_gives_way_to_the_generic_one_with_a_warning(kind, known, end):
+    """Case 6: parts of public networks in another network."""
     torch.manual_seed(3)
     with pytest.warns(RuntimeWarning, match=f"'{known}' matches, but is wrong for this {kind.__name__}"):
         report = fit_adapter(kind(), batch(0)[0])
@@ -538,6 +565,7 @@ def test_a_known_adapter_that_is_wrong_gives_way_to_the_generic_one_with_a_warni
 
 
 def test_the_generic_adapter_has_a_name():
+    """Case 6: it can be asked for."""
     register_adapter(KNOWN)
     assert verify_adapter(Known(), batch(0)[0]).adapter.name == "known"
     assert verify_adapter(Known(), batch(0)[0], "generic").feature_path == "head"
@@ -593,6 +621,8 @@ CALLS = {
 
 @pytest.mark.parametrize("layout", CALLS)
 def test_layouts_are_tried_until_one_runs(layout):
+    """Case 5: dictionaries, tuples, channels first."""
+
     class Called(Student):
         def forward(self, *inputs):
             return CALLS[layout](self, *inputs)
@@ -605,6 +635,8 @@ def test_layouts_are_tried_until_one_runs(layout):
 
 
 def test_no_layout_that_runs_is_an_error_with_what_each_gave():
+    """Case 5: the message says which were tried."""
+
     class Picky(Student):
         def forward(self, points):
             raise TypeError("I take voxels")
@@ -664,6 +696,7 @@ print("equal")
     torch.__version__ < "2.7" and not torch.cuda.is_available(), reason="torch 2.6 shards on GPUs alone"
 )
 def test_a_student_under_fully_shard_trains_as_without_and_what_is_not_checked_is_said(tmp_path):
+    """Case 24: FSDP2, of the root and of parts."""
     script = SHARDED.replace("FILE", str(tmp_path / "rendezvous"))
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -54,6 +54,22 @@ def test_furthest_point_sample():
     assert torch.equal(_ext.furthest_point_sampling(xyz, 39), idx)
 
 
+def test_more_points_than_there_are_are_repeated():
+    """Case 21: npoint > N goes on as the kernel does where all distances are zero."""
+    xyz = clouds(2, 40, seed=3)
+    xyz[1, 0] = 0.01  # of threads 0, 1, …, 31 the first has points 0, which counts as padding, and 32
+    few = pointnet2_utils.furthest_point_sample(xyz, 40)
+    idx = pointnet2_utils.furthest_point_sample(xyz, 45)
+    assert idx.dtype == torch.int32 and torch.equal(idx[:, :40], few)
+    assert idx[0].tolist() == loop_furthest(xyz[0].tolist(), 45) and idx[0, 40:].tolist() == [0] * 5
+    assert idx[1, 40:].tolist() == [32] * 5
+    assert torch.equal(_ext.furthest_point_sampling(xyz, 45), idx)
+    padding = pointnet2_utils.furthest_point_sample(torch.zeros(1, 3, 3), 5)
+    assert padding.tolist() == [[0] * 5]
+    module = pointnet2_modules.PointnetSAModule(npoint=45, radius=0.4, nsample=8, mlp=[0, 8])
+    assert module(xyz.float(), None)[1].shape == (2, 8, 45)
+
+
 def test_ball_query():
     xyz = clouds(2, 50, seed=1)
     centres = torch.cat([xyz[:, :6], torch.full((2, 1, 3), 9.0, dtype=xyz.dtype)], 1)

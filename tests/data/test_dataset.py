@@ -105,6 +105,7 @@ def test_set_that_does_not_fit_together() -> None:
 
 
 def test_labels_are_whole_numbers_with_a_name() -> None:
+    """Case 25: a label of -1, or above the names."""
     points, ids = np.zeros((3, 2, 3)), list("xyz")
     for labels, words in (
         ([0, 0.5, 1], "expected whole numbers"),

@@ -245,3 +245,13 @@ def test_misuse(path: Path, tmp_path: Path) -> None:
 @pytest.mark.cuda
 def test_features_come_to_the_device_of_the_index(path: Path, cuda: torch.device) -> None:
     assert FeatureCache.open(path)[torch.arange(4, device=cuda)].device.type == "cuda"
+
+
+def test_what_a_kill_left_beside_a_finished_cache_goes(path: Path) -> None:
+    """Killed when the cache had its name and its pieces were about to be deleted."""
+    left = path.with_name(path.name + ".partial")
+    left.mkdir()
+    (left / "000000.safetensors").touch()
+    fill = Fill()
+    build(path, fill)
+    assert fill.asked == [] and not left.exists()

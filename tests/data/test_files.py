@@ -20,8 +20,10 @@ from pointcmt.data.files import is_junk, read_json, read_names, read_text, withi
 
 
 def test_one_name_a_line(tmp_path: Path) -> None:
-    """Cases 11 and 25."""
+    """Case 11: one class a line, whatever is in the line; Case 25: a name twice is an error with its line."""
     path = tmp_path / "names.txt"
+    path.write_bytes("house\u2028cat\r\nbig\x0cbox\x85\rcup".encode())
+    assert read_names(path) == ["house\u2028cat", "big\x0cbox", "cup"]
     path.write_bytes("\ufeffhouse cat\r\n\n  größe \nbox\n".encode())
     assert read_names(path) == ["house cat", "größe", "box"]
     path.write_text("box\nball\n\nbox\n", encoding="utf-8")
@@ -46,7 +48,10 @@ def test_lists_stay_in_their_folder(tmp_path: Path, name: str) -> None:
 
 
 def test_junk() -> None:
-    for name in ("._x.off", "a/.DS_Store", "__MACOSX/a/x.off", "a/Thumbs.db", ".git/x.off"):
+    """Case 13: of macOS, Windows, network storage and file systems."""
+    for name in ("._x.off", "a/.DS_Store", "__MACOSX/a/x.off", "a/Thumbs.db", ".git/x.off", "a/Desktop.ini"):
+        assert is_junk(Path(name)), name
+    for name in ("a/@eaDir/x.off", "$RECYCLE.BIN/x.off", "lost+found/a", "System Volume Information/x.off"):
         assert is_junk(Path(name)), name
     for name in ("x.off", "a/b/x_.off", "MACOSX/x.off"):
         assert not is_junk(Path(name)), name

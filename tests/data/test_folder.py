@@ -71,6 +71,7 @@ def write_clouds(folder: Path) -> dict[str, bool]:
 
 
 def test_formats(tmp_path: Path) -> None:
+    """Case 15: own clouds of every format."""
     names = write_clouds(tmp_path)
     assert {Path(name).suffix.lower() for name in names} == set(SUFFIXES)
     for name, has_normals in names.items():
@@ -147,6 +148,33 @@ def test_damaged_files_are_read_or_named(tmp_path: Path) -> None:
     assert refused > 200
 
 
+def test_what_would_be_read_as_other_points_is_refused(tmp_path: Path) -> None:
+    """Case 15: an array of one row for each coordinate, and numbers with a decimal comma."""
+    for rows in (CLOUD.T, np.hstack([CLOUD, NORMALS]).T):
+        np.save(tmp_path / "a.npy", rows)
+        with pytest.raises(ValueError, match=r"a\.npy.*a row for each coordinate"):
+            read_cloud(tmp_path / "a.npy")
+    for between in (" ", ";", "\t"):
+        lines = [between.join(f"{value:.4f}".replace(".", ",") for value in row) for row in CLOUD]
+        (tmp_path / "b.txt").write_text("# x y z\n" + "\n".join(lines))
+        with pytest.raises(ValueError, match=r"b\.txt.*commas in its numbers"):
+            read_cloud(tmp_path / "b.txt")
+        np.savetxt(tmp_path / "c.txt", CLOUD, delimiter=between if between != " " else ", ")
+        np.testing.assert_allclose(read_cloud(tmp_path / "c.txt").points, CLOUD)
+    (tmp_path / "d.txt").write_text("1,2,3\n4,5,6\n")
+    assert read_cloud(tmp_path / "d.txt").points.tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_one_class_in_two_spellings_is_said(root: Path) -> None:
+    """Case 1: systems differ in capitals and in how accents are stored, and labels would part in silence."""
+    for other, here in (("Box", "box"), ("gro\u0308\u00dfe", "gr\u00f6\u00dfe")):
+        (root / "train" / "box").rename(root / "train" / here) if here != "box" else None
+        (root / "test" / "tube").rename(root / "test" / other)
+        with pytest.warns(UserWarning, match=r"differ in nothing but capitals or how an accent is stored"):
+            PointFolder(root, "train", 8)
+        (root / "test" / other).rename(root / "test" / "tube")
+
+
 def test_what_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     bomb(tmp_path / "a.npz")
     with pytest.raises(ValueError, match=r"a\.npz.*unpacks to 210 MB: refused"):
@@ -174,6 +202,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_classes_of_all_splits_and_points_of_unequal_numbers(root: Path) -> None:
+    """Case 1: class names of all splits together; Case 12: equal file names have ids of class and split."""
     train, test = PointFolder(root, "train", 64), PointFolder(root, "test", 64)
     assert train.class_names == test.class_names == ["ball", "box", "tube"]
     assert train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -214,7 +243,7 @@ def test_loaded_like_the_others(root: Path) -> None:
 
 
 def test_what_operating_systems_leave_behind_is_skipped(root: Path) -> None:
-    """Case 13."""
+    """Case 13: whatever lies about, the set is the same."""
     before = PointFolder(root, "train", 32).fingerprint()
     for name in ("._model_0.xyz", ".DS_Store", "Thumbs.db", ".hidden.npy", "notes.md"):
         (root / "train" / "ball" / name).write_bytes(b"\0junk")

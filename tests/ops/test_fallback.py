@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -125,9 +126,46 @@ assert any("lack knn, norm_act_max" in error for error in trouble()[0])
 def test_a_library_older_than_the_sources_is_told_of() -> None:
     assert _extension.missing_ops() == []
     assert _extension.compiled_ops("cpu") == _extension.COMPILED_OPS  # the list is csrc's
+    assert _extension._declared() == _extension.SCHEMAS
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", STALE], env=environment, check=False, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+OTHER_VERSION = """
+import sys, types
+import torch
+
+older = types.ModuleType("pointcmt._C")
+older.__file__ = "/built/_C.so"
+older.cpu_features = lambda: []
+sys.modules["pointcmt._C"] = older
+library = torch.library.Library("pointcmt", "DEF")
+library.define("knn(Tensor queries, Tensor points, SymInt k) -> Tensor")
+library.define("emd(Tensor x, Tensor y, float eps, int iters) -> (Tensor, Tensor)")
+try:
+    import pointcmt.ops
+except ImportError as error:
+    print(error)
+from pointcmt.cli import main
+sys.exit(main(["doctor"]))
+"""
+
+
+def test_a_library_of_another_version_is_an_error_that_says_how_to_build_again() -> None:
+    """Kernels built before an operator's arguments changed: not torch's message at the first call, if any."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", OTHER_VERSION]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    for said in (done.stdout, done.stderr):  # of the import, and of a command
+        assert "(/built/_C.so) are of another version" in said and "emd, knn changed" in said, done
+        assert "emd there is (Tensor x, Tensor y, float eps, int iters) -> (Tensor, Tensor), expected" in said
+        assert f"Build again: {_extension.BUILD_COMMAND}" in said
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    csrc = (ROOT / "csrc" / "schemas.h").read_text()
+    declared = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', csrc)
+    texts = {"".join(re.findall(r'"([^"]*)"', words)) for words in declared}
+    assert texts == {name + schema for name, schema in _extension.SCHEMAS.items()}
 
 
 # ------------------------------------------------------------------------ kernels for several CPUs

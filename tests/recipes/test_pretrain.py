@@ -557,3 +557,14 @@ def test_held_out_shapes_are_drawn_without_labels():
     assert (len(one[0]), len(one[1]), one[2]) == (15, 3, "heldout")
     train, shown, name = pretrain.without_labels(made(np.arange(20) % 2), 0, 6, 0)
     assert (len(train), len(shown), name) == (20, 6, "train")
+
+
+def test_a_run_that_was_killed_before_its_results_has_them_all(runs, tmp_path):
+    """It makes no step when it is resumed; what results say must not be what only a step knows."""
+    shutil.copytree(runs / "pic-at-point", tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    words = ["--method", "pic-at-point", *TOY, *DATA, *CPU, *SMALL]
+    run("pretrain", "--out", tmp_path / "run", *words, "--resume")
+    again, before = read(tmp_path / "run"), read(runs / "pic-at-point")
+    assert again["losses_at_chance"].keys() == {"local", "global"}
+    assert {**again, "seconds": 0} == {**before, "seconds": 0}

@@ -155,6 +155,7 @@ def finished(folder: Path, epochs: int, schedule: str) -> RunFolder:
 
 
 def test_a_run_goes_on_to_more_epochs_and_says_what_changes(tmp_path, capsys):
+    """Case 20: --resume --epochs MORE."""
     finished(tmp_path / "r", 3, "cosine")
     run = start(tmp_path / "r", Looped(Loop(5)), resume=True)
     said = " ".join(capsys.readouterr().out.split())

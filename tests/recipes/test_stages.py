@@ -348,6 +348,7 @@ def test_one_file_brings_a_network_and_an_objective(stages, tmp_path, capsys, mo
 
 @pytest.mark.parametrize("given", [True, False])
 def test_a_network_that_takes_channels_first(given, tmp_path, monkeypatch, capsys):
+    """Case 4: (log-probabilities, None) is trained by the command; Case 5: its layout is tried or given."""
     (tmp_path / "channels_first.py").write_text(
         "from torch import nn\n"
         "class Net(nn.Module):\n"

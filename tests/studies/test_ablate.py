@@ -382,6 +382,7 @@ def test_what_stands_among_many_comparisons():
     ],
 )
 def test_a_wrong_configuration_is_named(text, words, tmp_path):
+    """Case 25: methods given as a list, and every other slip, with the file and the place."""
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ValueError, match=words) as error:
         study.read_study(tmp_path / "c.yaml")

@@ -1,6 +1,8 @@
 import math
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from pointcmt.views import Rig, pixels_of, project_points
 from pointcmt.views import mesh as module
 from pointcmt.views.mesh import read_mesh, render_folder, render_mesh
 
+ROOT = Path(__file__).resolve().parents[2]
 TETRAHEDRON = "4 4 6\n0 0 0\n1 0 0\n0 1 0\n0 0 1\n3 0 2 1\n3 0 1 3\n3 1 2 3\n3 0 3 2\n"
 
 
@@ -102,7 +105,7 @@ def binary_off(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["", "C", "N", "ST", "CN"])
 def test_kinds_of_off(tmp_path, kind):
-    """COFF, NOFF, STOFF and so on, in text of either case and binary: the same mesh."""
+    """Case 18: COFF, NOFF, STOFF and so on, in text of either case and binary: the same mesh."""
     more = " 9" * {"": 0, "C": 4, "N": 3, "ST": 2, "CN": 7}[kind]
     rows = "".join(f"{point}{more}\n" for point in ("0 0 0", "1 0 0", "1 1 0", "0 1 0"))
     text = f"{kind}OFF\n4 2 0\n{rows}4 0 1 2 3\n3 0 1 3 255 0 0\n"
@@ -163,6 +166,29 @@ def test_views_match_the_projection_of_points_on_the_same_mesh(tmp_path, renders
     )
     assert overlap.diagonal().min() > 0.85
     assert torch.equal(overlap.argmax(1), torch.arange(6))
+
+
+RENDER_FIRST = """
+import importlib.util, sys
+import torch
+from pointcmt.views.mesh import render_mesh
+
+assert render_mesh(sys.argv[1], "simpleview", 16).shape == (6, 3, 16, 16)
+from pointcmt import ImageTeacher
+
+teacher = ImageTeacher(3, backbone="test_resnet", feature_dim=8).eval()
+if importlib.util.find_spec("triton"):
+    import triton
+assert teacher(render_mesh(sys.argv[1], "simpleview", 32)[None]).logits.shape == (1, 3)
+"""
+
+
+def test_rendering_before_all_else_ends_no_process(tmp_path, renders):
+    """Case 9: render_mesh, then a teacher and triton, whose LLVM is not Mesa's."""
+    lopsided().export(tmp_path / "m.obj")
+    command = [sys.executable, "-c", RENDER_FIRST, str(tmp_path / "m.obj")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
 
 
 def test_shading_tells_the_slant(tmp_path, renders):

@@ -9,12 +9,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from pointcmt import ops
+from pointcmt.compat._furthest import furthest_repeating
 from pointcmt.compat._scatter import scatter_columns, scatter_interpolated
 
 
 def furthest_point_sampling(points: Tensor, nsamples: int) -> Tensor:
     """[B, N, 3] → int32 [B, nsamples]; see :func:`pointcmt.ops.furthest_point_sample`."""
-    return ops.furthest_point_sample(points, nsamples).int()
+    return furthest_repeating(points, nsamples).int()
 
 
 def gather_points(points: Tensor, idx: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pointcmt import ops
+from pointcmt.compat._furthest import furthest_repeating
 from pointcmt.compat._scatter import ZeroGradient
 
 __all__ = [
@@ -32,8 +33,9 @@ __all__ = [
 
 
 def furthest_point_sample(xyz: Tensor, npoint: int) -> Tensor:
-    """[B, N, 3] → int32 [B, npoint]; starts at point 0. See :func:`pointcmt.ops.furthest_point_sample`."""
-    return ops.furthest_point_sample(xyz, npoint).int()
+    """[B, N, 3] → int32 [B, npoint]; starts at point 0, and repeats one where npoint > N. See
+    :func:`pointcmt.ops.furthest_point_sample`."""
+    return furthest_repeating(xyz, npoint).int()
 
 
 def gather_operation(features: Tensor, idx: Tensor) -> Tensor:

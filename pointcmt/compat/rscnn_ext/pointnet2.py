@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pointcmt import ops
 from pointcmt.compat import pointnet2_batch_cuda as _same
+from pointcmt.compat._furthest import furthest_repeating
 
 gather_points_wrapper = _same.gather_points_wrapper
 gather_points_grad_wrapper = _same.gather_points_grad_wrapper
@@ -25,7 +25,7 @@ _DISTANCES_AT_ONCE = 1 << 24  # bounds the memory: 64 MiB of float32
 
 def furthest_point_sampling_wrapper(b: int, n: int, m: int, points: Tensor, temp: Tensor, idx: Tensor) -> int:
     """points [b, n, 3] → idx [b, m]; temp, the extension's scratch space, is left as it is."""
-    idx.copy_(ops.furthest_point_sample(points, m))
+    idx.copy_(furthest_repeating(points, m))
     return 1
 
 
