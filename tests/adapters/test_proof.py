@@ -692,6 +692,9 @@ print("equal")
 """
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.7" and not torch.cuda.is_available(), reason="torch 2.6 shards on GPUs alone"
+)
 def test_a_student_under_fully_shard_trains_as_without_and_what_is_not_checked_is_said(tmp_path):
     """Case 24: FSDP2, of the root and of parts."""
     script = SHARDED.replace("FILE", str(tmp_path / "rendezvous"))
