@@ -119,6 +119,10 @@ def test_damaged_json_names_its_file(text, tmp_path):
         (["--weight-decay", "-1", "--method", "none"], "--weight-decay is -1"),
         (["--label-smoothing", "1.5", "--method", "none"], "--label-smoothing is 1.5"),
         (["--augment-scale", "0.5", "--method", "none"], "--augment-scale is 0.5"),
+        (
+            ["--student-options", "width=1", "width=2", "--method", "none"],
+            "--student-options names width twice",
+        ),
     ],
 )
 def test_the_command_line_is_checked_alike(words, said, tmp_path, capsys):
