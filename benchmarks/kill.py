@@ -159,7 +159,7 @@ def _registration(out: Path, made: Path) -> Sequence[object]:
 
 
 def _render(out: Path, made: Path) -> Sequence[object]:
-    return ("render-views", made / "meshes", "--out", out / "images", "--rig", "simpleview", "--size", 96)
+    return ("render-views", made / "meshes", "--out", out / "images", "--rig", "simpleview", "--size", 256)
 
 
 def _ablate(out: Path, made: Path) -> Sequence[object]:

@@ -213,7 +213,10 @@ def find_factory(name: str) -> Callable[..., Any]:
             f"unknown student {name!r}; expected one of {', '.join(known)}; the name of one that --import "
             "MODULE registers; or module:factory for your own (module importable from the current folder)"
         )
-    module = import_module(module_name)
+    try:
+        module = import_module(module_name)
+    except ValueError as error:
+        raise ValueError(f"--student {name}: {error}") from error
     if not callable(getattr(module, attribute, None)):
         near = difflib.get_close_matches(attribute, dir(module)) or ["nothing"]
         raise ValueError(
