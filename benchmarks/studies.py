@@ -211,12 +211,14 @@ def section(study: Kept) -> str:
 def setting(study: Kept) -> str:
     """What was trained on what, and by which command."""
     data = study.fixed["data"]
-    shapes = one([record["shapes"] for record in study.records])
+    names = dict.fromkeys(name for record in study.records for name in record["shapes"])
+    shapes = {n: one([r["shapes"][n] for r in study.records if n in r["shapes"]]) for n in names}
     config = ROOT / "benchmarks" / "configs" / f"{study.name}.yaml"
     counts = ", ".join(
         f"{shapes[name]} {words}"
         for name, words in (
             ("train", "training shapes"),
+            ("unlabelled", "more without labels for the methods that use them"),
             ("heldout", "held out of training"),
             ("test", "test shapes"),
         )
