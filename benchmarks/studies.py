@@ -124,7 +124,7 @@ def summary(study: Kept) -> str:
     headings = ["method", "teacher, its OA %", *study.students] + ["mean of these"] * several
     count = f"{min(seeds)}" if len(set(seeds)) == 1 else f"{min(seeds)} to {max(seeds)}"
     return (
-        f"{title}. {text.strip()} `pointcmt ablate --config benchmarks/configs/{study.name}.yaml`; "
+        f"{title}. {' '.join(text.split())} `pointcmt ablate --config benchmarks/configs/{study.name}.yaml`; "
         f"{count} seeds. First line: OA in % of the plain student; below: what a method adds to it, in "
         f"points, paired by seed, with the 95 % interval; bold where that excludes zero, † where it does so "
         f"among all {len(tested)} differences of the table (Holm). All of it: "
@@ -136,21 +136,14 @@ def demo_summary(record: Mapping[str, Any]) -> str:
     """The demo, repeated with other seeds and shapes (:mod:`benchmarks.demo`), for the README."""
     rows, notes_ = record["rows"], record["notes"]
     seeds = [row["OA by seed"] for row in rows]
-    lines = [
-        [name, mean_sd([value for row in seeds for value in row[key]])]
-        for name, key in (
-            ("image teacher", "teacher"),
-            ("plain student", "plain"),
-            ("student that its images taught", "taught"),
-        )
-    ]
+    means = {key: mean_sd([v for row in seeds for v in row[key]]) for key in ("plain", "taught", "teacher")}
     few, rest = notes_["labelled shapes"], notes_["shapes without labels"]
     return (
         f"`make demo`: {few} labelled synthetic shapes, {rest} without labels; the teacher learns from "
         f"images of the same {few}, made of the points. {len(rows)} repetitions, each with other shapes, "
-        f"another teacher and {notes_['students of each kind']} seeds (`python -m benchmarks.demo`):\n\n"
-        + markdown(["", "OA %, mean ± standard deviation over all seeds"], lines)
-        + f"\n{demo_verdict(record)}"
+        f"another teacher and {notes_['students of each kind']} seeds (`python -m benchmarks.demo`). "
+        f"OA in %: plain student {means['plain']}, student that the images taught {means['taught']}, "
+        f"image teacher {means['teacher']}. {demo_verdict(record)}"
     )
 
 
