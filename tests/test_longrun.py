@@ -27,9 +27,7 @@ def test_what_grows_is_seen(monkeypatch):
 
     def leaking(optimizer, loss):
         plain(optimizer, loss)
-        kept.append(
-            torch.ones(9_000_000)
-        )  # too large for memory that was freed before
+        kept.append(torch.ones(9_000_000))  # too large for memory that was freed before
 
     monkeypatch.setattr(longrun, "_optimize", leaking)
     row = summary("registration (CMIGNet)", follow("registration (CMIGNet)", 10, samples=5))
