@@ -141,6 +141,20 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def process_memory(field: str) -> int:
+    """Bytes that this process has of main memory: ``VmRSS`` now, ``VmHWM`` at most (that of ``getrusage`` may
+    be its parent's).
+
+    Raises:
+        RuntimeError: the system does not say, as Linux does.
+    """
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError(f"{status} has no {field}: this needs Linux")
+
+
 def commit() -> str | None:
     """The checkout's commit, with ``+changes`` where tracked files differ from it."""
     try:

@@ -28,7 +28,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from benchmarks._harness import RESULTS, ROOT, Timing, interleave, record, show
+from benchmarks._harness import RESULTS, ROOT, Timing, interleave, process_memory, record, show
 from benchmarks.exhaust import KINDS
 from pointcmt.ops import emd, emd_statistics, unit_cube
 from pointcmt.ops.emd import DEFAULT_TOLERANCE, reference_emd
@@ -236,21 +236,15 @@ def memory(call: Callable[[Tensor, Tensor], Any], x: Tensor, y: Tensor) -> float
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)  # freed memory that is used again would not be seen
-        before = _status("VmRSS")
+        before = process_memory("VmRSS")
         call(x, y)
-        os.write(write, str(_status("VmHWM") - before).encode())
+        os.write(write, str(process_memory("VmHWM") - before).encode())
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as answer:
-        kib = int(answer.read())
+        taken = int(answer.read())
     os.waitpid(child, 0)
-    return kib / 1024
-
-
-def _status(field: str) -> int:
-    """KiB, from the kernel."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field)))
+    return taken / 2**20
 
 
 def hard(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks._harness import RESULTS, record
+from benchmarks._harness import RESULTS, process_memory, record
 from benchmarks.kill import Tiny
 from pointcmt import ImageTeacher, PointCMT
 from pointcmt.adapters import Adapter, Tap
@@ -134,19 +134,13 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 
 
-def _resident() -> float:
-    """MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
 def sample() -> dict[str, float]:
     """What must not grow, now."""
     from torch._dynamo.utils import counters
 
     gc.collect()
     return {
-        "memory": _resident(),
+        "memory": process_memory("VmRSS") / 1e6,
         "files": len(os.listdir("/proc/self/fd")),
         "tensors": sum(issubclass(type(one), Tensor) for one in gc.get_objects()),
         "graphs": counters["stats"]["unique_graphs"],

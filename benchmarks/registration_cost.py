@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._harness import RESULTS, interleave, record, show
+from benchmarks._harness import RESULTS, interleave, process_memory, record, show
 from pointcmt.data import SyntheticShapes
 from pointcmt.registration import (
     CMIGNet,
@@ -92,14 +92,6 @@ def times(count: int, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def peak() -> float:
-    """Peak of this process's resident set in MB; that of ``getrusage`` may be its parent's."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/status has no VmHWM: this needs Linux")
-
-
 def train(model: CMIGNet, pairs: ShapePairs, batch_size: int, steps: int) -> None:
     """Some steps, with Adam."""
     optimizer = torch.optim.Adam(model.train().parameters())
@@ -116,9 +108,9 @@ def measure(pipe: Connection, width: float, batch_size: int, threads: int) -> No
     torch.set_num_threads(threads)
     train(CMIGNet(width=0.06, keypoints=16, size=16), pairs_of(64, 1), 2, 1)  # loads all code
     pairs = pairs_of(1024, 1)
-    before = peak()
+    before = process_memory("VmHWM") / 2**20
     train(CMIGNet(width=width), pairs, batch_size, 2)
-    pipe.send((before, peak()))
+    pipe.send((before, process_memory("VmHWM") / 2**20))
 
 
 def memory(width: float, batch_size: int) -> dict[str, Any]:

@@ -116,7 +116,8 @@ def main() -> int:
         "PYTHONPATH": str(tree),
         "OMP_NUM_THREADS": "4" if options.thread else "1",
     }
-    capabilities = [name for name in _extension.CAPABILITIES if (tree / "pointcmt").glob(f"_cpu_{name}.*.so")]
+    built = {path.name.partition(".")[0] for path in (tree / "pointcmt").glob("_cpu_*.so")}
+    capabilities = [name for name in _extension.CAPABILITIES if f"_cpu_{name}" in built]
     rows = []
     for name in ["native"] if options.thread else capabilities:
         here = environment if options.thread else {**environment, "POINTCMT_CPU_CAPABILITY": name}

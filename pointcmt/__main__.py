@@ -1,13 +1,6 @@
 """``python -m pointcmt``; ``torchrun --nproc-per-node N -m pointcmt`` for several processes."""
 
-import os
-
-from pointcmt.cli import main
+from pointcmt.cli import run
 
 if __name__ == "__main__":
-    code = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from pointcmt.distributed import leave
-
-        leave(code)
-    raise SystemExit(code)
+    run()

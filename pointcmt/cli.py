@@ -6,10 +6,11 @@ import codecs
 import difflib
 import importlib
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
@@ -127,7 +128,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         structure(plain(options), options_type, command)
         running = True
         result = function(options)
-        leave_processes()
         return result if isinstance(result, int) else 0
     except SystemExit as stop:
         if running:  # code of the user's own: an end without a word must not pass for success
@@ -171,12 +171,15 @@ def own_modules(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, modules
 
 
-def leave_processes() -> None:
-    """Close torch.distributed where this is one of several processes: its threads may abort an exit."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def run() -> NoReturn:
+    """The program: :func:`main`, and the end of a process that a launcher started as one of several."""
+    code = main()
+    if "WORLD_SIZE" in os.environ:
+        from pointcmt.distributed import leave
+
+        leave(code)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run()

@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "adapters", "ops", "checkpoint", "compat", "schedules", "tasks", "registration",
     },
     "studies": {"recipes", "tasks", "data", "pictures", "checkpoint"},
-    "cli": {"recipes", "studies", "data"},
+    "cli": {"recipes", "studies", "data", "distributed"},
 }  # fmt: skip
 
 

@@ -47,6 +47,7 @@ from pointcmt.views.cells import moved
 from pointcmt.views.sampling import draw_cameras, project_chosen
 
 METHODS = ("pic-at-point", "mm-point", "crosspoint", "dense")
+_CHANCE = "chance_"  # before the name of a loss: what it is for one who guesses
 
 
 @dataclass
@@ -857,9 +858,6 @@ class Watch:
             names = [shapes.shape_ids[row] for row in rows.tolist()]
             state = self._state(model, points, 1)
             draw_similarity(self.local, state, said, names, self.source.up, folder / "similarity.png")
-
-
-_CHANCE = "chance_"
 
 
 def chances(pre: CrossModalTraining) -> dict[str, float]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-REFUSALS = (ValueError, IndexError, TypeError, RuntimeError, NotImplementedError)
+REFUSALS = (ValueError, IndexError, TypeError, RuntimeError)
 FLOATS = (torch.float32, torch.float64)
 HALVES = (*FLOATS, torch.float16, torch.bfloat16)
 
