@@ -53,7 +53,7 @@ class Demo:
     """Arguments of the teacher's backbone (simpleview_resnet), as NAME=VALUE."""
     teacher_epochs: int = 60
     """Epochs of the teacher."""
-    epochs: int = 60
+    epochs: int = 150
     """Epochs of each student."""
     batch_size: int = 16
     """Labelled shapes in a step."""
@@ -129,7 +129,7 @@ def demo(options: Demo) -> dict[str, Any]:
                             lr=5e-3,
                             warmup=1,
                             seed=seed,
-                            eval_every=30,
+                            eval_every=75,
                         ),
                         machine=machine,
                         resume=True,
