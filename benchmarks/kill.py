@@ -216,9 +216,11 @@ train: {loop: {epochs: 1, batch_size: 16}}
 # ---- what the recipes start from
 
 
-def prepare(made: Path) -> None:
-    """Data, a teacher and a generator in ``made``; the commands run in children."""
+def prepare(made: Path, start: Callable[[Sequence[object], Path], tuple[int, str]] | None = None) -> None:
+    """Data, a teacher and a generator in ``made``; ``start`` runs a command line, by default in a child."""
     import trimesh
+
+    start = start or run
 
     made.mkdir(parents=True)
     draw = np.random.default_rng(0)
@@ -241,7 +243,7 @@ def prepare(made: Path) -> None:
             )
     for name, words in (("teacher", _teacher), ("generator", _generator)):
         folder = made / f"of-{name}"
-        code, said = run(words(folder, made), folder)
+        code, said = start(words(folder, made), folder)
         if code:
             raise RuntimeError(f"{name} could not be made: {said}")
         (folder / "run").rename(made / name)

@@ -104,7 +104,7 @@ def ablate(options: Ablate) -> dict[str, Any] | int:
         out.mkdir(parents=True, exist_ok=True)
     if options.cell is not None:
         return serve(lambda: run_one(options, study, out))
-    with contextlib.nullcontext() if options.table else held(out, "pointcmt ablate"):
+    with contextlib.nullcontext() if options.table else held(out):
         return run_study(options, study, out)
 
 

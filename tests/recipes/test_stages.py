@@ -18,7 +18,7 @@ from torch import nn
 
 from pointcmt.checkpoint import read_about, read_config
 from pointcmt.cli import main
-from pointcmt.data import SyntheticShapes
+from pointcmt.data import FeatureCache, SyntheticShapes
 from pointcmt.recipes import build
 from pointcmt.recipes import train as stage3
 from pointcmt.recipes.evaluate import Evaluate, evaluate, load_student
@@ -225,6 +225,24 @@ def test_mistakes_between_stages_are_explained(stages, tmp_path, capsys):
     (tmp_path / "lone").mkdir()
     shutil.copy(stages / "teacher/teacher.safetensors", tmp_path / "lone")
     run("cache-features", "--teacher", tmp_path / "lone", *DATA)  # the file alone is enough
+
+
+def test_features_that_are_there_are_opened_once_and_what_a_kill_left_beside_them_goes(
+    stages, tmp_path, monkeypatch
+):
+    """Killed between the name of the finished file and the end of the folder of its pieces."""
+    there = shutil.copytree(stages / "teacher/features", tmp_path / "features")
+    whole = sorted(path.name for path in there.iterdir())
+    for file in list(there.iterdir()):
+        (there / f"{file.name}.partial").mkdir()
+        (there / f".{file.name}.lock").touch()
+    opened = []
+    real = FeatureCache.open.__func__  # type: ignore[attr-defined]
+    counted = classmethod(lambda cls, path, **more: opened.append(path) or real(cls, path, **more))
+    monkeypatch.setattr(FeatureCache, "open", counted)
+    run("cache-features", "--teacher", stages / "teacher", "--out", there, *DATA, "--device", "cpu")
+    assert sorted(path.name for path in there.iterdir()) == whole
+    assert sorted(path.name for path in opened) == whole
 
 
 def test_a_checkpoint_alone_is_enough(stages, tmp_path):
