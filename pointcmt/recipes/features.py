@@ -217,12 +217,13 @@ def _build(
     class_names: list[str],
 ) -> FeatureCache:
     config = None if images is None else run_config_beside(file)
-    size = config["config"]["views"]["size"] if config is not None else None
+    made = config["config"]["views"] if config is not None else {}
+    size, white = made.get("size"), made.get("white")
 
     def views() -> dict[str, Any]:
         if images is None:
             return views_of_teacher(file).describe()
-        return {"images": str(images.resolve()), "size": size}
+        return {"images": str(images.resolve()), "size": size} | ({"white": white} if white else {})
 
     @torch.no_grad()
     def fill(rows: Tensor) -> Iterator[tuple[Tensor, TeacherOutput]]:
@@ -230,7 +231,7 @@ def _build(
         shapes: PointDataset | MultiViewImages = part
         if images is not None:
             split: Split = "test" if name == "test" else "train"
-            shapes = matching_images(images, part, split, size, teacher.in_chans, class_names)
+            shapes = matching_images(images, part, split, size, teacher.in_chans, class_names, white)
         elif spec is not None and part.up is not None and spec.up != part.up:
             say(
                 f"the teacher's views take {spec.up} for the axis that points up, and in these {name} shapes "

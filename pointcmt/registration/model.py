@@ -22,6 +22,7 @@ from pointcmt.registration.layers import (
     ViewEncoder,
     first_cameras,
 )
+from pointcmt.views.values import bounds_of, check_values
 
 Images = Literal["observed", "canonical", "none"]
 
@@ -338,6 +339,8 @@ class CMIGNet(nn.Module):
         expected = [batch, len(self.views.cameras), 1, size, size]
         if list(images.shape) != expected:
             raise ValueError(f"CMIGNet: images have shape {list(images.shape)}; expected {expected}")
+        if images.device.type == "cpu":  # a GPU would be waited for
+            check_values(images, bounds_of(("depth",)))
         return images
 
     def _fuse(
