@@ -442,6 +442,7 @@ class _Loop:
                     losses = self.task.step(self.wrapped, batch, step / self.steps)
                 self.finite.see(number, losses)
                 accelerator.backward(losses["loss"] / options.accumulate)
+            self.finite.judge_now_and_then()
             if moves:
                 if options.clip:
                     accelerator.clip_grad_norm_(self.parameters, options.clip)
@@ -499,7 +500,10 @@ class _Finite:
         self.step = step
         self.losses = {name: value.detach() for name, value in losses.items()}
         self._note("loss", losses["loss"])
-        if (step + 1) % self.every == 0:
+
+    def judge_now_and_then(self) -> None:
+        """After a backward pass, before the weights move."""
+        if (self.step + 1) % self.every == 0:
             self._judge()
 
     def end(self) -> None:
@@ -517,14 +521,13 @@ class _Finite:
     def _judge(self) -> None:
         accelerator, world = self.accelerator, self.accelerator.num_processes
         mine = torch.stack(list(self.bad.values()))[None]
-        # that of a gradient says where it began, and is no fault by itself: what is made of it may be finite
         everyone = [
             dict(zip(self.bad, row, strict=True))
             for row in (accelerator.gather(mine) if world > 1 else mine).tolist()
         ]
-        if min(min(one["loss"], one["weights"]) for one in everyone) == _NEVER:
-            return
         first = min(min(one.values()) for one in everyone)
+        if first == _NEVER:
+            return
         ranks = [rank for rank, one in enumerate(everyone) if min(one.values()) == first]
         what = next(name for name, step in everyone[ranks[0]].items() if step == first)
         losses = {name: float(value) for name, value in self.losses.items()}
