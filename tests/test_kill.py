@@ -21,9 +21,9 @@ LOST = {
     "train-generator": "its gradient is NaN",
     "train": "it stops answering",
     "train --unlabelled": "its gradient is NaN",
-    "pretrain": "its gradient is NaN",
+    "pretrain": "its loss is NaN",
     "segment": "it has an error",
-    "train-registration": "its loss is NaN",
+    "train-registration": "its gradient is NaN",
 }
 
 

@@ -528,8 +528,9 @@ class _Finite:
         first = min(min(one.values()) for one in everyone)
         if first == _NEVER:
             return
-        ranks = [rank for rank, one in enumerate(everyone) if min(one.values()) == first]
-        what = next(name for name, step in everyone[ranks[0]].items() if step == first)
+        what = next(name for name in self.bad if first in (one[name] for one in everyone))
+        # of a loss over all processes' features, the gradients of all have what one brought in
+        ranks = [rank for rank, one in enumerate(everyone) if one[what] == first]
         losses = {name: float(value) for name, value in self.losses.items()}
         theirs = (gather_object([losses]) if world > 1 else [losses])[ranks[0]]
         words = {

@@ -24,6 +24,7 @@ from pointcmt.adapters.registry import CATEGORY_LAYOUTS, get_adapter, matching_a
 from pointcmt.checkpoint import PathLike, check_configuration, load_module, read_config, save_module
 from pointcmt.data import Augmentation, PointDataset, vote_scale
 from pointcmt.data.contrastive import CloudAugmentation
+from pointcmt.data.files import folded
 from pointcmt.data.labelled import LabelledCloud, never_there, read_labelled, write_labelled
 from pointcmt.pictures import label_colours, save_segmentation
 from pointcmt.recipes.build import (
@@ -654,9 +655,12 @@ def predict_files(options: Segment) -> dict[str, Any]:
     assert options.run is not None and options.out is not None
     used = load_segmenter(options.run, options.student)
     file, out = find_checkpoint(options.run, "segmenter"), options.out
-    stems = [path.stem for path in options.predict]
+    stems = [folded(path.stem) for path in options.predict]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise ValueError(f"--predict: several files are called {', '.join(twice)}; predict them one by one")
+        raise ValueError(
+            f"--predict: several files are called {', '.join(twice)}, capitals apart, and would be written "
+            "over each other; predict them one by one"
+        )
     classes = used.config["classes"]
     if classes is not None and options.category not in classes:
         raise ValueError(
