@@ -18,6 +18,7 @@ written and says what to do, and the run that is then resumed must be equal too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -266,8 +267,12 @@ def load_libraries() -> None:
         "accelerate",
         "scipy.optimize",
         "trimesh",
+        "typeguard",
     ):
         importlib.import_module(name)
+    for name in ("open3d", "pyvista"):  # extras; seconds each, which no kill should be spent on
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     for module, _, _ in COMMANDS.values():
         importlib.import_module(f"pointcmt.{module}")
 
