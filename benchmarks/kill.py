@@ -20,6 +20,7 @@ first must end within a minute with a message that names rank 1, and leave a che
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -282,8 +283,12 @@ def load_libraries() -> None:
         "accelerate",
         "scipy.optimize",
         "trimesh",
+        "typeguard",
     ):
         importlib.import_module(name)
+    for name in ("open3d", "pyvista"):  # extras; seconds each, which no kill should be spent on
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     for module, _, _ in COMMANDS.values():
         importlib.import_module(f"pointcmt.{module}")
 

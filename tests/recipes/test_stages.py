@@ -25,6 +25,7 @@ from pointcmt.recipes.evaluate import Evaluate, evaluate, load_student
 from pointcmt.recipes.features import Draws
 from pointcmt.recipes.options import DataOptions, views_of_teacher
 from pointcmt.recipes.run import read_metrics
+from pointcmt.recipes.train import who_is_right
 from pointcmt.students import registry
 from pointcmt.students.registry import register_student
 from pointcmt.tasks.metrics import class_accuracies, overall_accuracy, scores
@@ -272,6 +273,20 @@ def test_a_checkpoint_alone_is_enough(stages, tmp_path):
     assert "was trained on" in read(tmp_path / "x")["teacher_check"]["verdict"]
     with pytest.raises(ValueError, match="holds a generator: only teachers and students"):
         evaluate(Evaluate(lone / "generator.safetensors"))
+
+
+def test_a_teacher_is_called_weaker_where_it_is_no_chance():
+    student = np.arange(16) < 11
+    found = who_is_right(np.arange(16) < 9, student)  # two shapes of sixteen: a coin would do that
+    assert not found["weaker"] and "may hurt" not in found["verdict"] and "within chance" in found["verdict"]
+    assert (found["teacher_oa"], found["student_oa"]) == (56.25, 68.75)
+    found = who_is_right(np.arange(16) < 3, student)
+    assert (
+        found["weaker"]
+        and "beyond chance" in found["verdict"]
+        and "Train a better teacher" in found["verdict"]
+    )
+    assert not who_is_right(student, np.arange(16) < 3)["weaker"]
 
 
 def test_a_file_of_an_older_version_still_loads(stages, tmp_path, capsys):
