@@ -53,10 +53,14 @@ def naming_file(path: PathLike) -> Iterator[None]:
         text = str(error)
         by_torch = "PytorchStreamWriter" in text or "inline_container" in text
         about_files = by_torch or isinstance(error, OSError | SafetensorError)
-        if not about_files or isinstance(error, FileNotFoundError | FileExistsError):
+        if not about_files or (isinstance(error, FileNotFoundError | FileExistsError) and number is None):
             raise
         hint = "look at the free space and the permissions there"
-        if (
+        if number in (errno.EEXIST, errno.ENOTDIR):
+            hint = "a file is where a folder is needed: give another path"
+        elif number == errno.ENOENT:
+            hint = "its folder was deleted or renamed meanwhile: leave it there, and start again"
+        elif (
             number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             or by_torch
             or "large" in text

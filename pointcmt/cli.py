@@ -123,9 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config=(tyro.conf.OmitArgPrefixes,),
         )
         # tyro has seen to types and choices; numbers that are none, such as nan, are seen to here
-        from pointcmt.recipes.config import plain, structure
+        from pointcmt.recipes.config import check_seeds, plain, structure
 
         structure(plain(options), options_type, command)
+        check_seeds(plain(options))
         from pointcmt.recipes.processes import answering
 
         running = True
@@ -148,6 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             words = str(error) or type(error).__name__
+            if isinstance(error, MemoryError) or "out of memory" in words or "t allocate memory" in words:
+                words += (
+                    ". There is not memory enough: use smaller batches (--batch-size), fewer points "
+                    "(--num-points, --view-points) or smaller views (--size)"
+                )
             print(f"pointcmt {command}: {words}\n(--debug shows where)", file=sys.stderr)
         return 1
 

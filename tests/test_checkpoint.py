@@ -1,4 +1,5 @@
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -271,3 +272,19 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, monkeypatch):
     refused = pytest.raises(OSError, match=r"c\.json cannot be written .*may not be written to")
     with refused, atomic_write(tmp_path / "c.json"):
         pass
+
+
+def test_a_path_that_cannot_be_a_file_is_said(tmp_path):
+    """The system's words alone ("File exists") say neither what was to be done nor what to do."""
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "a.json", tmp_path / "file" / "b" / "a.json"):
+        with (
+            pytest.raises(OSError, match=r"a\.json cannot be written .*a file is where a folder is needed"),
+            atomic_write(path) as temporary,
+        ):
+            temporary.write_text("{}")
+    with (
+        pytest.raises(OSError, match=r"a\.json cannot be written .*its folder was deleted or renamed"),
+        atomic_write(tmp_path / "gone" / "a.json") as temporary,
+    ):
+        shutil.rmtree(temporary.parent)

@@ -159,3 +159,28 @@ def test_doctor_reports_a_broken_adapter_package_and_a_broken_build(capsys, monk
         and "undefined symbol" in printed
         and "Build them again" in printed
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "--out", "x", "--seed", "-1"),
+        ("train", "--out", "x", "--data-seed", str(2**32)),
+        ("few-shot", "--seed", "-1"),
+        ("demo", "--first-seed", "-3"),
+    ],
+)
+def test_seeds_that_no_generator_takes_are_named(words, capsys):
+    assert main(list(words)) == 1
+    assert f"{words[-2]} is {words[-1]}; expected at least 0, and less than 2**32" in capsys.readouterr().err
+
+
+def test_want_of_memory_says_what_to_make_smaller(monkeypatch, capsys):
+    from pointcmt.recipes import doctor
+
+    def full(options):
+        torch.empty(2**50)
+
+    monkeypatch.setattr(doctor, "doctor", full)
+    assert main(["doctor"]) == 1
+    assert "There is not memory enough: use smaller batches" in capsys.readouterr().err

@@ -39,7 +39,6 @@ def cached_array(
     except Exception:  # damaged, in whatever way: only a copy, so make it again
         path.unlink(missing_ok=True)
     array = np.ascontiguousarray(make())
-    path.parent.mkdir(parents=True, exist_ok=True)
     # as np.savez, whose own way of writing does not say that a disk is full
     with (
         atomic_write(path) as temporary,

@@ -177,14 +177,35 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, default=_as_json) + "\n", encoding="utf-8")
 
 
+_DAMAGED = (
+    "it was damaged, or changed by hand: copy it again from where it was made, or delete its run folder and "
+    "start the run again"
+)
+
+
+def check_seeds(values: Mapping[str, Any]) -> None:
+    """Seeds, at any depth of plain options, are what all generators of random numbers take.
+
+    Raises:
+        ValueError: one is not from 0 to 2³² − 1.
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            check_seeds(value)
+        elif name.endswith("seed") and isinstance(value, int) and not 0 <= value < 2**32:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {value}; expected at least 0, and less than 2**32 = {2**32}"
+            )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``; a ValueError that names the file where it is not one."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); it was damaged, or changed by hand") from error
+        raise ValueError(f"{path} is not JSON ({error}); {_DAMAGED}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+        raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object; {_DAMAGED}")
     return value
 
 

@@ -102,8 +102,11 @@ def make_accelerator(machine: MachineOptions) -> Accelerator:
 
     Raises:
         RuntimeError: CUDA was asked for and is not there.
-        ValueError: fp16 was asked for on a CPU.
+        ValueError: fp16 was asked for on a CPU, or a number is below 0.
     """
+    for name in ("workers", "minutes", "timeout"):
+        if getattr(machine, name) < 0:
+            raise ValueError(f"--{name} is {getattr(machine, name)}; expected 0 or more")
     if machine.device == "cuda" and not torch.cuda.is_available():
         built = torch.version.cuda
         raise RuntimeError(
@@ -217,6 +220,11 @@ def check_loop(options: LoopOptions) -> None:
     for name in ("weight_decay", "warmup", "clip"):
         if not getattr(options, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected 0 or more")
+    if options.warmup > options.epochs:
+        raise ValueError(
+            f"--warmup is {options.warmup:g} and --epochs {options.epochs}, so that the learning rate would "
+            "never be what --lr says; give fewer epochs of warm-up"
+        )
 
 
 def fit(
@@ -330,16 +338,27 @@ class _Loop:
         if state is None:
             self.run.forget_metrics_after(0)
             return
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        if self.extras is not None and state["extras"] is not None:
-            self.extras.load_state_dict(state["extras"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if scaler is not None and state["scaler"] is not None:
-            scaler.load_state_dict(state["scaler"])
-        self.first, self.best, self.spent = state["epoch"], state["best"], state["seconds"]
-        self.metrics = state["metrics"]
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            if self.extras is not None and state["extras"] is not None:
+                self.extras.load_state_dict(state["extras"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if scaler is not None and state["scaler"] is not None:
+                scaler.load_state_dict(state["scaler"])
+            self.first, self.best, self.spent = state["epoch"], state["best"], float(state["seconds"])
+            self.metrics = dict(state["metrics"])
+            if self.best is not None:
+                self.best = dict(self.best)
+                float(self.best[self.task.watch.name])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise self.run.unfit(f"does not fit this run ({type(error).__name__}: {said})") from error
+        if self.first > self.options.epochs:
+            raise self.run.unfit(f"is of epoch {self.first}, and the run has {self.options.epochs}")
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            raise self.run.unfit("holds weights that are not finite")
         if self.observe is not None and self.metrics:
             self.observe(self.metrics)
         if self.first < self.options.epochs:

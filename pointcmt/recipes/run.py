@@ -229,7 +229,15 @@ class RunFolder:
             run._check_same(wanted)
             run._go_on_to(wanted)
             remove_stale(run.path, held=True)
-            then, now = read_json(run.path / "environment.json"), environment(device)
+            now = environment(device)
+            try:
+                then = read_json(run.path / "environment.json")
+            except (FileNotFoundError, ValueError):
+                # what it is for is to be read by people: a run goes on without
+                warn(
+                    f"{run.path / 'environment.json'} is gone or damaged, and begins again with this process"
+                )
+                then = dict(now)
             for name in ("processes", "threads"):
                 if then.get(name, now[name]) != now[name]:
                     warn(
@@ -381,8 +389,16 @@ class RunFolder:
 
     def forget_metrics_after(self, epoch: int) -> None:
         """Drop the records of epochs that finished after the checkpoint: they are about to run again."""
-        if self.main and self.metrics_path.exists():
-            kept = [record for record in self.metrics() if record.get("epoch", 0) <= epoch]
+        if not self.main:
+            return
+        kept = [record for record in self.metrics() if record.get("epoch", 0) <= epoch]
+        if lost := sorted(set(range(1, epoch + 1)) - {record.get("epoch") for record in kept}):
+            shown = ", ".join(map(str, lost[:5])) + (" …" if lost[5:] else "")
+            warn(
+                f"{self.metrics_path} lacks epoch {shown}, which were trained: the file was damaged, and "
+                "curves will have a gap there"
+            )
+        if self.metrics_path.exists():
             with atomic_write(self.metrics_path) as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
@@ -404,13 +420,19 @@ class RunFolder:
             return None
         try:
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or not isinstance(state.get("epoch"), int):
-                raise ValueError("it holds no epoch")
-            return state
-        except Exception as error:
-            raise ValueError(
-                f"{self.state_path} cannot be read ({error}); delete {self.path} and start the run again"
-            ) from error
+        except Exception as error:  # torch's words advise to unpickle it
+            raise self.unfit(f"cannot be read ({type(error).__name__})") from error
+        epoch = state.get("epoch") if isinstance(state, dict) else None
+        if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
+            raise self.unfit("cannot be read (it holds no number of epochs)")
+        return state
+
+    def unfit(self, why: str) -> ValueError:
+        """The error of a training state that cannot be gone on from."""
+        return ValueError(
+            f"{self.state_path} {why}: it was damaged, changed by hand, or written by another version. Copy "
+            f"it again, or delete {self.path} and start the run again"
+        )
 
     # results
 

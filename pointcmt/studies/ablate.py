@@ -103,25 +103,22 @@ def ablate(options: Ablate) -> dict[str, Any] | int:
     with naming_file(out):
         out.mkdir(parents=True, exist_ok=True)
     if options.cell is not None:
+        names = [*(f"teacher-{name}" for name in study.teachers), *(cell.name for cell in study.cells())]
+        if options.cell not in names:
+            raise ValueError(f"--cell {options.cell}: expected one of {', '.join(names)}")
         return serve(lambda: run_one(options, study, out))
     with contextlib.nullcontext() if options.table else held(out):
         return run_study(options, study, out)
 
 
 def run_one(options: Ablate, study: Study, out: Path) -> None:
-    """The piece of work that ``--cell`` names.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """The piece of work that ``--cell`` names."""
+    assert options.cell is not None
     cells = {cell.name: cell for cell in study.cells()}
-    teachers = {f"teacher-{name}": name for name in study.teachers}
     if options.cell in cells:
         run_cell(study, cells[options.cell], out, options.machine, options.keep)
-    elif options.cell in teachers:
-        prepare(study, teachers[options.cell], out, options.machine)
     else:
-        raise ValueError(f"--cell {options.cell}: expected one of {', '.join([*teachers, *cells])}")
+        prepare(study, options.cell.removeprefix("teacher-"), out, options.machine)
 
 
 def run_study(options: Ablate, study: Study, out: Path) -> dict[str, Any]:

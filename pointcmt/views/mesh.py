@@ -167,7 +167,10 @@ def render_meshes(
     """
     from rich.progress import track
 
+    if size < 1:
+        raise ValueError(f"size={size}; expected at least 1 pixel")
     cameras, out = find_rig(rig, up), Path(out)
+    _check_alike(out, {"rig": cameras.name, "views": len(cameras), "size": size, "up": up})
 
     def image(folder: Path, view: int) -> Path:
         return out / folder.with_name(f"{folder.name}_{view:03d}.png")
@@ -190,6 +193,27 @@ def render_meshes(
                 with atomic_write(image(folder, view)) as temporary:
                     Image.fromarray(picture).save(temporary)
     return len(todo)
+
+
+def _check_alike(out: Path, settings: dict[str, Any]) -> None:
+    """Keeps how the images in ``out`` are made, and refuses to add others: a shape whose last image is there
+    counts as done, so that the set would be of several sizes or rigs.
+
+    Raises:
+        ValueError: images made otherwise are there.
+    """
+    kept = out / ".render-views.json"
+    there = None
+    with suppress(FileNotFoundError, ValueError):
+        there = json.loads(kept.read_text(encoding="utf-8"))
+    if there is None:
+        with atomic_write(kept) as temporary:
+            temporary.write_text(json.dumps(settings), encoding="utf-8")
+    elif there != settings:
+        raise ValueError(
+            f"{out} holds images made with {there}, and these are to be made with {settings}: give another "
+            "folder, or delete that one"
+        )
 
 
 def _read_surface(path: PathLike) -> tuple[np.ndarray, np.ndarray]:

@@ -145,6 +145,72 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, loop):
     same_result(tmp_path / "whole", tmp_path / "broken")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epoch": 9}, "is of epoch 9, and the run has 2"),
+        ({"model": {}}, r"does not fit this run \(RuntimeError: Error\(s\) in loading"),
+        ({"model": 3}, "does not fit this run"),
+        ({"optimizer": {}}, "does not fit this run"),
+        ({"best": 3}, "does not fit this run"),
+        ({"best": {"epoch": 1}}, r"does not fit this run \(KeyError: 'test_oa'\)"),
+        ({"seconds": "x"}, "does not fit this run"),
+        ({"metrics": 3}, "does not fit this run"),
+        ({"best": None, "nan": True}, "holds weights that are not finite"),
+    ],
+)
+def test_a_state_of_something_else_is_refused(tmp_path, change, words):
+    folder = tmp_path / "r"
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(folder, LoopOptions(epochs=2, batch_size=8), stop_after=1)
+    state = torch.load(folder / "state.pt", weights_only=True)
+    if change.pop("nan", False):
+        next(iter(state["model"].values())).fill_(float("nan"))
+    torch.save(state | change, folder / "state.pt")
+    with pytest.raises(ValueError, match=rf"state\.pt {words}.*Copy it again, or delete"):
+        run_toy(folder, LoopOptions(epochs=2, batch_size=8), resume=True)
+
+
+def test_the_first_step_that_is_not_finite_ends_the_run_before_it_is_kept(tmp_path):
+    """A gradient that is not finite in the last step of an epoch went into the checkpoint."""
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value, bad):
+            ctx.bad = bad
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * (float("nan") if ctx.bad else 1.0), None
+
+    accelerator = make_accelerator(MachineOptions(device="cpu"))
+    for loss_bad, words in (
+        (True, "the loss is nan in step 3 of epoch 2"),
+        (False, "weights .* after step 4"),
+    ):
+        loop = LoopOptions(epochs=3, batch_size=8, seed=0)
+        run = RunFolder.start(accelerator, tmp_path / words[:11], Config(loop), command="train")
+        steps = itertools.count()
+
+        def step(model, batch, done, steps=steps, loss_bad=loss_bad):
+            number = next(steps)
+            loss = F.cross_entropy(model(batch.inputs), batch.labels)
+            if loss_bad:
+                return {"loss": loss * (float("nan") if number == 6 else 1)}
+            return {"loss": Loss.apply(loss, number == 7)}
+
+        task = Task(step, lambda model: {"x": 0.0}, Figure("x", "highest", ""))
+        batches = Batches(clouds(), 8, accelerator.device, 0)
+        machine = MachineOptions(device="cpu", tensorboard=False, progress=False)
+        model = Small()
+        with pytest.raises(RuntimeError, match=words):
+            fit(model, task, batches, lambda m, p: None, loop, machine, accelerator, run)
+        state = run.load_state()
+        assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
+        assert not any(parameter._backward_hooks for parameter in model.parameters())
+
+
 def test_another_seed_gives_another_result(tmp_path):
     """Else the comparison above could not fail."""
     run_toy(tmp_path / "a", LoopOptions(epochs=2, batch_size=8, seed=1))
@@ -199,9 +265,16 @@ def test_options_out_of_range_are_named(tmp_path):
         ({"accumulate": 0}, "--accumulate is 0"),
         ({"average": 1.0}, "--average is 1.0"),
         ({"lr": 0.0}, "--lr is 0.0"),
+        ({"warmup": 60.0}, "--warmup is 60 and --epochs 50"),
     ):
         with pytest.raises(ValueError, match=words):
             run_toy(tmp_path / words, LoopOptions(**options))
+
+
+def test_machine_options_below_zero_are_named():
+    for name in ("workers", "minutes", "timeout"):
+        with pytest.raises(ValueError, match=rf"--{name} is -1; expected 0 or more"):
+            make_accelerator(MachineOptions(device="cpu", **{name: -1}))
 
 
 def test_cuda_without_cuda_is_a_clear_error(monkeypatch):

@@ -131,9 +131,47 @@ def test_state_is_loaded_without_unpickling_and_damage_is_an_error(tmp_path):
     run.save_state({"epoch": 2, "model": {"w": torch.arange(3.0)}})
     loaded = torch.load(run.state_path, weights_only=True)
     assert loaded["epoch"] == 2 and torch.equal(loaded["model"]["w"], torch.arange(3.0))
-    run.state_path.write_bytes(run.state_path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"state\.pt cannot be read"):
-        run.load_state()
+    whole = run.state_path.read_bytes()
+    for content in (whole[:100], b"", b"junk", b"[1, 2]"):
+        run.state_path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"state\.pt cannot be read .*Copy it again, or delete"
+        ) as caught:
+            run.load_state()
+        assert "weights_only" not in str(caught.value)  # torch's advice is to unpickle it
+    for epoch in (-1, True, "2", None):
+        torch.save({"epoch": epoch}, run.state_path)
+        with pytest.raises(ValueError, match="holds no number of epochs"):
+            run.load_state()
+
+
+def test_what_is_to_be_read_by_people_does_not_keep_a_run_from_going_on(tmp_path, capsys):
+    run = start(tmp_path)
+    for content in (None, "", "[1]"):
+        run.path.joinpath("environment.json").unlink()
+        if content is not None:
+            run.path.joinpath("environment.json").write_text(content)
+        start(tmp_path, resume=True)
+        assert "environment.json is gone or damaged" in " ".join(capsys.readouterr().out.split())
+        assert len(json.loads((tmp_path / "environment.json").read_text())["resumed"]) == 1
+
+
+def test_metrics_that_were_lost_are_said(tmp_path, capsys):
+    run = start(tmp_path)
+    run.log({"epoch": 2})
+    run.forget_metrics_after(3)
+    assert "lacks epoch 1, 3, which were trained" in " ".join(capsys.readouterr().out.split())
+    run.metrics_path.unlink()
+    run.forget_metrics_after(1)
+    assert "lacks epoch 1" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_damaged_file_of_a_run_says_what_to_do(tmp_path):
+    start(tmp_path)
+    for content in ("", "[1]", '{"command": '):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json .*copy it again .*or delete its run folder"):
+            start(tmp_path, resume=True)
 
 
 @dataclass

@@ -131,6 +131,23 @@ def test_what_would_write_the_same_images_is_refused_and_hidden_files_are_skippe
             render_folder(tmp_path, tmp_path / "out")
 
 
+def test_images_of_two_kinds_do_not_share_a_folder(tmp_path, monkeypatch):
+    """A shape whose last image is there counts as done: sizes and rigs would be mixed without a word."""
+    folder = tmp_path / "ball" / "train"
+    folder.mkdir(parents=True)
+    (folder / "a.off").write_text("OFF\n" + TETRAHEDRON)
+    out = tmp_path / "out"
+    (out / "train" / "ball").mkdir(parents=True)
+    (out / "train" / "ball" / "a_006.png").touch()  # done, so that nothing is drawn
+    for _ in range(2):
+        assert render_folder(tmp_path, out, "simpleview", 32) == 0
+    for other in ({"rig": "ring12"}, {"size": 64}, {"up": "y"}):
+        with pytest.raises(ValueError, match=r"holds images made with .*'size': 32.*give another folder"):
+            render_folder(tmp_path, out, **{"rig": "simpleview", "size": 32, **other})
+    with pytest.raises(ValueError, match="size=0; expected at least 1 pixel"):
+        render_folder(tmp_path, tmp_path / "other", size=0)
+
+
 def test_without_pyvista_it_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.off").write_text("OFF\n" + TETRAHEDRON)
     monkeypatch.setitem(sys.modules, "pyvista", None)
