@@ -11,6 +11,8 @@ import contextlib
 import io
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -33,7 +35,9 @@ from pointcmt.generator import PointGenerator
 from pointcmt.objectives import FeatureEnhancement, FeatureL2
 from pointcmt.ops import emd, furthest_point_sample, knn
 from pointcmt.recipes.options import DataOptions
+from pointcmt.recipes.run import RunFolder
 from pointcmt.views import ViewSpec
+from pointcmt.views.mesh import render_meshes
 from tests.toys import BentEnd, Generator, Student, Teacher, batch
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "troubleshooting.md"
@@ -238,6 +242,47 @@ def _(folder: Path) -> None:
     train(folder, *TINY, "--method", "none")
 
 
+@mistake(
+    COMMANDS,
+    "started a second process in the folder of one that is at work",
+    "run",
+    "wait for it, or another `--out`",
+    varies=r"process \d+ on .*?(?=\): wait)",
+)
+def _(folder: Path) -> None:
+    other = (
+        "import fcntl, os, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print(f'process {os.getpid()} on this machine', file=file, flush=True)\n"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    (folder / "run").mkdir()
+    line = [sys.executable, "-c", other, str(folder / "run/.lock")]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"held\n"
+        train(folder, "--method", "none", *TINY, "--resume")
+
+
+@mistake(COMMANDS, "went on from a damaged training state", "state.pt", "start that run again")
+def _(folder: Path) -> None:
+    run = RunFolder.open(folder / "run", {}, command="train")
+    run.state_path.write_bytes(b"cut short")
+    run.load_state()
+
+
+@mistake(COMMANDS, "warmed up for longer than the run", "--warmup", "fewer epochs of warm-up")
+def _(folder: Path) -> None:
+    train(folder, "--method", "none", *TINY, "--warmup", 5)
+
+
+@mistake(
+    COMMANDS, "gave two methods of a study names that differ in capitals only", "fe", "names that differ"
+)
+def _(folder: Path) -> None:
+    methods = "methods: {none: {method: none}, FE: {ce_weight: 0}, fe: {ce_weight: 0}}"
+    (folder / "study.yaml").write_text(f"students: {{net: {{}}}}\n{methods}\nseeds: [0]\n")
+    command("ablate", "--config", folder / "study.yaml")
+
+
 @mistake(COMMANDS, "gave a folder with other files as `--out`", "thesis.tex", "give an empty or a new folder")
 def _(folder: Path) -> None:
     (folder / "run").mkdir()
@@ -316,6 +361,27 @@ def _(folder: Path) -> None:
     (folder / "data").mkdir()
     (folder / "data/notes.doc").touch()
     data(folder)
+
+
+@mistake(DATA, "gave clouds as `<class>/<split>/`", "chair/train", "move them to `<split>/<class>/`")
+def _(folder: Path) -> None:
+    (folder / "data/chair/train").mkdir(parents=True)
+    np.savetxt(folder / "data/chair/train/1.pts", _cloud(0))
+    PointFolder(folder / "data", "train")
+
+
+@mistake(DATA, "gave folders of classes without splits", "chair/", "`train/` and `test/`, or a csv list")
+def _(folder: Path) -> None:
+    (folder / "data/chair").mkdir(parents=True)
+    np.savetxt(folder / "data/chair/1.xyz", _cloud(0))
+    PointFolder(folder / "data", "train")
+
+
+@mistake(DATA, "gave an archive that is not unpacked", "clouds.zip", "unpack it")
+def _(folder: Path) -> None:
+    (folder / "data").mkdir()
+    (folder / "data/clouds.zip").touch()
+    PointFolder(folder / "data", "train")
 
 
 @mistake(DATA, "asked for more points than the files have", "64", "fewer `--num-points`, or denser files")
@@ -465,6 +531,18 @@ def _(folder: Path) -> None:
     MultiViewImages(folder / "images", "train")[0]
 
 
+@mistake(IMAGES, "gave depth maps in millimetres, in 16 bits", "4000", "`--white 4000`, or `white=4000`")
+def _(folder: Path) -> None:
+    depths = np.linspace(500, 4000, 64).reshape(8, 8).astype(np.uint16)
+    MultiViewImages(pictures(folder / "images", depths), "train", in_chans=1)
+
+
+@mistake(IMAGES, "rendered images of another size into a folder of some", "64", "another `--out`")
+def _(folder: Path) -> None:
+    for size in (32, 64):
+        render_meshes({}, folder / "images", "simpleview", size)
+
+
 @mistake(IMAGES, "gave images of unequal sizes", "8", "give `size`")
 def _(folder: Path) -> None:
     root = pictures(folder / "images", GREY)
@@ -488,6 +566,13 @@ def _(folder: Path) -> None:
 @mistake(IMAGES, "gave views of values 0 to 255 as floats", "255", "divide by 255")
 def _(folder: Path) -> None:
     _teacher()(torch.arange(256.0).view(1, 1, 1, 16, 16))
+
+
+@mistake(IMAGES, "gave the teacher images that were normalised already", "-2.118", "leave `Normalize` out")
+def _(folder: Path) -> None:
+    photographs = ImageTeacher(2, "simpleview_resnet", backbone_options={"width": 0.0625, "layers": [1]})
+    black_and_white = torch.stack([torch.zeros(3, 16, 16), torch.ones(3, 16, 16)])[None]
+    photographs((black_and_white - photographs.mean) / photographs.std)
 
 
 @mistake(
@@ -645,6 +730,11 @@ def _(folder: Path) -> None:
 @mistake(OPS, "gave the operators clouds as [B, 3, N]", "[2, 3, 64]", "`.transpose(1, 2)`")
 def _(folder: Path) -> None:
     furthest_point_sample(torch.rand(2, 3, 64), 4)
+
+
+@mistake(OPS, "gave the operators NumPy arrays", "ndarray", "`torch.as_tensor`")
+def _(folder: Path) -> None:
+    furthest_point_sample(np.zeros((2, 64, 3), np.float32), 4)  # type: ignore[arg-type]
 
 
 @mistake(OPS, "asked for more neighbours than there are points", "20", "a smaller k, or more points")

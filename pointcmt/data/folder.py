@@ -223,7 +223,7 @@ def _listed(path: Path) -> list[tuple[str, str, Path]]:
 
 
 def _no_split(root: Path, split: Split, there: Counter[str], by_list: bool) -> str:
-    held = ", ".join(f"{name} ({count} files)" for name, count in there.items()) or "nothing"
+    held = ", ".join(f"{name} ({count} files)" for name, count in there.items()) or "none of any split"
     other = next((name for name in SPLITS[2:] if there[name]), None)
     way = f"write {split} in its column split" if by_list else f"put shapes into {split}/<class>/"
     return (
