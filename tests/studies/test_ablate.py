@@ -69,7 +69,13 @@ def test_every_cell_is_run_once_and_compared_in_pairs(tmp_path, capsys, monkeypa
     records = contents(out / "records")
     assert len(records) == 2 + 1  # with the teacher's
     teacher = (out / "teachers/only/teacher/teacher.safetensors").stat().st_mtime_ns
+    # as after a kill between the training of the teacher and its record
+    (out / "records/teachers/only.json").unlink()
+    before = json.loads(records.pop("teachers/only.json"))
     assert main(words(config, out, "--debug")) == 0
+    again = json.loads((out / "records/teachers/only.json").read_text())
+    assert {name: again[name] for name in ("last", "shapes")} == {n: before[n] for n in ("last", "shapes")}
+    assert again["cpu_seconds"] >= before["cpu_seconds"]  # of both commands
     assert len(list((out / "records").glob("*.json"))) == 6
     for name, text in records.items():  # finished cells, and the teacher, were not done again
         assert (out / "records" / name).read_text() == text
