@@ -38,6 +38,12 @@ def test_the_page_in_the_repository_is_that_of_its_records():
     )
 
 
+def test_training_adds_less_than_a_gigabyte_by_its_record():
+    rows = json.loads((registration.RESULTS / "registration-memory-cpu.json").read_text())["rows"]
+    (row,) = [row for row in rows if row["width"] == 1 and row["training, batch"] == 8]
+    assert 300 < row["training adds, MB"] * 2**20 / 1e6 < 1000
+
+
 def test_differences_are_paired_by_seed_and_one_seed_by_pairs():
     records = [made("ours", s, 10.0) for s in range(3)]
     records += [made("no images", s, 10.0 + gain) for s, gain in enumerate((1.0, 2.0, 3.0))]
