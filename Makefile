@@ -73,7 +73,7 @@ test-torch test-python: EXTRAS = dev
 test-lowest: EXTRAS = test,mesh,registration,tensorboard,pretrained,cluster
 test-lowest: NAME = lowest
 test-lowest: PINS = $(PYTHON) tests/lowest.py pyproject.toml
-test-python: NAME = $(notdir $(PYTHON))
+test-python: NAME = $(shell $(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
 test-python: PINS = true
 test-torch test-lowest test-python:
 	@test $@ != test-torch -o -n "$(TORCHVISION_$(TORCH))" || { echo "make test-torch TORCH=2.6.0 or 2.9.1"; exit 1; }

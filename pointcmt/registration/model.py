@@ -24,6 +24,7 @@ from pointcmt.registration.layers import (
     rows_of,
 )
 from pointcmt.registration.pieces import in_pieces
+from pointcmt.views.values import bounds_of, check_values
 
 Images = Literal["observed", "canonical", "none"]
 
@@ -342,6 +343,8 @@ class CMIGNet(nn.Module):
         expected = [batch, len(self.views.cameras), 1, size, size]
         if list(images.shape) != expected:
             raise ValueError(f"CMIGNet: images have shape {list(images.shape)}; expected {expected}")
+        if images.device.type == "cpu":  # a GPU would be waited for
+            check_values(images, bounds_of(("depth",)))
         return images
 
     def _fuse(
