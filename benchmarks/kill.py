@@ -12,12 +12,15 @@ followed by another one of the resumed run.
 
 Each recipe also meets a full disk (a limit of the system on the size of files) and a folder that may not be
 written to, at its first write: it must end with exit code 1 and a message that names what could not be
-written and says what to do, and the run that is then resumed must be equal too.
+written and says what to do, and the run that is then resumed must be equal too. Of two processes the second
+one has a loss or a gradient that is not finite, or an error, dies or stops answering in its second epoch: the
+first must end within a minute with a message that names rank 1, and leave a checkpoint to go on from.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -43,6 +46,7 @@ from torch import nn
 
 from benchmarks._harness import RESULTS, ROOT, record
 from pointcmt.cli import main as command_line
+from pointcmt.recipes import engine
 from pointcmt.recipes.config import write_json
 
 QUESTION = "Is a run that was killed and resumed the run that was never killed?"
@@ -176,6 +180,11 @@ def _ablate(out: Path, made: Path) -> Sequence[object]:
     )
 
 
+def _in_two(words: Callable[[Path, Path], Sequence[object]]) -> Callable[[Path, Path], Sequence[object]]:
+    """They wait no longer than this for each other."""
+    return lambda out, made: (*words(out, made), "--timeout", 8)
+
+
 RECIPES = (
     Recipe("train-teacher", _teacher),
     Recipe("train-generator", _generator),
@@ -187,10 +196,18 @@ RECIPES = (
     Recipe("train-registration", _registration),
     Recipe("render-views", _render, ()),
     Recipe("ablate", _ablate, ()),
-    Recipe("train-teacher, two processes", _teacher, processes=2),
-    Recipe("train, two processes", _train, processes=2),
-    Recipe("pretrain, two processes", _pretrain, processes=2),
-    Recipe("segment, two processes", _segment, processes=2),
+    *(
+        Recipe(f"{name}, two processes", _in_two(words), processes=2)
+        for name, words in (
+            ("train-teacher", _teacher),
+            ("train-generator", _generator),
+            ("train", _train),
+            ("train --unlabelled", _unlabelled),
+            ("pretrain", _pretrain),
+            ("segment", _segment),
+            ("train-registration", _registration),
+        )
+    ),
 )
 
 STUDY = """
@@ -216,9 +233,11 @@ train: {loop: {epochs: 1, batch_size: 16}}
 # ---- what the recipes start from
 
 
-def prepare(made: Path) -> None:
-    """Data, a teacher and a generator in ``made``; the commands run in children."""
+def prepare(made: Path, start: Callable[[Sequence[object], Path], tuple[int, str]] | None = None) -> None:
+    """Data, a teacher and a generator in ``made``; ``start`` runs a command line, by default in a child."""
     import trimesh
+
+    start = start or run
 
     made.mkdir(parents=True)
     draw = np.random.default_rng(0)
@@ -241,7 +260,7 @@ def prepare(made: Path) -> None:
             )
     for name, words in (("teacher", _teacher), ("generator", _generator)):
         folder = made / f"of-{name}"
-        code, said = run(words(folder, made), folder)
+        code, said = start(words(folder, made), folder)
         if code:
             raise RuntimeError(f"{name} could not be made: {said}")
         (folder / "run").rename(made / name)
@@ -264,8 +283,12 @@ def load_libraries() -> None:
         "accelerate",
         "scipy.optimize",
         "trimesh",
+        "typeguard",
     ):
         importlib.import_module(name)
+    for name in ("open3d", "pyvista"):  # extras; seconds each, which no kill should be spent on
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     for module, _, _ in COMMANDS.values():
         importlib.import_module(f"pointcmt.{module}")
 
@@ -325,6 +348,49 @@ def _read_only(folder: Path) -> None:
 FAULTS = {"a full disk": _full_disk, "a read-only folder": _read_only}
 
 
+def _in_second_epoch(act: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    """A fault of rank 1 in the first step of the second epoch, when there is a checkpoint."""
+
+    def install(folder: Path) -> None:
+        if os.environ.get("RANK") != "1":
+            return
+        see = engine._Finite.see
+
+        def faulty(self: Any, step: int, losses: dict[str, torch.Tensor]) -> None:
+            if self.epoch == 1 and step == 0:
+                act(losses)
+            see(self, step, losses)
+
+        engine._Finite.see = faulty  # type: ignore[method-assign]
+
+    return install
+
+
+def _nan_loss(losses: dict[str, torch.Tensor]) -> None:
+    losses["loss"] = losses["loss"] * float("nan")
+
+
+def _nan_gradient(losses: dict[str, torch.Tensor]) -> None:
+    losses["loss"].register_hook(lambda gradient: gradient * float("nan"))
+
+
+def _error(losses: dict[str, torch.Tensor]) -> None:
+    raise ValueError("broken on purpose")
+
+
+# what it does, and what the other process must say of it beside its rank
+RANK_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "its loss is NaN": (_in_second_epoch(_nan_loss), "the loss is nan in step 1 of epoch 2"),
+    "its gradient is NaN": (
+        _in_second_epoch(_nan_gradient),
+        "the gradient is not finite in step 1 of epoch 2",
+    ),
+    "it has an error": (_in_second_epoch(_error), "ended with an error: broken on purpose"),
+    "it dies": (_in_second_epoch(lambda _: os._exit(9)), "died or does not answer"),
+    "it stops answering": (_in_second_epoch(lambda _: time.sleep(3600)), "died or does not answer"),
+}
+
+
 def _child(
     words: Sequence[object],
     folder: Path,
@@ -342,7 +408,9 @@ def _child(
         os.dup2(said, 2)
         sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", closefd=False)
-        if fault is not None:
+        if fault in RANK_FAULTS:
+            RANK_FAULTS[fault][0](folder)
+        elif fault is not None:
             FAULTS[fault](folder)
         elif rank == "0":
             _watch_writes(folder, kill_at, folder.with_name(f"{folder.name}.writes"))
@@ -372,7 +440,7 @@ def run(
         processes: how many, joined by gloo.
         kill_at: it is killed before this write of its first process, counted from 0.
         kill_after: seconds after which all its processes are killed.
-        fault: one of ``FAULTS`` that it meets.
+        fault: one of ``FAULTS`` that it meets, or one of ``RANK_FAULTS`` of its second process.
 
     Returns:
         the exit code of the first process, −9 where it was killed, and what it printed.
@@ -405,7 +473,8 @@ def run(
                 ended, status = os.waitpid(child, os.WNOHANG)
                 if ended:
                     codes[child] = os.waitstatus_to_exitcode(status)
-        killed = -signal.SIGKILL in codes.values()
+        # one that does not answer waits on for what its fault makes it wait for
+        killed = -signal.SIGKILL in codes.values() or (fault in RANK_FAULTS and children[0] in codes)
         if time.monotonic() > until or killed:
             hung = not killed and kill_after is None
             for child in children:
@@ -545,6 +614,33 @@ def meet(recipe: Recipe, whole: Whole, work: Path, made: Path, fault: str) -> st
     return ""
 
 
+def lose_a_rank(recipe: Recipe, work: Path, made: Path, fault: str) -> str:
+    """A fault of rank 1 of two: what is wrong with how rank 0 ends, empty where nothing is."""
+    shutil.rmtree(work, ignore_errors=True)
+    began = time.monotonic()
+    code, said = run(recipe.words(work, made), work, recipe.processes, fault=fault)
+    spent = time.monotonic() - began
+    words = RANK_FAULTS[fault][1]
+    named = re.search("rank (0, )?1 of 2", said)  # a contrastive loss takes a gradient to all processes
+    if code != 1 or "Traceback" in said or not named or words not in said or spent > 60:
+        return f"{fault}: exit code {code} after {spent:.0f} s, and it says {said.strip().splitlines()[-3:]}"
+    state = torch.load(work / "run" / "state.pt", weights_only=True)
+    if state["epoch"] != 1 or not all(value.isfinite().all() for value in state["model"].values()):
+        return f"{fault}: the checkpoint is of epoch {state['epoch']}, or not finite"
+    return ""
+
+
+def lose_and_resume(recipe: Recipe, whole: Whole, work: Path, made: Path, fault: str) -> str:
+    """:func:`lose_a_rank`, and the run that is then resumed."""
+    if wrong := lose_a_rank(recipe, work, made, fault):
+        return wrong
+    code, said = run([*recipe.words(work, made), *recipe.resume], work, recipe.processes)
+    differing = differences(whole.contents, contents(work), whole.varies)
+    if code or differing:
+        return f"{fault}: resumed, exit code {code}, differs in {differing[:1]}: {said[-300:]}"
+    return ""
+
+
 # ---- the command
 
 
@@ -596,10 +692,11 @@ def main(argv: list[str] | None = None) -> int:
                     if wrong:
                         own["wrong"].append(wrong)
                         print(f"{recipe.name}: {wrong}", flush=True)
-                for fault in FAULTS if recipe.processes == 1 else ():
+                for fault in FAULTS if recipe.processes == 1 else RANK_FAULTS:
                     if fault not in own["met"]:
                         own["met"].append(fault)
-                        if wrong := meet(recipe, whole, work, made, fault):
+                        meeting = meet if recipe.processes == 1 else lose_and_resume
+                        if wrong := meeting(recipe, whole, work, made, fault):
                             own["wrong"].append(wrong)
                             print(f"{recipe.name}: {wrong}", flush=True)
                 write_json(args.state, state)
@@ -612,7 +709,8 @@ def main(argv: list[str] | None = None) -> int:
             "killed at random instants": own["random"],
             "killed at a write": own["writes"],
             "of its writes": own["of"],
-            "full disk, read-only folder": len(own["met"]),
+            "full disk, read-only folder": len(FAULTS.keys() & own["met"]),
+            "rank 1 lost, or NaN": len(RANK_FAULTS.keys() & own["met"]),
             "wrong": len(own["wrong"]),
         }
         for name, own in state.items()

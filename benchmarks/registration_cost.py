@@ -5,7 +5,7 @@ Time is that of the processor over all threads (``time.process_time``), in turns
 a child process that trains two steps, less the peak that it had with all code loaded (a step of a tiny
 network).
 
-    python -m benchmarks.registration_cost
+    python -m benchmarks.registration_cost [--only memory]
 """
 
 from __future__ import annotations
@@ -140,17 +140,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--only", choices=("time", "memory"), help="measure this and leave the other record")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    rows = times(options.pairs, options.rounds)
-    show(rows)
-    notes = {
-        "pairs": options.pairs,
-        "threads": options.threads,
-        "points": 768,
-        "voxels": [EVERY_POINT, THINNED],
-    }
-    record(options.out / "registration-cost-cpu.json", QUESTION, rows, notes=notes)
+    if options.only != "memory":
+        rows = times(options.pairs, options.rounds)
+        show(rows)
+        notes = {
+            "pairs": options.pairs,
+            "threads": options.threads,
+            "points": 768,
+            "voxels": [EVERY_POINT, THINNED],
+        }
+        record(options.out / "registration-cost-cpu.json", QUESTION, rows, notes=notes)
+    if options.only == "time":
+        return 0
     rows = [memory(1.0, 8), memory(0.25, 8)]
     show(rows)
     record(

@@ -112,10 +112,15 @@ _TEMPORARY = re.compile(r"\..*\.(?P<host>[A-Za-z0-9_]+)-(?P<process>\d+)-[0-9a-f
 _tidied: set[Path] = set()
 
 
-def remove_stale(folder: PathLike) -> int:
+def remove_stale(folder: PathLike, held: bool = False) -> int:
     """Remove the temporary files that killed runs left in ``folder``; returns how many.
 
-    Removed are those of processes of this machine that are no more, and of other machines after a day.
+    Removed are those of processes of this machine that are no more, and all after a day: another process may
+    have got the number of one that was killed, and those of other machines are not known.
+
+    Args:
+        folder: nothing below it is looked at.
+        held: no other process writes there (see :mod:`pointcmt.locks`): all of others are removed.
     """
     count = 0
     for path in Path(folder).glob(".*"):
@@ -123,10 +128,10 @@ def remove_stale(folder: PathLike) -> int:
         if matched is None:
             continue
         try:
-            if matched["host"] == _HOST:
+            mine = matched["host"] == _HOST and int(matched["process"]) == os.getpid()
+            stale = not mine and (held or time.time() - path.stat().st_mtime > 86_400)
+            if matched["host"] == _HOST and not stale:
                 os.kill(int(matched["process"]), 0)  # raises where there is no such process
-                continue
-            stale = time.time() - path.stat().st_mtime > 86_400
         except (ProcessLookupError, OverflowError):
             stale = True
         except OSError:  # somebody else's process, or a file that is gone

@@ -126,8 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pointcmt.recipes.config import plain, structure
 
         structure(plain(options), options_type, command)
+        from pointcmt.recipes.processes import answering
+
         running = True
-        result = function(options)
+        with answering():
+            result = function(options)
         return result if isinstance(result, int) else 0
     except SystemExit as stop:
         if running:  # code of the user's own: an end without a word must not pass for success

@@ -18,11 +18,9 @@ from pointcmt.checkpoint import PathLike, fingerprint, load_module, save_module
 from pointcmt.pretrained import load_backbone, packaged_weights
 from pointcmt.types import ImageFeatures, TeacherOutput, Views
 from pointcmt.views import ViewSpec
+from pointcmt.views.values import bounds_of, check_values
 
 _VIEW_POOLS = ("max", "mean")
-
-# images are from 0 to 1, the logarithm of a number of points is a few times larger, and 8 bits end at 255
-_LARGEST_VALUE = 16.0
 
 
 class ImageTeacher(nn.Module):
@@ -134,6 +132,12 @@ class ImageTeacher(nn.Module):
             self.register_buffer(name, per_channel, persistent=False)
         self._checked_values = False
         self.normalizes = means is not None or deviations is not None
+        neutral = self.normalizes and bool((self.mean == 0).all() and (self.std == 1).all())
+        # what may be in images of which nothing is known; of one channel they hold no normals
+        unknown = ("near",) if of_colours else ("depth",) if in_chans == 1 else ("depth", "normal")
+        self._bounds = bounds_of(unknown if view_spec is None else view_spec.channels)
+        if neutral or (of_colours and not self.normalizes):  # somebody says that he does it himself
+            self._bounds = (-16.0, 16.0)
         self.config: dict[str, Any] = {
             "num_classes": num_classes,
             "backbone": backbone,
@@ -307,12 +311,13 @@ class ImageTeacher(nn.Module):
         if torch.compiler.is_compiling() or (self._checked_values and views.device.type != "cpu"):
             return
         self._checked_values = True
-        low, high = (value.item() for value in views.detach().aminmax()) if views.numel() else (0.0, 0.0)
-        if not max(abs(low), abs(high)) <= _LARGEST_VALUE:
-            raise ValueError(
-                f"views have values from {low:.4g} to {high:.4g}; expected images from 0 to 1: divide "
-                "those of 8 bits by 255, of 16 bits by 65535, and look for NaN"
-            )
+        check_values(
+            views,
+            self._bounds,
+            (", as this teacher does it itself" if self.normalizes else "")
+            + "; to give such values all the same, make ImageTeacher(…, mean, std) of zeros and ones"
+            + ("" if self.view_spec else ", and for views of normals give it their view_spec="),
+        )
 
 
 def _create_backbone(

@@ -7,8 +7,11 @@ import torch
 
 from pointcmt.backbones import SimpleViewResNet
 from pointcmt.generator import PointGenerator
+from pointcmt.objectives import FeatureL2
 from pointcmt.pretrained import packaged_weights
+from pointcmt.students import PointNet2
 from pointcmt.teacher import ImageTeacher
+from pointcmt.training import CrossModalTraining
 from pointcmt.views import ViewSpec
 
 SMALL = {"width": 0.0625, "layers": [1, 1], "stem_kernel": 2, "stem_stride": 2}
@@ -379,3 +382,36 @@ def test_images_of_another_range_are_refused(views):
     ):
         teacher(views)
     teacher(views.nan_to_num(0).clamp(0, 1))
+
+
+@pytest.mark.parametrize("shade", [0.0, 0.1, 0.85, 1.0])
+def test_images_that_were_normalised_already_are_refused(shade):
+    """Case 26's kind: silently another network, whose accuracy is plausible."""
+    teacher = ImageTeacher(3, backbone="test_resnet", feature_dim=8).eval()
+    images = torch.full((2, 2, 3, 8, 8), shade)
+    images[..., 2:5, 2:5] = 1 - shade
+    normalised = (images - teacher.mean) / teacher.std
+    with pytest.raises(
+        ValueError, match=r"values from .*; expected images from 0 to 1, .*leave Normalize.* itself"
+    ):
+        teacher(normalised)
+    grey = ImageTeacher(3, backbone="test_resnet", feature_dim=8, in_chans=1).eval()
+    with pytest.raises(ValueError, match=r"leave Normalize\(mean, std\) out; to give"):
+        grey((images[:, :, :1] - 0.5) / 0.25)
+    # somebody who says that he normalises himself; normals, and what augmentation makes of colours
+    own = ImageTeacher(3, backbone="test_resnet", feature_dim=8, mean=(0, 0, 0), std=(1, 1, 1)).eval()
+    own(normalised)
+    spec = ViewSpec(channels=("normal",), up="z", size=8)
+    normals = ImageTeacher(3, backbone="test_resnet", feature_dim=8, in_chans=3, view_spec=spec).eval()
+    normals(2 * images - 1)
+    teacher(images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)))
+
+
+def test_in_a_loop_of_ones_own_too():
+    teacher = ImageTeacher(3, backbone="test_resnet", feature_dim=8)
+    student = PointNet2(3, width=0.06, feature_dim=8)
+    points = torch.rand(4, 64, 3)
+    with CrossModalTraining(teacher, student, objectives=[FeatureL2()]) as training:
+        student(points)
+        with pytest.raises(ValueError, match=r"leave Normalize\(mean, std\) out, as this teacher does it"):
+            training.loss(views=torch.rand(4, 2, 3, 8, 8) * 4 - 2)

@@ -12,7 +12,7 @@ import numpy as np
 from pointcmt.data.files import read_text
 from pointcmt.views.mesh_files import MESH_SUFFIXES, read_mesh
 
-TEXT_SUFFIXES = (".xyz", ".txt")
+TEXT_SUFFIXES = (".xyz", ".txt", ".pts", ".asc", ".csv")
 SUFFIXES = (*MESH_SUFFIXES, ".pcd", *TEXT_SUFFIXES, ".npy", ".npz")
 
 _POINT_KEYS = ("points", "xyz", "pos", "pc", "data")
@@ -40,10 +40,11 @@ class Cloud(NamedTuple):
 def read_cloud(path: Path, finite: bool = True) -> Cloud:
     """The cloud or mesh in a file, by its suffix (:data:`SUFFIXES`).
 
-    Text (``xyz``, ``txt``) has a point a line, x y z and then anything, by blanks or commas; where columns 4
-    to 6 are unit vectors they are normals. ``npy`` holds such rows; ``npz`` an array ``points`` (or xyz, pos,
-    pc, data, or the only one) and maybe ``normals``. Points of a ``pcd`` that are NaN are missing
-    measurements and left out, as its library does.
+    Text (``xyz``, ``txt``, ``pts``, ``asc``, ``csv``) has a point a line, x y z and then anything, by blanks
+    or commas; where columns 4 to 6 are unit vectors they are normals. Before them may stand a line of names,
+    which says what columns x, y, z and maybe nx, ny, nz are, or the number of points. ``npy`` holds such
+    rows; ``npz`` an array ``points`` (or xyz, pos, pc, data, or the only one) and maybe ``normals``. Points
+    of a ``pcd`` that are NaN are missing measurements and left out, as its library does.
 
     Args:
         path: the file.
@@ -104,7 +105,29 @@ def _rows(path: Path, suffix: str) -> np.ndarray | dict[str, np.ndarray]:
         raise ValueError("has commas in its numbers (0,5); expected points: 0.5")
     if len(rows) > 1 and len(rows[0]) == 1:
         del rows[0]  # the number of points
-    return np.array(rows, dtype=np.float64)
+    if not rows or all(map(_is_number, rows[0])):
+        return np.array(rows, dtype=np.float64)
+    names = [word.strip("\"'").lower() for word in rows[0]]
+    if not {"x", "y", "z"} <= set(names):
+        raise ValueError(
+            f"begins with {' '.join(rows[0])[:60]!r}; expected a point a line, x y z, or a line before them "
+            "that names x, y and z"
+        )
+    table = np.array(rows[1:], dtype=np.float64).reshape(len(rows) - 1, -1)
+    if len(table) and table.shape[1] != len(names):
+        raise ValueError(f"names {len(names)} columns and has {table.shape[1]}")
+    found = {"points": table[:, [names.index(name) for name in "xyz"]]}
+    if {"nx", "ny", "nz"} <= set(names):
+        found["normals"] = table[:, [names.index(name) for name in ("nx", "ny", "nz")]]
+    return found
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _columns(found: np.ndarray | dict[str, np.ndarray]) -> Cloud:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pointcmt.data.checks import Up, check_coordinates
+from pointcmt.data.files import folded
 from pointcmt.data.labelled import check_point_labels
 from pointcmt.types import Batch, Views
 from pointcmt.views import pixels_of, unit_sphere
@@ -278,7 +278,7 @@ def check_class_names(names: Sequence[str]) -> None:
     systems differ in them."""
     first: dict[str, str] = {}
     for name in names:
-        other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        other = first.setdefault(folded(name), name)
         if other != name:
             warnings.warn(
                 f"the classes {other!a} and {name!a} differ in nothing but capitals or how an "

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pointcmt import locks
 from pointcmt.checkpoint import atomic_write, disk_full, naming_file
 from pointcmt.types import TeacherOutput
 
@@ -61,7 +60,7 @@ class FeatureCache:
         path: str | Path,
         teacher_fingerprint: str,
         data_fingerprint: str,
-        views: dict[str, Any],
+        views: dict[str, Any] | Callable[[], dict[str, Any]],
         n: int,
         fill: Fill,
     ) -> FeatureCache:
@@ -75,9 +74,12 @@ class FeatureCache:
             path: the file to make.
             teacher_fingerprint: ``teacher.fingerprint()``.
             data_fingerprint: ``dataset.fingerprint()``.
-            views: how the views were made (rig, size, …), kept with the features; JSON values.
+            views: how the views were made (rig, size, …), kept with the features; JSON values. A function
+                that gives them is called only where there is something to build; the views of a cache that is
+                there are then not compared.
             n: number of shapes.
-            fill: rows int64 [m] → pieces ``(rows [b], TeacherOutput of those)`` that cover them.
+            fill: rows int64 [m] → pieces ``(rows [b], TeacherOutput of those)`` that cover them; called only
+                where there is something to build.
 
         Raises:
             ValueError: outputs that are not finite, or whose shapes change from piece to piece.
@@ -85,13 +87,6 @@ class FeatureCache:
             RuntimeError: ``fill`` left rows out.
         """
         path = Path(path)
-        header = {
-            "kind": _KIND,
-            "teacher": teacher_fingerprint,
-            "data": data_fingerprint,
-            "views": json.dumps(views, sort_keys=True),
-            "n": str(n),
-        }
         with naming_file(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -101,21 +96,34 @@ class FeatureCache:
                     path,
                     teacher_fingerprint=teacher_fingerprint,
                     data_fingerprint=data_fingerprint,
-                    views=views,
+                    views=None if callable(views) else views,
                 )
             except (FileNotFoundError, ValueError) as error:
                 if path.exists():
                     warnings.warn(f"{error}: this is done now", stacklevel=3)
                 return None
 
+        lock = path.with_name(f".{path.name}.lock")
         if (found := there()) is not None:  # before the lock, which a read-only folder does not give
             # of a build that was killed when all was there: as it was about to be deleted
             shutil.rmtree(_partial(path), ignore_errors=True)
+            locks.forget(lock)
             return found
-        with _exclusive(path.with_name(f".{path.name}.lock")):
+
+        def waiting(holder: str) -> None:
+            warnings.warn(f"another process builds {path} ({holder}): waiting for it", stacklevel=4)
+
+        with locks.taken(lock, waiting):
             # another process may have made it meanwhile
             if path.exists() and (found := there()) is not None:
                 return found
+            header = {
+                "kind": _KIND,
+                "teacher": teacher_fingerprint,
+                "data": data_fingerprint,
+                "views": json.dumps(views() if callable(views) else views, sort_keys=True),
+                "n": str(n),
+            }
             _Builder(path, header, n).run(fill)
         return cls.open(path)
 
@@ -338,20 +346,3 @@ def _checksums(tensors: dict[str, Tensor]) -> Tensor:
             value = zlib.crc32(array[row].tobytes(), value)
         sums.append(value)
     return torch.tensor(sums, dtype=torch.int64)
-
-
-@contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """One process at a time; the system frees the lock of one that is killed."""
-    try:
-        import fcntl
-    except ImportError:  # not POSIX: every piece is written atomically, so two builders only work twice
-        yield
-        return
-    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: as above
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pointcmt.views.mesh_files import is_junk
+from pointcmt.views.mesh_files import folded, is_junk
 
-__all__ = ["is_junk", "name_of", "read_json", "read_lines", "read_names", "read_text", "within"]
+__all__ = ["folded", "is_junk", "name_of", "read_json", "read_lines", "read_names", "read_text", "within"]
 
 
 def name_of(part: str) -> str:

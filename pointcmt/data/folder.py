@@ -17,8 +17,8 @@ from pointcmt.data.dataset import PointDataset, Split, check_split, class_rows, 
 from pointcmt.data.files import is_junk, name_of, read_text, within
 from pointcmt.data.modelnet_off import draws, sample_surface
 from pointcmt.data.registry import register_dataset
+from pointcmt.data.survey import SPLITS, advice
 
-_SPLITS = ("train", "test", "val", "valid", "validation")  # whose classes count; the first two are read
 _LAYOUT = (
     f"one's own files: <split>/<class>/*.{{{','.join(suffix[1:] for suffix in SUFFIXES)}}} with splits "
     "train and test, or a csv list with the columns path,label,split"
@@ -35,7 +35,7 @@ def _files(root: Path) -> list[tuple[str, str, Path]]:
     """(split, class, file) of ``<split>/<class>/*``, sorted by path."""
     return [
         (path.parts[-3], name_of(path.parts[-2]), path)
-        for split in _SPLITS
+        for split in SPLITS
         for path in sorted((root / split).glob("*/*"))
         if path.suffix.lower() in SUFFIXES and not is_junk(path.relative_to(root))
     ]
@@ -48,7 +48,7 @@ def _files(root: Path) -> list[tuple[str, str, Path]]:
     layout=_LAYOUT,
 )
 class PointFolder(PointDataset):
-    """One's own clouds: ``root/<split>/<class>/*.{ply,pcd,off,obj,xyz,txt,npy,npz}``, or a csv list.
+    """One's own clouds: ``root/<split>/<class>/*.{off,obj,ply,pcd,xyz,txt,pts,asc,csv,npy,npz}``, or a list.
 
     The class names are those of the folders of *all* splits together, sorted: a class that is absent from a
     split keeps its number. A list is ``root`` itself, or the one csv file in it: lines ``path,label,split``
@@ -212,8 +212,8 @@ def _listed(path: Path) -> list[tuple[str, str, Path]]:
         if not name or not label or "/" in label:
             raise ValueError(f"{where}: path {name!r} and label {label!r}; expected a file and a class name")
         split = split or "train"
-        if split not in _SPLITS:
-            raise ValueError(f"{where}: split {split!r}; expected one of {', '.join(_SPLITS)}")
+        if split not in SPLITS:
+            raise ValueError(f"{where}: split {split!r}; expected one of {', '.join(SPLITS)}")
         file = within(path.parent, name, where)
         if seen.setdefault(file, reader.line_num) != reader.line_num:
             raise ValueError(f"{where}: {name!r} is listed again after line {seen[file]}")
@@ -224,7 +224,7 @@ def _listed(path: Path) -> list[tuple[str, str, Path]]:
 
 def _no_split(root: Path, split: Split, there: Counter[str], by_list: bool) -> str:
     held = ", ".join(f"{name} ({count} files)" for name, count in there.items()) or "nothing"
-    other = next((name for name in _SPLITS[2:] if there[name]), None)
+    other = next((name for name in SPLITS[2:] if there[name]), None)
     way = f"write {split} in its column split" if by_list else f"put shapes into {split}/<class>/"
     return (
         f"{root} has no shapes of the split {split!r}; it holds {held}. For {split} shapes {way}"
@@ -234,4 +234,5 @@ def _no_split(root: Path, split: Split, there: Counter[str], by_list: bool) -> s
             if split == "test"
             else ""
         )
+        + ("" if by_list or there else "." + advice(root))
     )

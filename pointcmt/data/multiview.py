@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,8 +41,9 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
     ``<split>/airplane_0627_001.png`` are all read; images without a folder of a split are read where
     ``shape_ids`` says what to take. Hidden files and what operating systems leave behind are skipped.
 
-    Values: 8 bits over 255, 16 bits over 65535; transparent pixels are seen on white. Images of 32 bits or
-    of floats are refused.
+    Values: 8 bits over 255, 16 bits over 65535 or ``white``; transparent pixels are seen on white. Images of
+    32 bits or of floats are refused. Some images are looked at on making: a warning says so where none of
+    them uses an eighth of its range (depths in millimetres do not, of 16 bits), or all are of one colour.
 
     Args:
         root: folder of the images.
@@ -49,6 +51,8 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
         num_views: take the first V views of each shape; None takes all, and shapes must have as many.
         size: images are resized to size × size pixels; None leaves them as they are.
         in_chans: 1 for greyscale, 3 for RGB.
+        white: the value of 16 bits that counts as 1, larger ones too: 4000 for depths in millimetres up to
+            4 m; None: 65535. Images of 8 bits stay as they are.
         shape_ids: which shapes, in which order: ``dataset.shape_ids`` of a set of clouds, whose items and
             images then have the same index. None takes all, sorted by name.
         class_names: names in label order, of the set of clouds; None sorts those found in *both* splits, so
@@ -73,6 +77,7 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
         num_views: int | None = None,
         size: int | None = None,
         in_chans: int = 3,
+        white: int | None = None,
         shape_ids: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
@@ -81,7 +86,10 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
             raise ValueError(f"in_chans is {in_chans}; expected 1 (greyscale) or 3 (RGB)")
         if (num_views is not None and num_views < 1) or (size is not None and size < 1):
             raise ValueError(f"num_views {num_views} and size {size}: expected at least 1, or None")
+        if white is not None and not 1 <= white <= 65535:
+            raise ValueError(f"white is {white}; expected 1 to 65535, the values of 16 bits, or None")
         self.root, self.split, self.size, self.in_chans = Path(root), split, size, in_chans
+        self.white = white or 65535
         everything = _find(self.root)
         keys = _wanted(self.root, everything, split, shape_ids)
         self.shape_ids = [f"{split}/{_class(key)}/{key[2]}" for key in keys]
@@ -95,6 +103,52 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
         number = {name: label for label, name in enumerate(names)}
         self.labels = np.array([number[_class(key)] for key in keys], dtype=np.int64)
         self.num_views = wanted
+        if (problem := self.problem()) is not None:
+            warnings.warn(f"{self.root}, {split}: {problem}", stacklevel=2)
+
+    def problem(self, most: int = 16) -> str | None:
+        """What is wrong with the values of the images, by ``most`` of them from all over the set; None where
+        nothing is."""
+        paths = [path for views in self._paths for path in views]
+        chosen = sorted({round(place) for place in np.linspace(0, len(paths) - 1, most)})
+        largest, above, blank, deep, seen = 0.0, 0.0, True, False, 0
+        for path in [paths[row] for row in chosen]:
+            try:
+                pixels, bits = self._pixels(path)
+            except (ValueError, OSError):  # said where it is read
+                continue
+            seen += 1
+            blank &= float(pixels.min()) == float(pixels.max())
+            deep |= bits == 16
+            # depth maps have a largest value for what was not measured
+            measured = pixels[pixels < 65535 / self.white] if bits == 16 else pixels
+            if measured.numel():
+                largest = max(largest, float(measured.max()))
+                above = max(above, float((measured > 1).float().mean()))
+            elif bits == 16:
+                largest = 1.0
+        few = f"of {seen} images that were looked at"
+        if not seen:
+            return None
+        if blank:
+            return f"all {few} are of one colour; render them again, or look at what wrote them"
+        full = self.white if deep else 255
+        if largest < 1 / 8:
+            return (
+                f"the largest value {few} is {round(largest * full)} of {full}, so that they are nearly black"
+                + (
+                    f"; depths in millimetres are such: give --white {round(largest * full)} (white= here), "
+                    "the value that is to count as 1"
+                    if deep
+                    else "; save them with values up to 255"
+                )
+            )
+        if above > 0.01:
+            return (
+                f"{above:.0%} of the pixels {few} are above {self.white}, the value that counts as 1: give a "
+                "larger --white (white= here)"
+            )
+        return None
 
     @property
     def num_classes(self) -> int:
@@ -157,6 +211,18 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
 
     def _read(self, path: Path) -> Tensor:
         """One image: float32 [C, H, W] in 0 … 1."""
+        pixels, bits = self._pixels(path)
+        if bits == 8:
+            return pixels
+        pixels = pixels.clamp(max=1)
+        if self.size is None:
+            return pixels
+        return torch.nn.functional.interpolate(
+            pixels[None], (self.size, self.size), mode="bilinear", antialias=True
+        )[0]
+
+    def _pixels(self, path: Path) -> tuple[Tensor, int]:
+        """One image, float32 [C, H, W], and its bits: one of 8 resized; of 16 as it is, above 1 too."""
         try:
             with Image.open(path) as file:
                 if file.width * file.height > (Image.MAX_IMAGE_PIXELS or 1 << 27):
@@ -171,12 +237,8 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
                 "again"
             ) from error
         if depth.startswith("I;16"):
-            pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)[None]
-            if self.size is not None:
-                pixels = torch.nn.functional.interpolate(
-                    pixels[None], (self.size, self.size), mode="bilinear", antialias=True
-                )[0]
-            return pixels.expand(self.in_chans, -1, -1).clone()
+            pixels = torch.from_numpy(np.asarray(image).astype(np.float32) / self.white)[None]
+            return pixels.expand(self.in_chans, -1, -1).clone(), 16
         if depth in ("I", "F"):
             raise ValueError(
                 f"{path} has pixels of {'32-bit integers' if depth == 'I' else 'floats'}, whose range is not "
@@ -189,7 +251,7 @@ class MultiViewImages(Dataset[tuple[Tensor, int, int]]):
         if self.size is not None:
             image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         array = torch.from_numpy(np.array(image)).view(image.height, image.width, self.in_chans)
-        return array.permute(2, 0, 1).float() / 255
+        return array.permute(2, 0, 1).float() / 255, 8
 
 
 def _find(root: Path) -> dict[_Key, dict[int, Path]]:

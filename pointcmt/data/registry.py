@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pointcmt.data.checks import Up
 from pointcmt.data.dataset import PointDataset
+from pointcmt.data.survey import advice
 
 ENTRY_POINT_GROUP = "pointcmt.datasets"
 
@@ -165,7 +166,9 @@ def recognise(root: Path) -> DatasetEntry:
     if not found:
         content = sorted(path.name for path in root.iterdir()) if root.is_dir() else [root.name]
         shown = ", ".join(content[:8]) + (", …" if len(content) > 8 else "") or "nothing"
-        raise FileNotFoundError(f"--data {root} holds {shown}, and no known data set. Known:{layouts}")
+        raise FileNotFoundError(
+            f"--data {root} holds {shown}, and no known data set.{advice(root)} Known:{layouts}"
+        )
     return found[0]
 
 

@@ -51,6 +51,7 @@ def loose_clouds(
         path
         for path in sorted(root.rglob("*"))
         if path.suffix.lower() in SUFFIXES and path.is_file() and not is_junk(path.relative_to(root))
+        if path.suffix.lower() != ".csv" or path.parent != root  # a list of files, as PointFolder has it
     ]
     if not paths:
         raise FileNotFoundError(

@@ -6,10 +6,55 @@ import torch
 from torch import Tensor
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensors(op: str, **values: Tensor | None) -> None:
+    """Every value is a tensor whose elements lie in memory, and no float of 8 bits; None is let through.
+
+    Raises:
+        TypeError: something else; the message says what and how to make a tensor of it.
+    """
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{op}: {name} is of type {type(value).__name__}; expected a torch.Tensor: torch.as_tensor "
+                "makes one of lists and NumPy arrays"
+            )
+        if value.layout != torch.strided:
+            raise TypeError(f"{op}: {name} is sparse ({value.layout}); expected a dense tensor: to_dense()")
+        if value.is_floating_point() and value.dtype not in _FLOATS:
+            raise TypeError(
+                f"{op}: {name} is of {value.dtype}; expected one of {', '.join(map(str, _FLOATS))}: convert "
+                "it with .to"
+            )
+
+
+def check_required(op: str, **values: Tensor) -> None:
+    """As :func:`check_tensors`, of arguments that must be given."""
+    for name, value in values.items():
+        if value is None:
+            raise TypeError(f"{op}: {name} is None; expected a torch.Tensor")
+    check_tensors(op, **values)
+
+
+def check_count(op: str, name: str, value: int) -> None:
+    """``value`` is a whole number, or TypeError."""
+    if not isinstance(value, int) and not hasattr(value, "__index__"):  # as of NumPy and symbolic ones
+        raise TypeError(f"{op}: {name} is {value!r} of type {type(value).__name__}; expected a whole number")
+
+
+def check_number(op: str, name: str, value: float) -> None:
+    """``value`` is a number, or TypeError."""
+    if not isinstance(value, int | float) and not hasattr(value, "__float__"):
+        raise TypeError(f"{op}: {name} is {value!r} of type {type(value).__name__}; expected a number")
 
 
 def check_coordinates(op: str, **tensors: Tensor) -> None:
     """Every tensor is floating [B, ., D] and agrees with the first in B, D and device, or ValueError."""
+    check_required(op, **tensors)
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor.dim() != 3 or not tensor.is_floating_point():
@@ -46,6 +91,7 @@ def check_lengths(op: str, points: Tensor, lengths: Tensor | None) -> None:
     """
     if lengths is None:
         return
+    check_tensors(op, lengths=lengths)
     if lengths.dtype != torch.int64 or lengths.shape != points.shape[:1]:
         raise ValueError(
             f"{op}: lengths must be an int64 tensor [B] with one entry for each of {points.shape[0]} clouds, "
@@ -77,6 +123,7 @@ def check_xyz(op: str, **tensors: Tensor) -> None:
 
 def check_features(op: str, features: Tensor, idx: Tensor, idx_shape: str) -> None:
     """features are floating [B, C, N]; idx is int32 or int64, of idx_shape's rank, same B and device."""
+    check_required(op, features=features, idx=idx)
     if features.dim() != 3 or not features.is_floating_point():
         raise ValueError(
             f"{op}: features must be a floating-point tensor [B, C, N], "

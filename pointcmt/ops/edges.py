@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pointcmt.ops._checks import check_number, check_required, check_tensors
 from pointcmt.ops._extension import compiled_ops, use_compiled
 
 
@@ -56,6 +57,8 @@ def norm_act_max(
             training.
         IndexError: an index out of range (on the CPU; on a GPU an assertion of the kernel).
     """
+    for name, number in (("slope", slope), ("eps", eps), ("momentum", momentum)):
+        check_number("norm_act_max", name, number)
     own = _check(x, running_mean, running_var, weight, bias, training, slope, centres, idx)
     if not _compiled(x, idx):
         return reference_norm_act_max(
@@ -83,6 +86,10 @@ def _check(
     idx: Tensor | None,
 ) -> bool:
     """Whether the rows' own statistics are used; ValueError where something does not fit."""
+    check_required("norm_act_max", x=x, weight=weight, bias=bias)
+    check_tensors(
+        "norm_act_max", running_mean=running_mean, running_var=running_var, centres=centres, idx=idx
+    )
     if not 0 <= slope <= 1:
         raise ValueError(f"norm_act_max: slope must be between 0 and 1, got {slope}")
     if x.dim() < 2 or not x.is_floating_point():

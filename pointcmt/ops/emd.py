@@ -25,7 +25,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from pointcmt.ops._checks import check_xyz, common_float
+from pointcmt.ops._checks import check_count, check_number, check_required, check_xyz, common_float
 from pointcmt.ops._deferred import can_watch, deferred
 from pointcmt.ops._extension import compiled_ops, use_compiled
 
@@ -116,6 +116,7 @@ def emd(
     auction: Bertsekas, Annals of Operations Research 14 (1988); sweeps: Goldberg & Kennedy, Mathematical
     Programming 71 (1995).
     """
+    check_required("emd", x=x, y=y)
     if watched := can_watch(x):
         deferred.look()
     distance, bound, assignment, statistics = _emd(x, y, tolerance, max_rounds)
@@ -173,6 +174,8 @@ def _checked(x: Tensor, y: Tensor, tolerance: float, max_rounds: int) -> tuple[T
         raise ValueError(
             f"emd: clouds need at least one point and at most 2**24 = {_MOST_POINTS}, got {list(x.shape)}"
         )
+    check_number("emd", "tolerance", tolerance)
+    check_count("emd", "max_rounds", max_rounds)
     if not 0 < tolerance <= 1:
         raise ValueError(
             f"emd: tolerance must be in (0, 1] (a part of the optimal distance, such as "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pointcmt.ops._checks import check_features, check_range, check_xyz
+from pointcmt.ops._checks import check_features, check_range, check_required, check_xyz
 from pointcmt.ops._extension import compiled_ops, use_compiled
 from pointcmt.ops.neighbors import ball_query
 
@@ -130,6 +130,7 @@ def three_interpolate(features: Tensor, idx: Tensor, weight: Tensor) -> Tensor:
     Source: Qi et al., PointNet++ (NeurIPS 2017), equation 2; erikwijmans/Pointnet2_PyTorch.
     """
     check_features("three_interpolate", features, idx, "[B, n, 3]")
+    check_required("three_interpolate", weight=weight)
     if idx.shape[-1] != 3 or weight.shape != idx.shape or not weight.is_floating_point():
         raise ValueError(
             "three_interpolate: idx and weight must both be [B, n, 3] and weight floating, "

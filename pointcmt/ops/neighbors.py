@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pointcmt.ops._checks import check_coordinates, check_lengths, check_xyz, common_float
+from pointcmt.ops._checks import (
+    check_coordinates,
+    check_count,
+    check_lengths,
+    check_number,
+    check_xyz,
+    common_float,
+)
 from pointcmt.ops._extension import compiled_ops, use_compiled
 
 
@@ -38,10 +45,12 @@ def ball_query(
     Source: Qi et al., PointNet++ (NeurIPS 2017), section 3.2; erikwijmans/Pointnet2_PyTorch.
     """
     check_xyz("ball_query", xyz=xyz, new_xyz=new_xyz)
+    check_number("ball_query", "radius", radius)
     if not radius > 0:
         raise ValueError(f"ball_query: radius must be positive, got {radius}")
-    if nsample < 1:
-        raise ValueError(f"ball_query: nsample must be at least 1, got {nsample}")
+    check_count("ball_query", "nsample", nsample)
+    if not 1 <= nsample < 2**30:
+        raise ValueError(f"ball_query: nsample must be at least 1 and below 2^30, got {nsample}")
     if xyz.shape[1] == 0:
         raise ValueError(f"ball_query: xyz must hold at least one point, got shape {list(xyz.shape)}")
     check_lengths("ball_query", xyz, lengths)
@@ -76,6 +85,7 @@ def knn(queries: Tensor, points: Tensor, k: int, lengths: Tensor | None = None) 
         ValueError: wrong shapes or dtypes, or k out of range.
     """
     check_coordinates("knn", points=points, queries=queries)
+    check_count("knn", "k", k)
     if not 1 <= k <= points.shape[1]:
         raise ValueError(
             f"knn: k must be between 1 and the number of points, got k={k} for points of shape "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pointcmt.ops._checks import check_required
+
 
 def unit_cube(points: Tensor) -> Tensor:
     """Centres each cloud on its bounding box and scales the box's longest side to 1.
@@ -24,6 +26,7 @@ def unit_cube(points: Tensor) -> Tensor:
 
     Source: the scaling that PointCMT applies before its EMD (Yan et al., NeurIPS 2022; public code).
     """
+    check_required("unit_cube", points=points)
     if points.dim() < 2 or points.shape[-1] != 3 or not points.is_floating_point():
         raise ValueError(
             f"unit_cube: points must be a floating-point tensor [..., N, 3], "

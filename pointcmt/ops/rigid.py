@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pointcmt.ops._checks import check_required, check_tensors
+
 # Extents and gaps below these parts of the clouds' own size are rounding: coordinates come in float32 (2⁻²⁴),
 # and products of two of them are what is compared.
 _NO_EXTENT = 1e-13
@@ -96,6 +98,8 @@ def rotation_from_quaternion(quaternion: Tensor) -> Tensor:
 
 def _check(source: Tensor, target: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     op = "weighted_procrustes"
+    check_required(op, source=source, target=target)
+    check_tensors(op, weights=weights)
     for name, tensor in (("source", source), ("target", target)):
         if tensor.dim() != 3 or tensor.shape[-1] != 3 or not tensor.is_floating_point():
             raise ValueError(

@@ -7,7 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from pointcmt.ops._checks import check_lengths, check_xyz, common_float
+from pointcmt.ops._checks import (
+    check_count,
+    check_lengths,
+    check_number,
+    check_required,
+    check_xyz,
+    common_float,
+)
 from pointcmt.ops._extension import compiled_ops, use_compiled
 
 # pointnet2_ops' constants: points nearer to the origin than sqrt(1e-3) count as padding and are
@@ -55,6 +62,7 @@ def furthest_point_sample(xyz: Tensor, npoint: int, lengths: Tensor | None = Non
     Source: Qi et al., PointNet++ (NeurIPS 2017), section 3.2; erikwijmans/Pointnet2_PyTorch.
     """
     check_xyz("furthest_point_sample", xyz=xyz)
+    check_count("furthest_point_sample", "npoint", npoint)
     if not 1 <= npoint <= xyz.shape[1]:
         raise ValueError(
             f"furthest_point_sample: npoint must be between 1 and the number of points, "
@@ -86,11 +94,13 @@ def voxel_subsample(points: Tensor, size: float) -> tuple[Tensor, Tensor]:
         ValueError: wrong shape or dtype, size not positive, a coordinate that is not finite, or so many
             cells between a point and the origin that their number leaves int64.
     """
+    check_required("voxel_subsample", points=points)
     if points.dim() != 2 or points.shape[1] != 3 or not points.is_floating_point():
         raise ValueError(
             f"voxel_subsample: points must be a floating-point tensor [N, 3] of one cloud, "
             f"got {points.dtype} of shape {list(points.shape)}"
         )
+    check_number("voxel_subsample", "size", size)
     if not 0 < size < math.inf:
         raise ValueError(f"voxel_subsample: size must be positive and finite, got {size}")
     (points,) = common_float(points.detach())

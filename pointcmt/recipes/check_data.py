@@ -184,7 +184,11 @@ def _images(root: Path, findings: Findings) -> None:
     """Reads every image."""
     for split in ("train", "test"):
         try:
-            views = MultiViewImages(root, split)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is wrong with all is said below
+                views = MultiViewImages(root, split)
+            if (problem := views.problem()) is not None:
+                findings.wrong.append(f"{split} images: {problem}")
         except (ValueError, OSError) as error:
             findings.wrong.append(str(error))
             continue

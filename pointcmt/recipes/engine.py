@@ -80,7 +80,7 @@ class MachineOptions:
     """Show progress: bars on a terminal, one line per evaluation elsewhere."""
     minutes: float = 0.0
     """Stop after the epoch in which this command has run for so many minutes; --resume goes on. 0: never."""
-    timeout: float = 60.0
+    timeout: float = 50.0
     """Seconds that several processes wait for one of them while training, before they end with its name; 0:
     as long as torch does."""
 
@@ -253,13 +253,16 @@ def fit(
         ``last`` and ``best`` metrics with their epochs, what best was chosen by, epochs and seconds.
 
     Raises:
-        RuntimeError: the loss is not finite any more, or one of several processes is lost.
+        RuntimeError: the loss, or a weight, is not finite any more, or one of several processes is lost; the
+            message says on which.
     """
     check_loop(options)
     with answering(machine.timeout):
-        return _Loop(
-            model, task, batches, save, options, machine, accelerator, run, extras, rates, observe
-        ).go()
+        loop = _Loop(model, task, batches, save, options, machine, accelerator, run, extras, rates, observe)
+        try:
+            return loop.go()
+        finally:
+            loop.finite.close()
 
 
 @dataclass
@@ -292,6 +295,7 @@ class _Loop:
         self.wrapped, self.optimizer = accelerator.prepare(
             self.model, make_optimizer(options, self.parameters, self.rates)
         )
+        self.finite = _Finite(self.parameters, accelerator)
         self.first, self.spent = 0, 0.0
         self.best: dict[str, Any] | None = None
         self.metrics: dict[str, float] = {}
@@ -423,6 +427,7 @@ class _Loop:
         options, accelerator, optimizer = self.options, self.accelerator, self.optimizer
         sums: dict[str, Tensor] = {}
         counts: Counter[str] = Counter()
+        self.finite.begin(epoch)
         # a group of steps that is not complete at the end of the epoch joins no next epoch: it is left out
         usable = min(len(self.batches), self.per_epoch * options.accumulate)
         for number, batch in enumerate(itertools.islice(self.batches.epoch(epoch), usable)):
@@ -435,7 +440,9 @@ class _Loop:
             with contextlib.nullcontext() if moves else accelerator.no_sync(self.wrapped):
                 with accelerator.autocast():
                     losses = self.task.step(self.wrapped, batch, step / self.steps)
+                self.finite.see(number, losses)
                 accelerator.backward(losses["loss"] / options.accumulate)
+            self.finite.judge_now_and_then()
             if moves:
                 if options.clip:
                     accelerator.clip_grad_norm_(self.parameters, options.clip)
@@ -448,19 +455,96 @@ class _Loop:
                 sums[name] = sums.get(name, 0) + value
                 counts[name] += 1  # an objective may be off for a part of the epoch
             progress.step(number, sums)
+        self.finite.end()
         means = {name: float(value) / counts[name] for name, value in sums.items()}
         everyone = gather_object([means]) if accelerator.num_processes > 1 else [means]
         means = {name: float(np.mean([one[name] for one in everyone])) for name in means}
-        if not np.isfinite(means["loss"]):
-            ranks = [rank for rank, one in enumerate(everyone) if not np.isfinite(one["loss"])]
-            raise RuntimeError(
-                f"the loss is {means['loss']} in epoch {epoch + 1} "
-                f"({', '.join(f'{name} {value:.4g}' for name, value in means.items())}"
-                + (f"; on rank {', '.join(map(str, ranks))}" if len(everyone) > 1 else "")
-                + "): the run diverged, on input that is finite. Lower --lr or the objectives' weights, set "
-                "--clip 1, or use --precision no."
-            )
         return means
+
+
+_NEVER = 2**62
+
+
+class _Finite:
+    """Ends a run that diverged before more of it is kept, with the step and the process where that began.
+
+    Gradients are averaged over the processes: one step after one of them had a gradient that is not finite,
+    all have losses that are not. So each notes the first step in which its own loss, or its own part of a
+    gradient, was not finite; the earliest is the cause. The notes are read in each step on a CPU, on a GPU
+    in every 20th, because reading waits for it.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+        self.parameters, self.accelerator = parameters, accelerator
+        self.every = 1 if accelerator.device.type == "cpu" else 20
+        # of a scaled loss (fp16) a gradient may be infinite: the scaler leaves that step out
+        watched = parameters if accelerator.num_processes > 1 and accelerator.scaler is None else []
+        # hooks of tensors see a gradient before it is averaged
+        self.hooks = [one.register_hook(lambda gradient: self._note("gradient", gradient)) for one in watched]
+        self.begin(0)
+
+    def begin(self, epoch: int) -> None:
+        """What follows are steps of this epoch."""
+        self.epoch, self.step = epoch, 0
+        self.losses: dict[str, Tensor] = {}
+        # the first step, counted from 0, in which each was not finite
+        never = torch.full((), _NEVER, device=self.accelerator.device)
+        self.bad = {"loss": never, "gradient": never, "weights": never}
+
+    def _note(self, what: str, value: Tensor) -> None:
+        now = torch.where(torch.isfinite(value.detach()).all(), _NEVER, self.step)
+        self.bad[what] = torch.minimum(self.bad[what], now)
+
+    def see(self, step: int, losses: Mapping[str, Tensor]) -> None:
+        """The losses of a step, before its backward pass."""
+        self.step = step
+        self.losses = {name: value.detach() for name, value in losses.items()}
+        self._note("loss", losses["loss"])
+
+    def judge_now_and_then(self) -> None:
+        """After a backward pass, before the weights move."""
+        if (self.step + 1) % self.every == 0:
+            self._judge()
+
+    def end(self) -> None:
+        """Of an epoch, before its weights are kept."""
+        self.step += 1
+        for parameter in self.parameters:
+            self._note("weights", parameter)
+        self._judge()
+
+    def close(self) -> None:
+        """Takes the hooks off."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def _judge(self) -> None:
+        accelerator, world = self.accelerator, self.accelerator.num_processes
+        mine = torch.stack(list(self.bad.values()))[None]
+        everyone = [
+            dict(zip(self.bad, row, strict=True))
+            for row in (accelerator.gather(mine) if world > 1 else mine).tolist()
+        ]
+        first = min(min(one.values()) for one in everyone)
+        if first == _NEVER:
+            return
+        what = next(name for name in self.bad if first in (one[name] for one in everyone))
+        # of a loss over all processes' features, the gradients of all have what one brought in
+        ranks = [rank for rank, one in enumerate(everyone) if one[what] == first]
+        losses = {name: float(value) for name, value in self.losses.items()}
+        theirs = (gather_object([losses]) if world > 1 else [losses])[ranks[0]]
+        words = {
+            "loss": f"the loss is {theirs['loss']} in step {first + 1}",
+            "gradient": f"the gradient is not finite in step {first + 1}",
+            "weights": f"the weights are not finite after step {first}",
+        }[what]
+        parts = ", ".join(f"{name} {value:.4g}" for name, value in theirs.items())
+        where = f", first on rank {', '.join(map(str, ranks))} of {world}" if world > 1 else ""
+        raise RuntimeError(
+            f"{words} of epoch {self.epoch + 1} ({parts}){where}: the run diverged, on input that is finite. "
+            "Lower --lr or the objectives' weights, set --clip 1, or use --precision no. What was kept is of "
+            "the epoch before."
+        )
 
 
 def _tensorboard(run: RunFolder, first: int, machine: MachineOptions) -> Any:

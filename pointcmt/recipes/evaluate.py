@@ -201,7 +201,10 @@ def evaluate(options: Evaluate, quiet: bool = False) -> dict[str, Any]:
             if options.votes > 1:
                 raise ValueError("--votes stretches clouds; a teacher of images has none: use --votes 1")
             split: Any = "test" if options.split == "test" else "train"
-            shapes = matching_images(Path(images), part, split, config["views"]["size"], teacher.in_chans)
+            views = config["views"]
+            shapes = matching_images(
+                Path(images), part, split, views["size"], teacher.in_chans, white=views.get("white")
+            )
 
             def forward(points: Tensor) -> Tensor:
                 return teacher(points).logits

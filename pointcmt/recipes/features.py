@@ -192,16 +192,16 @@ def draws_of(
 
 
 def _once(
-    accelerator: Accelerator, path: Path, teacher: str, data: str, build: Callable[[], object]
+    accelerator: Accelerator, path: Path, teacher: str, data: str, build: Callable[[], FeatureCache]
 ) -> FeatureCache:
-    """The cache in a file, built by the first process where it is absent, bad or of something else."""
-    if accelerator.is_main_process:
-        try:
-            FeatureCache.open(path, teacher_fingerprint=teacher, data_fingerprint=data)
-        except (FileNotFoundError, ValueError):
-            build()
+    """What ``build`` opens or makes, in the first process; the others wait, and open the file."""
+    cache = build() if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
-    return FeatureCache.open(path, teacher_fingerprint=teacher, data_fingerprint=data)
+    return (
+        FeatureCache.open(path, teacher_fingerprint=teacher, data_fingerprint=data)
+        if cache is None
+        else cache
+    )
 
 
 def _build(
@@ -215,31 +215,33 @@ def _build(
     batch_size: int,
     workers: int,
     class_names: list[str],
-) -> None:
-    shapes: PointDataset | MultiViewImages = part
-    spec = None
-    if images is None:
-        spec = views_of_teacher(file)
-        described = spec.describe()
-        if part.up is not None and spec.up != part.up:
+) -> FeatureCache:
+    config = None if images is None else run_config_beside(file)
+    made = config["config"]["views"] if config is not None else {}
+    size, white = made.get("size"), made.get("white")
+
+    def views() -> dict[str, Any]:
+        if images is None:
+            return views_of_teacher(file).describe()
+        return {"images": str(images.resolve()), "size": size} | ({"white": white} if white else {})
+
+    @torch.no_grad()
+    def fill(rows: Tensor) -> Iterator[tuple[Tensor, TeacherOutput]]:
+        spec = None if images is not None else views_of_teacher(file)
+        shapes: PointDataset | MultiViewImages = part
+        if images is not None:
+            split: Split = "test" if name == "test" else "train"
+            shapes = matching_images(images, part, split, size, teacher.in_chans, class_names, white)
+        elif spec is not None and part.up is not None and spec.up != part.up:
             say(
                 f"the teacher's views take {spec.up} for the axis that points up, and in these {name} shapes "
                 f"it is {part.up}: its features are of turned shapes"
             )
-    else:
-        config = run_config_beside(file)
-        size = config["config"]["views"]["size"] if config is not None else None
-        split: Split = "test" if name == "test" else "train"
-        shapes = matching_images(images, part, split, size, teacher.in_chans, class_names)
-        described = {"images": str(images.resolve()), "size": size}
-    batches = Batches(shapes, batch_size, device, workers=workers, what="view_points")
-
-    @torch.no_grad()
-    def fill(rows: Tensor) -> Iterator[tuple[Tensor, TeacherOutput]]:
         teacher.to(device).eval()
+        batches = Batches(shapes, batch_size, device, workers=workers, what="view_points")
         with console.status(f"teacher features of {len(part)} {name} shapes"):
             for batch in batches.rows(rows):
                 yield batch.index, teacher(batch.inputs if spec is None else spec.project(batch.inputs))
+        say(f"teacher features of {len(part)} {name} shapes: {path}")
 
-    FeatureCache.build(path, teacher.fingerprint(), part.fingerprint(), described, len(part), fill)
-    say(f"teacher features of {len(part)} {name} shapes: {path}")
+    return FeatureCache.build(path, teacher.fingerprint(), part.fingerprint(), views, len(part), fill)

@@ -33,13 +33,16 @@ __all__ = [
 ]
 
 
-def image_splits(root: Path, data: DataOptions, size: int, channels: int) -> Splits[MultiViewImages]:
+def image_splits(root: Path, data: DataOptions, views: ViewOptions, channels: int) -> Splits[MultiViewImages]:
     """Training, held-out and test images below ``root``, split as ``DataOptions`` says."""
 
     names: list[str] | None = None
 
     def part(split: Split, ids: Sequence[str] | None = None) -> MultiViewImages:
-        return MultiViewImages(root, split, size=size, in_chans=channels, shape_ids=ids, class_names=names)
+        return MultiViewImages(
+            root, split, size=views.size, white=views.white or None, in_chans=channels, shape_ids=ids,
+            class_names=names,
+        )  # fmt: skip
 
     train, test = part("train"), part("test")  # each with the classes of both
     names = train.class_names
@@ -82,12 +85,14 @@ def matching_images(
     size: int | None,
     channels: int,
     class_names: Sequence[str] | None = None,
+    white: int | None = None,
 ) -> MultiViewImages:
     """The images below ``root`` of the shapes in ``part``, in its order; ``class_names`` if it has none."""
     names = list(class_names or part.class_names)
     return MultiViewImages(
-        root, split, size=size, in_chans=channels, shape_ids=part.shape_ids, class_names=names
-    )
+        root, split, size=size, white=white or None, in_chans=channels, shape_ids=part.shape_ids,
+        class_names=names,
+    )  # fmt: skip
 
 
 @dataclass
@@ -105,6 +110,9 @@ class ViewOptions:
     """Radius of a point in pixels."""
     up: Literal["auto", "x", "y", "z"] = "auto"
     """Which axis of the clouds points up; auto takes what the data set records."""
+    white: int = 0
+    """Of a folder of images: the value of 16 bits that counts as 1, 4000 for depths in millimetres up to 4 m;
+    0: 65535."""
     normalize_views: bool = False
     """Centre and scale each cloud to the unit sphere before it is projected."""
 

@@ -596,7 +596,8 @@ def source_of(
     if folder is None:
         photographs = uses_photographs(options, data)
         return Photographs(data, spec.up, device) if photographs else Made(spec, data, device)
-    images = matching_images(folder, data, "train", options.views.size, channels)
+    size, white = options.views.size, options.views.white
+    images = matching_images(folder, data, "train", size, channels, white=white)
     if not options.contrast.maps():
         return Stored(images, None, spec.up, device)
     stored = Stored(images, frames_of(options.data, data, raw), spec.up, device)

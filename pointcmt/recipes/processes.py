@@ -25,12 +25,11 @@ def forget_accelerator() -> None:
 
 
 def set_timeout(seconds: float) -> None:
-    """How long collectives of the default group wait for a process that does not come."""
+    """How long collectives of all groups wait for a process that does not come."""
     span = timedelta(seconds=seconds)
-    if hasattr(dist, "set_timeout"):
-        dist.set_timeout(span)
-    else:  # older torch
-        dist.distributed_c10d._set_pg_timeout(span)
+    change = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)  # older torch has the other
+    for group in list(dist.distributed_c10d._world.pg_map):
+        change(span, group)
 
 
 def default_store() -> Any:
@@ -54,37 +53,49 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-LOST = "pointcmt/lost"
+LOST, SAID = "pointcmt/lost", "pointcmt/said"
 _PATIENT = 1800.0  # torch's own default for gloo; outside training a process may build features for all
 
 
+class LostError(RuntimeError):
+    """One of several processes died, ended with an error, or does not answer; the message names it."""
+
+
 @contextlib.contextmanager
-def answering(seconds: float, grace: float = 5.0) -> Iterator[None]:
-    """Inside, a process that dies or stops answering ends the others after ``seconds``, with its name.
+def answering(seconds: float | None = None, grace: float = 5.0) -> Iterator[None]:
+    """Inside, a process that dies, ends with an error or stops answering ends the others, with its name.
 
     Args:
-        seconds: how long the others wait for one; 0 waits as long as torch does.
+        seconds: how long the others wait for one in training; 0: as long as torch does; None: no training.
         grace: how long the others have to say that they are there, once one has noticed.
 
     Raises:
-        RuntimeError: a process is lost.
+        LostError: a process is lost. One that ended with an error has told the others what it was.
     """
-    if not several():
-        yield
-        return
-    if seconds:
-        set_timeout(seconds)
+    limited = (several() and seconds) or 0.0
+    if limited:
+        set_timeout(limited)
     try:
         yield
+    except LostError:
+        raise
     except Exception as error:
-        if not _is_of_collectives(error):
+        if not several():
             raise
-        raise RuntimeError(
-            f"{_missing(grace)}: {str(error).splitlines()[0][:200]}. The last whole epoch is in the run "
-            "folder: start all again with --resume (--timeout says how long they wait)"
-        ) from error
+        if not _is_of_collectives(error):
+            with contextlib.suppress(Exception):  # the store went with another process
+                words = str(error).strip() or type(error).__name__
+                default_store().set(f"{SAID}/{dist.get_rank()}", words[:500])
+            raise
+        what = f"{_missing(grace)}: {str(error).splitlines()[0][:200]}"
+        if seconds is not None:
+            what += (
+                ". The last whole epoch is in the run folder: start all again with --resume (--timeout says "
+                "how long they wait)"
+            )
+        raise LostError(what) from error
     finally:
-        if seconds:
+        if limited:
             with contextlib.suppress(RuntimeError, ValueError):
                 set_timeout(_PATIENT)
 
@@ -97,19 +108,28 @@ def _is_of_collectives(error: BaseException) -> bool:
 
 
 def _missing(grace: float) -> str:
-    """Which processes do not say that they are there, in words."""
+    """Which processes do not say that they are there, in words, and what they said before they ended."""
     rank, world = dist.get_rank(), dist.get_world_size()
+    others = [other for other in range(world) if other != rank]
+    said: dict[int, str] = {}
     try:
         store = default_store()
         store.set(f"{LOST}/{rank}", "here")
         until = time.monotonic() + grace
-        absent = [other for other in range(world) if other != rank]
+        absent = list(others)
         while absent and time.monotonic() < until:
+            said = {k: store.get(f"{SAID}/{k}").decode() for k in others if store.check([f"{SAID}/{k}"])}
+            if said:
+                break
             absent = [other for other in absent if not store.check([f"{LOST}/{other}"])]
             time.sleep(0.05)
     except Exception:  # the store went with the process that held it
-        return f"process 0 of {world} is lost (this is rank {rank})"
+        absent = [0]
+    here = f"of {world} processes"
+    if said:
+        errors = "; ".join(f"rank {k} {here} ended with an error: {words}" for k, words in said.items())
+        return f"{errors} (this is rank {rank})"
     if not absent:
         return f"the {world} processes lost each other (this is rank {rank})"
     names = ", ".join(f"rank {other}" for other in absent)
-    return f"{names} of {world} processes died or does not answer (this is rank {rank})"
+    return f"{names} {here} died or does not answer (this is rank {rank})"

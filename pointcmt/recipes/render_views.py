@@ -11,6 +11,7 @@ import tyro
 from pointcmt.data.dataset import Split
 from pointcmt.data.princeton import is_princeton, meshes_of
 from pointcmt.recipes.progress import say
+from pointcmt.recipes.run import held
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 
@@ -39,16 +40,17 @@ def render_views(options: RenderViews) -> None:
     # pyvista is an optional dependency
     from pointcmt.views.mesh import render_folder, render_meshes
 
-    if is_princeton(options.meshes):
-        meshes = {
-            k: v
-            for split in SPLITS
-            if split in options.splits
-            for k, v in meshes_of(options.meshes, split).items()
-        }
-        count = render_meshes(meshes, options.out, options.rig, options.size, up=options.up)
-    else:
-        count = render_folder(
-            options.meshes, options.out, options.rig, options.size, up=options.up, splits=options.splits
-        )
+    with held(options.out):
+        if is_princeton(options.meshes):
+            meshes = {
+                k: v
+                for split in SPLITS
+                if split in options.splits
+                for k, v in meshes_of(options.meshes, split).items()
+            }
+            count = render_meshes(meshes, options.out, options.rig, options.size, up=options.up)
+        else:
+            count = render_folder(
+                options.meshes, options.out, options.rig, options.size, up=options.up, splits=options.splits
+            )
     say(f"{count} shapes rendered to {options.out}")

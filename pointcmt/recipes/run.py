@@ -12,23 +12,22 @@ results.json       the outcome; its presence means that the run is finished
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from pointcmt.checkpoint import atomic_write, maker, naming_file, read_about
+from pointcmt import locks
+from pointcmt.checkpoint import atomic_write, maker, naming_file, read_about, remove_stale
 from pointcmt.ops._extension import has_cpu_kernels, has_cuda_kernels
 from pointcmt.recipes.config import plain, read_json, write_json
 from pointcmt.recipes.progress import warn
@@ -128,59 +127,46 @@ def commit() -> str | None:
     return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-_held: dict[Path, TextIO] = {}
+def _lock_of(path: Path) -> Path:
+    """Of a folder, inside it; of a file (a name with a suffix), beside it."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.lock") if path.suffix and not path.is_dir() else path / ".lock"
 
 
-def hold(folder: Path, what: str) -> None:
-    """Keep other processes out of a folder that this one writes, until :func:`let_go` or the process's end.
+def hold(path: Path) -> bool:
+    """Keep other processes out of a folder, or off a file, that this one writes, until :func:`let_go` or the
+    process's end.
 
-    Two commands in one folder would write the same files twice over. The lock is the operating system's and
-    goes with the process, however that ends; in one process it may be taken again.
+    Two commands in one folder would write the same files twice over. In one process it may be held again.
+
+    Returns:
+        whether it was not held yet.
 
     Raises:
-        RuntimeError: another process holds it.
+        RuntimeError: another process holds it; the message says which.
     """
     try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    path = folder.resolve() / ".lock"
-    if path in _held:
-        return
-    with naming_file(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with naming_file(path):
-        file = path.open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise RuntimeError(
-                f"another process is at work in {folder} ({what}): wait for it, stop it, or give another "
-                "--out"
-            ) from None
-        # a file system without locks
-    _held[path] = file
+        return locks.take(_lock_of(path))
+    except locks.BusyError as error:
+        raise RuntimeError(
+            f"another process is at work in {path} ({error}): wait for it, stop it, or give another --out"
+        ) from None
 
 
-def let_go(folder: Path) -> None:
+def let_go(path: Path) -> None:
     """Give up what :func:`hold` took."""
-    path = folder.resolve() / ".lock"
-    file = _held.pop(path, None)
-    if file is not None:
-        path.unlink(missing_ok=True)
-        file.close()
+    locks.release(_lock_of(path))
 
 
 @contextlib.contextmanager
-def held(folder: Path, what: str) -> Iterator[None]:
+def held(path: Path) -> Iterator[None]:
     """:func:`hold`, for the time of a ``with``."""
-    hold(folder, what)
+    new = hold(path)
     try:
         yield
     finally:
-        let_go(folder)
+        if new:
+            let_go(path)
 
 
 class RunFolder:
@@ -223,6 +209,9 @@ class RunFolder:
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
             raise FileExistsError(f"{run.path} is a file; a run needs a folder: give another --out")
+        if _lock_of(run.path).exists():
+            with held(run.path):  # who is at work there is said before what is there
+                pass
         wanted = {"command": command, "config": plain(config), "inputs": dict(inputs or {})}
         # a run that was killed while it began leaves no more than these
         strangers = sorted(
@@ -236,10 +225,10 @@ class RunFolder:
                     f"{run.path} already holds a run of `pointcmt {run.read_config().get('command')}`. "
                     "Add --resume to continue it, or give another --out."
                 )
-            hold(run.path, "a run")
+            hold(run.path)
             run._check_same(wanted)
             run._go_on_to(wanted)
-            run._sweep()
+            remove_stale(run.path, held=True)
             then, now = read_json(run.path / "environment.json"), environment(device)
             for name in ("processes", "threads"):
                 if then.get(name, now[name]) != now[name]:
@@ -257,7 +246,7 @@ class RunFolder:
                 "Give another --out."
             )
         else:
-            hold(run.path, "a run")
+            hold(run.path)
             # config.json last: with it the folder is a run, and a kill before it leaves nothing to resume
             write_json(run.path / "environment.json", environment(device))
             write_json(run.config_path, wanted)
@@ -377,12 +366,6 @@ class RunFolder:
         there["config"]["loop"]["epochs"] = now
         there.setdefault("epochs_before", []).append([before, done])
         write_json(self.config_path, there)
-
-    def _sweep(self) -> None:
-        """Delete the temporary files of writes that a kill cut short; the folder is held by this process."""
-        for file in self.path.glob(".*"):
-            if re.fullmatch(r"\.[\w-]+\.\w{8}\.(json|jsonl|pt|safetensors|png)", file.name):
-                file.unlink(missing_ok=True)
 
     # metrics
 

@@ -3,6 +3,7 @@ files."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -23,6 +24,7 @@ from pointcmt.adapters.registry import CATEGORY_LAYOUTS, get_adapter, matching_a
 from pointcmt.checkpoint import PathLike, check_configuration, load_module, read_config, save_module
 from pointcmt.data import Augmentation, PointDataset, vote_scale
 from pointcmt.data.contrastive import CloudAugmentation
+from pointcmt.data.files import folded
 from pointcmt.data.labelled import LabelledCloud, never_there, read_labelled, write_labelled
 from pointcmt.pictures import label_colours, save_segmentation
 from pointcmt.recipes.build import (
@@ -46,7 +48,7 @@ from pointcmt.recipes.labelled_batches import LabelledBatches
 from pointcmt.recipes.networks import find_weights, start_from
 from pointcmt.recipes.options import DataOptions, parse_assignments
 from pointcmt.recipes.progress import console, say, show_table, warn
-from pointcmt.recipes.run import RunFolder, find_checkpoint
+from pointcmt.recipes.run import RunFolder, find_checkpoint, held
 from pointcmt.recipes.whole_clouds import Blocks, predict_cloud
 from pointcmt.tasks.segmentation import Argmax, Measure, headline, parts_by_category, restricted, segmentation
 from pointcmt.types import Batch
@@ -132,7 +134,11 @@ def segment(options: Segment) -> dict[str, Any]:
     if options.votes < 1:
         raise ValueError(f"--votes is {options.votes}; expected at least 1")
     if options.run is not None:
-        return predict_files(options) if options.predict else evaluate_run(options)
+        if options.predict and options.out is None:
+            folder = find_checkpoint(options.run, "segmenter").parent
+            options = dataclasses.replace(options, out=folder / "predicted")
+        with contextlib.nullcontext() if options.out is None else held(options.out):
+            return predict_files(options) if options.predict else evaluate_run(options)
     if options.predict or options.out is None:
         raise ValueError(
             "--predict needs --run RUN, a finished run of pointcmt segment"
@@ -646,13 +652,15 @@ def predict_files(options: Segment) -> dict[str, Any]:
         File name → ``points``, ``labels`` (name → points), ``filled`` and, where the file has labels,
         figures.
     """
-    assert options.run is not None
+    assert options.run is not None and options.out is not None
     used = load_segmenter(options.run, options.student)
-    file = find_checkpoint(options.run, "segmenter")
-    out = options.out or file.parent / "predicted"
-    stems = [path.stem for path in options.predict]
+    file, out = find_checkpoint(options.run, "segmenter"), options.out
+    stems = [folded(path.stem) for path in options.predict]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise ValueError(f"--predict: several files are called {', '.join(twice)}; predict them one by one")
+        raise ValueError(
+            f"--predict: several files are called {', '.join(twice)}, capitals apart, and would be written "
+            "over each other; predict them one by one"
+        )
     classes = used.config["classes"]
     if classes is not None and options.category not in classes:
         raise ValueError(
@@ -662,7 +670,6 @@ def predict_files(options: Segment) -> dict[str, Any]:
     device = make_accelerator(options.machine).device
     used.network.to(device)
     weights = hashlib.sha256(file.read_bytes()).hexdigest()
-    out.mkdir(parents=True, exist_ok=True)
     summaries: dict[str, Any] = {}
     for path in options.predict:
         cloud = read_labelled(path, labelled=False)

@@ -580,8 +580,8 @@ def compare_with_teacher(
 
     Returns:
         ``heldout`` (number of shapes, or None where there are none to judge by), ``teacher_oa``,
-        ``student_oa``, ``weaker`` (the teacher is right less often than the student) and ``verdict``, a
-        sentence.
+        ``student_oa``, ``weaker`` (the teacher is right less often than the student, beyond chance) and
+        ``verdict``, a sentence.
     """
     unknown = {"heldout": None, "teacher_oa": None, "student_oa": None, "weaker": False}
     reason = why_not_comparable(splits, teacher_file)
@@ -591,32 +591,34 @@ def compare_with_teacher(
             "verdict": f"Whether the teacher knows more than the student was not measured: {reason}.",
         }
     logits, labels = predict(student, tests["heldout"].epoch())
-    student_right = logits.argmax(1) == labels
     taught = taught_logits(caches["heldout"], len(labels))
-    teacher_right = taught.argmax(1) == labels
-    ours = overall_accuracy(logits.argmax(1), labels)
-    theirs = overall_accuracy(taught.argmax(1), labels)
-    only_student = int((student_right & ~teacher_right).sum())
-    only_teacher = int((teacher_right & ~student_right).sum())
+    return who_is_right(taught.argmax(1) == labels, logits.argmax(1) == labels)
+
+
+def who_is_right(teacher: np.ndarray, student: np.ndarray) -> dict[str, Any]:
+    """What :func:`compare_with_teacher` returns of shapes that both have judged.
+
+    Args:
+        teacher, student: bool [n], whether each is right on each shape.
+    """
+    theirs, ours = (100 * float(right.mean()) for right in (teacher, student))
+    only_student = int((student & ~teacher).sum())
+    only_teacher = int((teacher & ~student).sum())
     # McNemar: only the shapes on which they differ say who is better
     apart = abs(only_student - only_teacher) > 1.96 * (only_student + only_teacher) ** 0.5
-    weaker = theirs < ours
     verdict = (
-        f"On the {len(labels)} held-out shapes the teacher is right on {theirs:.1f} %, the student on "
-        f"{ours:.1f} % "
-        f"({'a difference beyond chance' if apart else 'a difference within chance'} at this number of "
-        f"shapes)"
+        f"On the {len(teacher)} held-out shapes the teacher is right on {theirs:.1f} %, the student on "
+        f"{ours:.1f} % (a difference {'beyond' if apart else 'within'} chance at this number of shapes)"
     )
+    weaker = theirs < ours and apart
     if weaker:
         verdict += (
             ": the teacher is weaker than its student, and may hurt more than help. Train a better teacher "
-            "(more "
-            "views or points, longer), lower --fe-weight and --ce-weight, end them early (--fe-until, "
-            "--ce-until), "
-            "or compare with --method none"
+            "(more views or points, longer), lower --fe-weight and --ce-weight, end them early (--fe-until, "
+            "--ce-until), or compare with --method none"
         )
     return {
-        "heldout": len(labels),
+        "heldout": len(teacher),
         "teacher_oa": theirs,
         "student_oa": ours,
         "only_teacher_right": only_teacher,

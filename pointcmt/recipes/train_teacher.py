@@ -123,7 +123,7 @@ def train_teacher(options: TrainTeacher) -> dict[str, Any]:
     splits: Splits[Any]
     if options.images is not None:
         channels: int = options.image_channels
-        splits = image_splits(options.images, options.data, options.views.size, channels)
+        splits = image_splits(options.images, options.data, options.views, channels)
         spec = options.views.spec("z")  # not used
     else:
         splits = options.data.load()

@@ -69,8 +69,8 @@ class Visits:
                 if str(arrays["key"]) != key:
                     return None
                 return cls(arrays["sums"], arrays["counts"])
-        except (FileNotFoundError, ValueError, KeyError, OSError, EOFError):
-            return None  # a copy of what can be computed again
+        except Exception:  # absent, or damaged in whatever way: a copy of what can be computed again
+            return None
 
 
 def predict_cloud(

@@ -310,3 +310,9 @@ class Matching(nn.Module):
         logits [B, K, L] of both and the logits [B, K] of credibility."""
         both = torch.stack([features, self.coordinates(source, target)], -1)
         return both.sum(-1), self.credibility(self.pairs(both).amax(2)).squeeze(-1)
+
+
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """Rows [B, K, C] of x [B, N, C], by int64 [B, K]. ``gather`` would keep x for the backward pass."""
+    offset = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (index + offset).flatten()).view(*index.shape, x.shape[2])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pointcmt.ops.rigid import Rigid
+from pointcmt.registration.layers import rows_of
 from pointcmt.registration.model import Registration
 
 TEMPERATURE = 0.1
@@ -74,13 +75,13 @@ def registration_loss(
             trace.target_scores, certainty(first, 1)
         )
     same = trace.target_index[:, :, None] == trace.target_index[:, None, :]
-    aimed = _rows(truth.move(source), trace.source_index)
+    aimed = rows_of(truth.move(source), trace.source_index)
     for step in trace.iterations:
         if weights.match:
             term = match_loss(step.logits, same, trace.matched)
             terms["match"] = terms.get("match", 0) + term
         if weights.credibility:
-            chosen = _rows(_rows(target, trace.target_index), step.chosen)
+            chosen = rows_of(rows_of(target, trace.target_index), step.chosen)
             right = (chosen - aimed).norm(dim=-1) < MATCHED
             term = F.binary_cross_entropy_with_logits(step.credibility, right.to(step.credibility))
             terms["credibility"] = terms.get("credibility", 0) + term
@@ -126,30 +127,52 @@ def overlap_contrast(
     rows = (
         torch.rand(aligned.shape[:2], device=aligned.device).topk(min(samples, aligned.shape[1]), 1).indices
     )
-    source, places = F.normalize(_rows(source_features, rows), dim=-1), _rows(aligned, rows)
-    every = F.normalize(target_features, dim=-1)
-    with torch.no_grad():
-        distance = torch.cdist(places, target)  # [B, P, M]
-        near, nearest = distance.min(2)
-        positive = near < MATCHED
-        count = positive.sum(1)
-    partner = _rows(every, nearest)
+    source, places = F.normalize(rows_of(source_features, rows), dim=-1), rows_of(aligned, rows)
+    nearest, positive, forth, any_forth, back, any_back = _contrasted(
+        source.detach(), target_features.detach(), places, target
+    )
+    # rows first, then the normalisation: its gradient is of the rows in use alone
+    partner, negative = (F.normalize(rows_of(target_features, index), dim=-1) for index in (nearest, forth))
     attraction = F.relu(_apart(source, partner) - POSITIVE_MARGIN).square()
     repulsion = torch.zeros_like(attraction)
-    with torch.no_grad():
-        likeness = (source @ every.mT).masked_fill(distance < APART, -torch.inf)
-        forth = likeness.argmax(2)
-        among = _rows(target, nearest)
-        backward = (partner @ source.mT).masked_fill(torch.cdist(among, places) < APART, -torch.inf)
-        back, any_back = backward.argmax(2), backward.amax(2) > -torch.inf
-        any_forth = likeness.amax(2) > -torch.inf
-    for anchor, negative, usable in (
-        (source, _rows(every, forth), any_forth),
-        (partner, _rows(source, back), any_back),
+    for anchor, wrong, usable in (
+        (source, negative, any_forth),
+        (partner, rows_of(source, back), any_back),
     ):
-        repulsion = repulsion + F.relu(NEGATIVE_MARGIN - _apart(anchor, negative)).square() * usable / 2
+        repulsion = repulsion + F.relu(NEGATIVE_MARGIN - _apart(anchor, wrong)).square() * usable / 2
+    count = positive.sum(1)
     per_pair = ((attraction + repulsion) * positive).sum(1) / count.clamp(min=1)
     return per_pair.sum() / (count > 0).sum().clamp(min=1)
+
+
+def _contrasted(
+    source: Tensor, target_features: Tensor, places: Tensor, target: Tensor
+) -> tuple[Tensor, ...]:
+    """What the contrast compares, without gradient.
+
+    Args:
+        source: [B, P, C] normalised features of some of the source's points, which truly lie at
+        places: [B, P, 3].
+        target_features, target: [B, M, C] and [B, M, 3].
+
+    Returns:
+        [B, P] each: the target's point nearest to a place, whether it matches; the most similar wrong point
+        of the target, whether there is one; the one of ``source`` for that nearest point, whether there is.
+    """
+    every = F.normalize(target_features, dim=-1)
+    distance = torch.cdist(places, target)  # [B, P, M]
+    near, nearest = distance.min(2)
+    forth = (source @ every.mT).masked_fill_(distance < APART, -torch.inf).max(2)
+    among = torch.cdist(rows_of(target, nearest), places)
+    back = (rows_of(every, nearest) @ source.mT).masked_fill_(among < APART, -torch.inf).max(2)
+    return (
+        nearest,
+        near < MATCHED,
+        forth.indices,
+        forth.values > -torch.inf,
+        back.indices,
+        back.values > -torch.inf,
+    )
 
 
 def certainty(logits: Tensor, dim: int) -> Tensor:
@@ -172,7 +195,3 @@ def match_loss(logits: Tensor, same: Tensor, matched: Tensor) -> Tensor:
 def _apart(a: Tensor, b: Tensor) -> Tensor:
     """Distances along the last dimension, whose gradient is finite at 0."""
     return ((a - b).square().sum(-1) + 1e-12).sqrt()
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

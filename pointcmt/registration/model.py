@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pointcmt import checkpoint as files
 from pointcmt.ops import furthest_point_sample, knn, weighted_procrustes
@@ -21,7 +21,10 @@ from pointcmt.registration.layers import (
     Significance,
     ViewEncoder,
     first_cameras,
+    rows_of,
 )
+from pointcmt.registration.pieces import in_pieces
+from pointcmt.views.values import bounds_of, check_values
 
 Images = Literal["observed", "canonical", "none"]
 
@@ -229,9 +232,12 @@ class CMIGNet(nn.Module):
         source_fused, target_fused = self._fuse(
             source_features, target_features, source_tokens, target_tokens
         )
-        scores = self._scores(source_fused, target_fused)
+        fused = source_fused, target_fused
+        # max, not amax: its gradient needs a row's number for each channel, not the features
+        pooled = [x.max(1).values for x in fused]
         matched = None
         if truth is None:
+            scores = self._scores(fused, pooled)
             count = min(self.keypoints, source.shape[1], target.shape[1])
             chosen = [
                 self._select(points, score, count)
@@ -239,8 +245,10 @@ class CMIGNet(nn.Module):
             ]
         else:
             chosen, matched = draw_keypoints(*given, truth, self.keypoints)
-        keys = [_rows(x, index) for x, index in zip((source_fused, target_fused), chosen, strict=True)]
-        places = [_rows(x, index) for x, index in zip((source, target), chosen, strict=True)]
+        keys = [rows_of(x, index) for x, index in zip(fused, chosen, strict=True)]
+        places = [rows_of(x, index) for x, index in zip((source, target), chosen, strict=True)]
+        # features of points that are no keypoints are kept no longer than this
+        del fused, source_fused, target_fused
         pose, correspondences, weights, steps = self._iterate(*keys, *places)
         trace = None
         if truth is not None:
@@ -248,16 +256,13 @@ class CMIGNet(nn.Module):
             seen = None
             if source_tokens is not None and target_tokens is not None:
                 seen = (source_tokens.amax(1) + target_tokens.amax(1)) / 2
-            kept_scores = [
-                None if score is None else score.gather(1, index)
-                for score, index in zip(scores, chosen, strict=True)
-            ]
+            scores = self._scores(keys, pooled)  # of the others, nothing would be learnt from
             trace = Trace(
                 source_features,
                 target_features,
                 seen,
-                kept_scores[0],
-                kept_scores[1],
+                scores[0],
+                scores[1],
                 chosen[0],
                 chosen[1],
                 matched,
@@ -338,6 +343,8 @@ class CMIGNet(nn.Module):
         expected = [batch, len(self.views.cameras), 1, size, size]
         if list(images.shape) != expected:
             raise ValueError(f"CMIGNet: images have shape {list(images.shape)}; expected {expected}")
+        if images.device.type == "cpu":  # a GPU would be waited for
+            check_values(images, bounds_of(("depth",)))
         return images
 
     def _fuse(
@@ -351,36 +358,38 @@ class CMIGNet(nn.Module):
             self._by_pairs(self.fusion, target, source, target_tokens),
         )
 
-    def _scores(self, source: Tensor, target: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _scores(self, features: Sequence[Tensor], pooled: Sequence[Tensor]) -> list[Tensor | None]:
+        """Significance of some points of the source and of the target, from their features [B, n, C] and both
+        clouds' pooled ones [B, C]."""
         if self.significance is None:
-            return None, None
-        return (
-            self.significance(source, target.amax(1)),
-            self.significance(target, source.amax(1)),
-        )
+            return [None, None]
+        return [self.significance(own, other) for own, other in zip(features, reversed(pooled), strict=True)]
 
     def _select(self, points: Tensor, score: Tensor | None, count: int) -> Tensor:
         if score is None:
             return furthest_point_sample(points, count).long()
         return score.topk(count, dim=1).indices
 
-    def _again(self, function: Any, *inputs: Any) -> Any:
-        """``function`` of the inputs, in training computed again in the backward pass instead of kept."""
-        if torch.is_grad_enabled():
-            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return function(*inputs)
-
     def _by_pairs(self, function: Any, *inputs: Tensor | None) -> Tensor:
         """``function`` of a batch; where it would keep much, of one pair after the other, computed again."""
-        first = inputs[0]
-        assert first is not None
-        if not torch.is_grad_enabled() or 32 * first.numel() <= KEPT_NUMBERS:  # some 16 tensors of each cloud
+        given = [x for x in inputs if x is not None]
+        if not torch.is_grad_enabled() or 32 * given[0].numel() <= KEPT_NUMBERS:  # some 16 tensors of each
             return function(*inputs)
-        pairs = ([None if x is None else x[one : one + 1] for x in inputs] for one in range(len(first)))
-        return torch.cat([self._again(function, *pair) for pair in pairs])
+        assert self.fusion is not None
+        missing = [None] * (len(inputs) - len(given))  # the last ones
+        pieces = [(slice(one, one + 1), slice(None)) for one in range(len(given[0]))]
+        (found,) = in_pieces(
+            lambda *pair: (function(*pair, *missing),), pieces, given[:1], given[1:], self.fusion.parameters()
+        )
+        return found
 
     def _by_rows(
-        self, function: Any, kept: int, rows: tuple[Tensor, ...], others: tuple[Tensor, ...]
+        self,
+        function: Any,
+        kept: int,
+        rows: tuple[Tensor, ...],
+        others: tuple[Tensor, ...],
+        parameters: Iterable[Tensor],
     ) -> tuple[Tensor, ...]:
         """``function(*rows, *others)`` of K keypoints with L others each: at once where that is small, else
         for some rows of one pair after the other, which do not depend on each other.
@@ -389,19 +398,20 @@ class CMIGNet(nn.Module):
             function: of the rows [B, K, …] and the others [B, L, …]; its results have the rows in front.
             kept: numbers that it keeps for one of the K·L.
             rows, others: its arguments.
+            parameters: what else it depends on.
         """
+        batch, count = rows[0].shape[:2]
         row = others[0].shape[1] * kept
         piece = KEPT_NUMBERS // 16
-        if rows[0].shape[0] * rows[0].shape[1] * row <= (KEPT_NUMBERS if torch.is_grad_enabled() else piece):
+        if batch * count * row <= (KEPT_NUMBERS if torch.is_grad_enabled() else piece):
             return function(*rows, *others)
-        found = []
-        for one in range(len(rows[0])):
-            pair = slice(one, one + 1)
-            pieces = zip(*(tensor[pair].split(max(1, piece // row), 1) for tensor in rows), strict=True)
-            whole = [tensor[pair] for tensor in others]
-            results = [self._again(function, *some, *whole) for some in pieces]
-            found.append([torch.cat(parts, 1) for parts in zip(*results, strict=True)])
-        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+        step = max(1, piece // row)
+        pieces = [
+            (slice(one, one + 1), slice(start, start + step))
+            for one in range(batch)
+            for start in range(0, count, step)
+        ]
+        return in_pieces(function, pieces, rows, others, parameters)
 
     def _iterate(
         self, source: Tensor, target: Tensor, places: Tensor, others: Tensor
@@ -416,15 +426,18 @@ class CMIGNet(nn.Module):
             head.kept,
             (source, head.project(source)),
             (target, head.project(target)),
+            head.parameters(),
         )
         for heads in self.matching:
             assert isinstance(heads, Matching)
-            logits, credibility = self._by_rows(heads, heads.coordinates.kept, (features, moved), (others,))
+            logits, credibility = self._by_rows(
+                heads, heads.coordinates.kept, (features, moved), (others,), heads.parameters()
+            )
             chosen = logits.argmax(2)
             steps.append(Iteration(logits, credibility, chosen))
             with torch.no_grad():
                 weights = self._weights(credibility)
-                step = weighted_procrustes(moved, _rows(others, chosen), weights)
+                step = weighted_procrustes(moved, rows_of(others, chosen), weights)
                 moved = step.move(moved)
                 pose = Rigid(
                     step.rotation @ pose.rotation,
@@ -466,8 +479,3 @@ def draw_keypoints(
     negative = key.topk(count - count // 2, 1).indices
     rows = torch.cat([positive, negative], 1)
     return [rows, nearest.squeeze(-1).gather(1, rows)], matched.gather(1, rows)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows [B, K, C] of x [B, N, C]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -104,7 +104,7 @@ def ablate(options: Ablate) -> dict[str, Any] | int:
         out.mkdir(parents=True, exist_ok=True)
     if options.cell is not None:
         return serve(lambda: run_one(options, study, out))
-    with contextlib.nullcontext() if options.table else held(out, "pointcmt ablate"):
+    with contextlib.nullcontext() if options.table else held(out):
         return run_study(options, study, out)
 
 
@@ -296,7 +296,9 @@ def prepare(study: Study, name: str, out: Path, machine: MachineOptions) -> None
     where = f"teachers.{name}"
     data = override(study.data, values.get("data"), f"{where}.data")
     folder = out / "teachers" / name
-    made_now = not (folder / "teacher" / "results.json").exists()
+    path = out / "records/teachers" / f"{name}.json"
+    # absent too where a kill came between the last of the training and the record
+    made_now = not path.exists() or not (folder / "teacher" / "results.json").exists()
     with Cost(out / "costs" / f"teacher-{name}.json") as cost:
         plan = TrainTeacher(folder / "teacher", data=data, views=study.views, machine=machine, resume=True)
         results = train_teacher(override(plan, values.get("teacher"), f"{where}.teacher"))
@@ -339,8 +341,8 @@ def prepare(study: Study, name: str, out: Path, machine: MachineOptions) -> None
                 **cost.so_far(),
                 "environment": described_environment(machine.device),
             }
-            (out / "records/teachers").mkdir(parents=True, exist_ok=True)
-            write_json(out / "records/teachers" / f"{name}.json", record)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, record)
 
 
 def inputs_of(run: Path) -> dict[str, str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pointcmt.data.files import folded
 from pointcmt.recipes import train as stage3
 from pointcmt.recipes import train_generator as stage2
 from pointcmt.recipes import train_teacher as stage1
@@ -164,14 +166,30 @@ def _entries(raw: Mapping[str, Any], section: str) -> dict[str, dict[str, Any]]:
     """A section of named entries; names become names of files."""
     entries = {}
     for name, values in _mapping(raw.get(section), section).items():
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+=()-]*", name):
+        # an accent may be stored as a character of its own
+        one = unicodedata.normalize("NFC", name) if isinstance(name, str) else ""
+        if not re.fullmatch(r"\w[\w .+=()-]*", one):
             raise ValueError(
                 f"{section}: {name!r} is no name; expected letters, digits and . + = ( ) - _ and spaces, the "
                 "first a letter or a digit: it becomes the name of a file (a word such as yes or 1 is a name "
                 "in quotes)"
             )
         entries[name] = _mapping(values, f"{section}.{name}")
+    for pair in same_files(entries):
+        raise ValueError(f"{section}: {_SAME_FILES.format(*pair)}")
     return entries
+
+
+_SAME_FILES = (
+    "{!a} and {!a} differ in nothing but capitals or how an accent is stored, and on some systems name one "
+    "file: give them names that differ"
+)
+
+
+def same_files(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of names whose files would be one on some systems."""
+    first: dict[str, str] = {}
+    return [(other, name) for name in names if (other := first.setdefault(folded(name), name)) != name]
 
 
 def check(study: Study) -> None:
@@ -180,8 +198,8 @@ def check(study: Study) -> None:
     Raises:
         ValueError: what, and where.
     """
-    names = Counter([cell.name.lower() for cell in study.cells()])
-    names.update(f"teacher-{name}".lower() for name in study.teachers)
+    names = Counter([folded(cell.name) for cell in study.cells()])
+    names.update(folded(f"teacher-{name}") for name in study.teachers)
     if twice := [name for name, count in names.items() if count > 1]:
         raise ValueError(
             f"two cells are called {twice[0]}, by other names of student, method and teacher: the records of "
@@ -275,6 +293,8 @@ def check_unchanged(path: Path, study: Study) -> None:
                 if not same(section, earlier[name], entries[name])
             ]
             entries |= {name: value for name, value in earlier.items() if name not in entries}
+            for pair in same_files(entries):  # the names that are there, and those that are new
+                raise ValueError(f"{path.parent} holds {section}: {_SAME_FILES.format(*pair)}")
         if changed:
             raise ValueError(
                 f"{path.parent} holds cells of a configuration with other {', '.join(changed)}: "

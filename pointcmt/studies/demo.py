@@ -17,6 +17,7 @@ from pointcmt.recipes.engine import LoopOptions, MachineOptions
 from pointcmt.recipes.evaluate import load_student
 from pointcmt.recipes.options import DataOptions, ViewOptions
 from pointcmt.recipes.progress import say, show_table
+from pointcmt.recipes.run import held
 from pointcmt.recipes.train import MethodOptions, Train, train
 from pointcmt.recipes.train_teacher import TrainTeacher, train_teacher
 from pointcmt.studies.charts import HEADINGS
@@ -78,10 +79,20 @@ class Demo:
 
 
 def demo(options: Demo) -> dict[str, Any]:
-    """Run all stages, print the table of teacher, plain and taught students, and return it."""
-    began = time.perf_counter()
+    """Run all stages, print the table of teacher, plain and taught students, and return it.
+
+    Raises:
+        RuntimeError: another process is at work in the folder.
+    """
     if options.seeds < 1:
         raise ValueError(f"--seeds is {options.seeds}; expected at least 1")
+    with held(options.out):
+        return run_demo(options)
+
+
+def run_demo(options: Demo) -> dict[str, Any]:
+    """:func:`demo` in a folder that no other command is at work in."""
+    began = time.perf_counter()
     out, machine = options.out, options.machine
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     student = replace(options.student, feature_dim=options.student.feature_dim or 512)

@@ -20,7 +20,7 @@ from pointcmt.recipes.engine import MachineOptions, OutOfTime, make_accelerator,
 from pointcmt.recipes.evaluate import described, load_student
 from pointcmt.recipes.options import DataOptions, shared_shapes
 from pointcmt.recipes.progress import console, say
-from pointcmt.recipes.run import described_environment, results_beside, run_config_beside
+from pointcmt.recipes.run import described_environment, held, results_beside, run_config_beside
 from pointcmt.studies.charts import RobustnessCurve, save_robustness
 from pointcmt.tasks.metrics import overall_accuracy
 
@@ -63,6 +63,12 @@ def robustness(options: Robustness) -> dict[str, Any]:
             raise ValueError(f"--kinds {kind}: expected some of {', '.join(SEVERITIES)}")
     if options.out.suffix != ".json":
         raise ValueError(f"--out is {options.out}; expected the name of a .json file")
+    with held(options.out):
+        return run_robustness(options)
+
+
+def run_robustness(options: Robustness) -> dict[str, Any]:
+    """:func:`robustness` into a file that no other command writes."""
     runs = [describe(file) for file in find_students(options.runs, options.only)]
     settings = {"seed": options.seed, "test_per_class": options.test_per_class}
     content: dict[str, Any] = {

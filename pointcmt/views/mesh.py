@@ -21,7 +21,7 @@ from pointcmt.checkpoint import PathLike, atomic_write
 from pointcmt.types import Views
 from pointcmt.views.cameras import Rig
 from pointcmt.views.cameras import rig as find_rig
-from pointcmt.views.mesh_files import CAMERA_KEYS, CAMERAS, MESH_SUFFIXES, is_junk, read_mesh
+from pointcmt.views.mesh_files import CAMERA_KEYS, CAMERAS, MESH_SUFFIXES, folded, is_junk, read_mesh
 
 # one light at the camera and some from all around: every visible face has a shade that tells its slant
 _COLOR = (0.8, 0.8, 0.8)
@@ -138,10 +138,14 @@ def render_folder(
             f"no mesh under {root}; tried {layouts} (and {', '.join(MESH_SUFFIXES[1:])}), the layouts of "
             "ModelNet40.zip and of pointcmt.data.PointFolder"
         )
-    owners: dict[Path, Path] = {}
+    owners: dict[str, Path] = {}
     for path, folder in folders.items():
-        if owners.setdefault(folder, path) != path:
-            raise ValueError(f"{owners[folder]} and {path} would write the same images; rename one")
+        other = owners.setdefault(folded(folder.as_posix()), path)
+        if other != path:
+            raise ValueError(
+                f"{other} and {path} would write the same images (capitals apart, as some systems have it); "
+                "rename one"
+            )
     meshes = {folder: partial(_read_surface, path) for path, folder in folders.items()}
     return render_meshes(meshes, out, rig, size, up=up, progress=progress)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ _OFF_COLUMNS = {"ST": 2, "C": 4, "N": 3}  # floats of each kind beside x y z, in
 # of Windows, macOS, network storage (thumbnails in @eaDir) and file systems
 _JUNK_FILES = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
 _JUNK_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+
+
+def folded(name: str) -> str:
+    """What names have in common that differ in nothing but capitals or how an accent is stored: files of such
+    names are one on some systems."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def is_junk(path: Path) -> bool:

@@ -60,6 +60,13 @@ def write_clouds(folder: Path) -> dict[str, bool]:
     np.savetxt(folder / "cn.txt", both, delimiter=",", header="x y z and normals")
     (folder / "d.XYZ").write_text("30\n" + "".join(f"{x}; {y};{z}\n" for x, y, z in CLOUD))
     np.savetxt(folder / "e.txt", np.hstack([CLOUD, RNG.integers(0, 256, (30, 3))]))  # colours
+    np.savetxt(folder / "k.asc", CLOUD)
+    (folder / "l.pts").write_text("30\n" + "".join(f"{x} {y} {z} -7 10 20 30\n" for x, y, z in CLOUD))
+    np.savetxt(folder / "m.csv", CLOUD, delimiter=",")
+    # by names, in another order; as CloudCompare writes them
+    table = np.hstack([np.arange(30)[:, None], CLOUD[:, [2, 0, 1]], NORMALS])
+    np.savetxt(folder / "nn.csv", table, delimiter=",", header='"id",Z,X,Y,Nx,Ny,Nz', comments="")
+    np.savetxt(folder / "on.asc", both, header="//X Y Z Nx Ny Nz", comments="")
     pcd(folder / "f.pcd", CLOUD)
     pcd(folder / "fn.pcd", CLOUD, "ascii", NORMALS)
     ply(folder / "gn.ply")
@@ -110,6 +117,10 @@ BROKEN = {
     "m.xyz": "1 2 nan\n",
     "n.xyz": "0 0 0\n1 2 1e31\n",
     "o.txt": "1 2\n3 4\n",
+    "p.pts": "version: 1\nn_points: 2\n{\n1 2\n3 4\n}\n",  # marks in a picture
+    "q.asc": "ncols 2\nnrows 2\ncellsize 1\n1 2\n3 4\n",  # heights on a grid
+    "r.csv": "time,temperature\n1,2\n",
+    "s.csv": "x,y,z\n1,2\n",
 }
 
 
@@ -305,12 +316,37 @@ def test_without_a_test_split_it_says_what_to_do(root: Path) -> None:
     assert PointFolder(root, "train", 8).class_names == ["ball", "box", "tube"]
 
 
+LYING = {
+    "chair/train/a.ply": r"such as chair/train/a\.ply: class before split; .*move chair/train to train/chair",
+    "train/chair/scan/a.pts": r"a folder too deep; .*move the files of train/chair/scan to train/chair",
+    "chair/a.asc": r"no splits; .*put some of each into train/chair/ and the others into test/chair/.* csv",
+    "train/a.xyz": r"no folders of classes; .*put each into train/<class>/",
+    "a.xyz": r"no folders; expected <split>/<class>/\*, or a csv list",
+    "data/train/chair/a.ply": r"the data set seems to be .*/data: give that folder",
+    "Training/chair/a.ply": r"rename the folder Training to train",
+    "train/chair/a.las": r"\.las is of no known format; expected \.off, .*\.npz: convert them",
+    "clouds.zip": r"There is 1 file such as clouds\.zip: unpack it",
+}
+
+
+@pytest.mark.parametrize("name", LYING)
+def test_what_lies_otherwise_is_said_with_what_to_do(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "own" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("1 2 3\n4 5 6\n")
+    (tmp_path / "own" / ".DS_Store").touch()
+    with pytest.raises(FileNotFoundError, match=LYING[name]):
+        DataOptions(str(tmp_path / "own")).load()
+    with pytest.raises(FileNotFoundError, match=LYING[name]):
+        PointFolder(tmp_path / "own", "train")
+
+
 def test_normals(root: Path, tmp_path: Path) -> None:
     for name, has_normals in write_clouds(tmp_path / "n" / "train" / "a").items():
         if not has_normals:
             (tmp_path / "n" / "train" / "a" / name).unlink()
     data = PointFolder(tmp_path / "n", "train", 30, normals=True)
-    assert data.points.shape == (6, 30, 6)
+    assert data.points.shape == (8, 30, 6)
     order = np.lexsort(CLOUD.T)
     for cloud in PointFolder(tmp_path / "n", "train", 30, normals=True, normalize=False).points:
         np.testing.assert_allclose(cloud[np.lexsort(cloud[:, :3].T), 3:], NORMALS[order], atol=1e-5)

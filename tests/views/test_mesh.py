@@ -125,6 +125,10 @@ def test_what_would_write_the_same_images_is_refused_and_hidden_files_are_skippe
         (folder / name).write_text("OFF\n" + TETRAHEDRON)
     with pytest.raises(ValueError, match=r"a\.obj and .*a\.off would write the same images"):
         render_folder(tmp_path, tmp_path / "out")
+    (folder / "a.obj").rename(folder / "A.off")
+    if len(list(folder.iterdir())) == 3:  # this system tells them apart
+        with pytest.raises(ValueError, match=r"A\.off and .*a\.off would write the same images \(capitals"):
+            render_folder(tmp_path, tmp_path / "out")
 
 
 def test_without_pyvista_it_says_what_to_install(tmp_path, monkeypatch):
