@@ -107,9 +107,10 @@ def forget(path: Path) -> None:
 
 
 def _myself() -> str:
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else ""
+    program = Path(sys.argv[0]).name.replace("__main__.py", "pointcmt") if sys.argv else ""
+    command = " ".join([program, *sys.argv[1:]])
     now = datetime.now().isoformat(" ", "minutes")
-    return f"process {os.getpid()} on {platform.node() or 'this machine'}, since {now}: {command[:300]}"
+    return f"process {os.getpid()} on {platform.node() or 'this machine'}, since {now}: {command[:120]}"
 
 
 def _release_all() -> None:

@@ -184,3 +184,21 @@ def test_want_of_memory_says_what_to_make_smaller(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "doctor", full)
     assert main(["doctor"]) == 1
     assert "There is not memory enough: use smaller batches" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("cache-features", "--teacher", "x", "--draws", "-1"), "--draws is -1; expected 0 or more"),
+        (
+            ("cache-features", "--teacher", "x", "--augment-shift", "-1"),
+            "--augment-shift is -1.0; expected 0",
+        ),
+        (("train", "--out", "x", "--method", "none", "--augment-shift", "-1"), "--augment-shift is -1.0"),
+        (("train-teacher", "--out", "x", "--augment-scale", "0.5"), "--augment-scale is 0.5; expected 1 or"),
+        (("train-teacher", "--out", "x", "--white", "70000"), "--white is 70000; expected 0, or 1 to 65535"),
+    ],
+)
+def test_numbers_out_of_range_are_named_by_their_option(words, said, capsys):
+    assert main(list(words)) == 1
+    assert said in capsys.readouterr().err

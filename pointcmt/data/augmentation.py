@@ -42,7 +42,16 @@ class Augmentation:
 
     @classmethod
     def of(cls, scale: float, shift: float, shuffle: bool = True) -> Augmentation:
-        """With factors between 1/``scale`` and ``scale`` (1: none) and shifts of up to ``shift``."""
+        """With factors between 1/``scale`` and ``scale`` (1: none) and shifts of up to ``shift``: the options
+        --augment-scale and --augment-shift.
+
+        Raises:
+            ValueError: a scale below 1, or a shift below 0.
+        """
+        if scale < 1:
+            raise ValueError(f"--augment-scale is {scale}; expected 1 or more")
+        if shift < 0:
+            raise ValueError(f"--augment-shift is {shift}; expected 0 or more")
         return cls(None if scale == 1 else (1 / scale, scale), shift, shuffle)
 
     def __call__(self, clouds: Clouds, generator: torch.Generator | None = None) -> Clouds:

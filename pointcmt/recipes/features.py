@@ -48,6 +48,9 @@ class CacheFeatures:
 
 def cache_features(options: CacheFeatures) -> dict[str, Any]:
     """Build the caches of the training, held-out and test shapes; returns their paths."""
+    if options.draws < 0:
+        raise ValueError(f"--draws is {options.draws}; expected 0 or more")
+    change = Augmentation.of(options.augment_scale, options.augment_shift)
     accelerator = make_accelerator(options.machine)
     splits = options.data.load()
     teacher, file = load_teacher(options.teacher, splits.train.class_names)
@@ -62,7 +65,6 @@ def cache_features(options: CacheFeatures) -> dict[str, Any]:
         options.machine.workers,
     )
     if options.draws:
-        change = Augmentation.of(options.augment_scale, options.augment_shift)
         draws_of(
             options.draws, change, splits.train, teacher, file, accelerator, options.out,
             batch_size=options.batch_size,

@@ -122,6 +122,8 @@ class ViewOptions:
         Raises:
             ValueError: no axis, neither here nor there.
         """
+        if not 0 <= self.white <= 65535:
+            raise ValueError(f"--white is {self.white}; expected 0, or 1 to 65535, the values of 16 bits")
         axis = up if self.up == "auto" else self.up
         if axis is None:
             raise ValueError("which axis of the clouds points up is not known: give --up x, y or z")

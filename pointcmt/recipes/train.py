@@ -188,8 +188,7 @@ def check_options(options: Train) -> None:
     check_loop(options.loop)
     if options.head_lr is not None and not options.head_lr > 0:
         raise ValueError(f"--head-lr is {options.head_lr}; expected a positive learning rate")
-    if options.augment_scale < 1:
-        raise ValueError(f"--augment-scale is {options.augment_scale}; expected 1 or more")
+    Augmentation.of(options.augment_scale, options.augment_shift)  # checks them
     if not 0 <= options.label_smoothing < 1:
         raise ValueError(f"--label-smoothing is {options.label_smoothing}; expected a part in [0, 1)")
     parse_assignments(options.student.student_options, "--student-options")

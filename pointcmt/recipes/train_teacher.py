@@ -91,8 +91,7 @@ def check(options: TrainTeacher) -> None:
     check_loop(options.loop)
     if not 0 <= options.view_dropout < 1:
         raise ValueError(f"--view-dropout is {options.view_dropout}; expected a part in [0, 1)")
-    if options.augment_scale < 1:
-        raise ValueError(f"--augment-scale is {options.augment_scale}; expected 1 or more")
+    Augmentation.of(options.augment_scale, options.augment_shift)  # checks them
     if options.feature_dim < 1:
         raise ValueError(f"--feature-dim is {options.feature_dim}; expected at least 1")
     if options.pretrained and options.backbone_weights is not None:
