@@ -112,7 +112,11 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
 
 
 _HOST = re.sub(r"[^A-Za-z0-9]", "_", platform.node()) or "host"
-_TEMPORARY = re.compile(r"\..*\.(?P<host>[A-Za-z0-9_]+)-(?P<process>\d+)-[0-9a-f]{8}\.tmp(\..*)?", re.DOTALL)
+_TEMPORARY = re.compile(
+    r"\..*\.(?P<host>[A-Za-z0-9_]+)-(?P<process>\d+)-[0-9a-f]{8}\.tmp(\..*)?"
+    r"|\.tmp[A-Za-z0-9]{6}",  # safetensors' own, from which it makes the file that it is given
+    re.DOTALL,
+)
 _tidied: set[Path] = set()
 
 
@@ -120,7 +124,8 @@ def remove_stale(folder: PathLike, held: bool = False) -> int:
     """Remove the temporary files that killed runs left in ``folder``; returns how many.
 
     Removed are those of processes of this machine that are no more, and all after a day: another process may
-    have got the number of one that was killed, and those of other machines are not known.
+    have got the number of one that was killed, and whether those of other machines, and safetensors' own, are
+    still written is not known.
 
     Args:
         folder: nothing below it is looked at.
@@ -134,7 +139,7 @@ def remove_stale(folder: PathLike, held: bool = False) -> int:
         try:
             mine = matched["host"] == _HOST and int(matched["process"]) == os.getpid()
             stale = not mine and (held or time.time() - path.stat().st_mtime > 86_400)
-            if matched["host"] == _HOST and not stale:
+            if not stale and matched["host"] == _HOST:
                 os.kill(int(matched["process"]), 0)  # raises where there is no such process
         except (ProcessLookupError, OverflowError):
             stale = True

@@ -160,3 +160,15 @@ def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
         assert remove_stale(tmp_path) == 1 and not foreign.exists()
     assert (tmp_path / "sub" / "b.json").read_text() == "whole"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.x-1-y.tmp.json", ".hidden.json", "sub"]
+
+
+def test_what_safetensors_left_of_a_killed_write_is_removed(tmp_path: Path) -> None:
+    """It writes to a file of its own beside the one that it is given."""
+    left, own = tmp_path / ".tmpJiu6mx", tmp_path / ".tmpfiles"
+    for path in (left, own):
+        path.write_text("half")
+    assert remove_stale(tmp_path) == 0, "it may be that of another process"
+    assert remove_stale(tmp_path, held=True) == 1 and not left.exists() and own.exists()
+    left.write_text("half")
+    os.utime(left, (0, 0))
+    assert remove_stale(tmp_path) == 1 and not left.exists()
