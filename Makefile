@@ -4,7 +4,8 @@
 #             repositories and MODELNET40=folder of its clouds add the peers and the data that need them
 # make test-torch TORCH=2.6.0, make test-lowest, make test-python PYTHON=python3.13   the suite on another torch, on
 #             the lowest version of every dependency, on another Python, each in an environment of its own
-# make sanitize   the kernels with AddressSanitizer and UndefinedBehaviorSanitizer: the ops' suite, random calls
+# make sanitize   the kernels with AddressSanitizer and UndefinedBehaviorSanitizer, or with THREAD=1 with
+#             ThreadSanitizer: the ops' suite, random calls
 # make exhaust  the EMD against the exact optimum on CASES=1000000 random and adversarial pairs, on all cores;
 #             begun again, it goes on where it was
 # make fuzz   MINUTES=10 of damaged files through every reader; begun again, it goes on where it was
@@ -65,7 +66,8 @@ test: lint cuda-compile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 # Everything built and installed anew in build/$(NAME), beside the newest versions in .venv: pip is held to PINS,
-# the extension lies there and not in the source tree. TESTS="tests/ops tests/methods" runs a part of the suite.
+# the extension lies there and not in the source tree, and is compiled again when a source of it has changed.
+# TESTS="tests/ops tests/methods" runs a part of the suite.
 test-torch: NAME = torch-$(TORCH)
 test-torch: PINS = printf 'torch==%s\ntorchvision==%s\n' $(TORCH) $(TORCHVISION_$(TORCH))
 test-torch test-python: EXTRAS = dev
@@ -81,10 +83,12 @@ test-torch test-lowest test-python:
 	$(PINS) > build/$(NAME)/pins.txt
 	build/$(NAME)/bin/python -m pip install --quiet --constraint build/$(NAME)/pins.txt torch torchvision \
 		"setuptools>=77" wheel ninja
-	rm -rf build/$(NAME)/tree && mkdir build/$(NAME)/tree
+	mkdir -p build/$(NAME)/tree && find build/$(NAME)/tree -type f ! -name '*.so' -delete
 	git ls-files -z | xargs -0 cp --parents -t build/$(NAME)/tree
-	cd build/$(NAME)/tree && ../bin/python -m pip install --quiet --no-build-isolation --constraint ../pins.txt \
-		-e ".[$(EXTRAS)]"
+	sha256sum build/$(NAME)/pins.txt pyproject.toml setup.py $(SOURCES) > build/$(NAME)/wanted.txt
+	cmp -s build/$(NAME)/wanted.txt build/$(NAME)/installed.txt || { cd build/$(NAME)/tree && \
+		POINTCMT_REQUIRE_EXT=1 ../bin/python -m pip install --quiet --no-build-isolation \
+		--constraint ../pins.txt -e ".[$(EXTRAS)]" && mv ../wanted.txt ../installed.txt; }
 	export POINTCMT_MODELNET40=$${POINTCMT_MODELNET40:-$(CURDIR)/../shared/data/modelnet40_ply_hdf5_1024}; \
 	cd build/$(NAME)/tree; \
 	OMP_NUM_THREADS=1 ../bin/python -m pytest -n $(TEST_JOBS) --dist loadfile --junitxml ../suite.xml $(TESTS); \

@@ -21,8 +21,9 @@ them; `make exhaust` compares the EMD with the exact optimum. Both go on where t
 case's number, by which it is run again alone. `make kill MINUTES=10` kills every recipe, fills its disk and
 resumes it; `python -m benchmarks.longrun` trains for long. Short forms of all four are in `make test`.
 
-`make sanitize` runs the kernels with sanitizers; `make test-lowest`, `make test-python PYTHON=python3.13` and
-`make test-torch TORCH=2.6.0` run the suite on other versions.
+`make sanitize` runs the kernels with AddressSanitizer and UndefinedBehaviorSanitizer, and with `THREAD=1`
+with ThreadSanitizer, which must first report a race on purpose; `make test-lowest`,
+`make test-python PYTHON=python3.13` and `make test-torch TORCH=2.6.0` run the suite on other versions.
 """
 
 

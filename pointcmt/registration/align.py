@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
 
 from pointcmt.registration.baselines import (
     REACH,
@@ -49,6 +50,9 @@ class Thresholds(NamedTuple):
         fitness: least part of the source that comes near the target.
         spread: least standard deviation of the matches across their line, relative to the cloud's diagonal.
         correction: voxels by which ICP may move the source's points before a motion counts as not found.
+        returns: most degrees between the motion and what ICP makes of its inverse, from the target to the
+            source. Two rigid scans meet alike from either side; where they are bent, or meet in part by
+            chance, each side pulls another way. Right poses of 3DMatch's pairs above had at most 0.8.
     """
 
     matches: int = 15
@@ -58,6 +62,7 @@ class Thresholds(NamedTuple):
     fitness: float = 0.1
     spread: float = 0.02
     correction: float = 3.0
+    returns: float = 1.0
 
 
 class Evidence(NamedTuple):
@@ -68,6 +73,7 @@ class Evidence(NamedTuple):
         agree: how many of them the motion brings within 1.5 voxels.
         fitness, apart, normals, spread: as there.
         correction: voxels by which ICP moved the source's points, on average.
+        returns: degrees, as there; 0 where it was not asked for.
     """
 
     matches: int
@@ -77,6 +83,7 @@ class Evidence(NamedTuple):
     normals: float
     spread: float
     correction: float
+    returns: float = 0.0
 
     def reasons(self, least: Thresholds = Thresholds()) -> list[str]:  # noqa: B008  (immutable)
         """Why the motion cannot be trusted; nothing where it can."""
@@ -104,6 +111,11 @@ class Evidence(NamedTuple):
             reasons.append(
                 f"surfaces that meet lie {self.apart:.2f} voxels apart, as by chance (expected at most "
                 f"{least.apart:g})"
+            )
+        if self.returns > least.returns:
+            reasons.append(
+                f"the way back from the target turns by {self.returns:.1f} degrees more (expected at most "
+                f"{least.returns:g}): the clouds do not meet as rigid ones do"
             )
         if self.correction > least.correction and not reasons:
             reasons.append(
@@ -196,7 +208,15 @@ def align(
     places = [np.asarray(cloud.points) for cloud in (a, b)]
     pairs = mutual_matches(fa, fb)
     given = None
-    if method == "cmignet":
+    few = [
+        f"{len(points)} points of the {name} are left when it is thinned to a voxel of {voxel:.4g} (expected "
+        f"at least {Thresholds().matches}): it is sparse, or the smaller by far. Are both in one unit?"
+        for name, points in zip(("source", "target"), places, strict=True)
+        if len(points) < Thresholds().matches
+    ]
+    if few:  # no motion could be trusted, and KISS-Matcher ends the process on a single point
+        motion = np.eye(4)
+    elif method == "cmignet":
         motion, given = _by_network(model or default_model(), places[0], places[1])
     elif method == "icp":
         # from where the clouds lie: not from where their centres do
@@ -207,8 +227,12 @@ def align(
         motion = ransac_described(a, b, fa, fb, voxel) if len(pairs) >= 3 else np.eye(4)
     else:
         motion = run_baseline(method, places[0], places[1], voxel)
-    refined = icp(places[0], places[1], voxel, motion, REACH)
-    return _judged(refined if refine else motion, refined, (a, b), pairs, given, voxel, centres)
+    refined = motion if few else icp(places[0], places[1], voxel, motion, REACH)
+    returns = (
+        0.0 if few else _angle(icp(places[1], places[0], voxel, np.linalg.inv(refined), REACH) @ refined)
+    )
+    found = _judged(refined if refine else motion, refined, (a, b), pairs, given, voxel, centres, returns)
+    return found._replace(reasons=few) if few else found
 
 
 def clean(points: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -268,6 +292,11 @@ def _count_voxels(cloud: np.ndarray, voxel: float) -> int:
     return len(np.unique((cell[:, 0] * side[1] + cell[:, 1]) * side[2] + cell[:, 2]))
 
 
+def _angle(motion: np.ndarray) -> float:
+    """Degrees that a motion [4, 4] turns by."""
+    return float(np.degrees(np.linalg.norm(Rotation.from_matrix(motion[:3, :3]).as_rotvec())))
+
+
 def _by_network(
     model: CMIGNet, source: np.ndarray, target: np.ndarray
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
@@ -299,6 +328,7 @@ def _judged(
     given: tuple[np.ndarray, np.ndarray] | None,
     voxel: float,
     centres: list[np.ndarray],
+    returns: float,
 ) -> Alignment:
     """The evidence for a motion of two thinned and centred clouds, and the motion in their own place."""
     source, target = (np.asarray(cloud.points) for cloud in clouds)
@@ -313,6 +343,7 @@ def _judged(
         normals=best.parallel,
         spread=best.spread,
         correction=correction,
+        returns=returns,
     )
     if given is None:
         shown = pairs[pose.agree]

@@ -85,7 +85,8 @@ class _InPieces(torch.autograd.Function):
         whole = [torch.zeros_like(x) if need else None for x, need in zip(tensors, needed, strict=True)]
         for piece in ctx.pieces:
             # where a tensor's part is: the piece, its pairs, all of it
-            places = [piece] * rows + [piece[0]] * (inputs - rows) + [...] * (len(tensors) - inputs)
+            places: list[Any] = [*[piece] * rows, *[piece[0]] * (inputs - rows)]
+            places += [...] * (len(tensors) - inputs)
             part = [
                 x.detach().requires_grad_(need)
                 for x, need in zip(_part(piece, tensors[:rows], tensors[rows:inputs]), needed, strict=False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from pointcmt.registration import CMIGNet, ScanPairs, baselines
+from pointcmt.registration import CMIGNet, ScanPairs, ThreeDMatchPairs, baselines
 from pointcmt.registration.align import FEWEST_POINTS, MOST_POINTS, Evidence, Thresholds, align
 from pointcmt.registration.baselines import BASELINES, need, run_baseline
 from pointcmt.tasks.registration import rotation_errors
@@ -99,6 +99,23 @@ def test_two_scans_of_the_bunny_are_right_or_not_trusted(pair, wanted):
         assert degrees < 1 and apart < 0.002  # metres; the bunny is 0.2 m long
 
 
+def test_two_scans_that_do_not_meet_rigidly_are_not_trusted():
+    """A pair of 3DLoMatch, 5.4 degrees from the benchmark's pose, which no more than ours is the clouds' own:
+    ICP from there ends where ours does, and ICP from the target to the source elsewhere."""
+    rooms = ThreeDMatchPairs(scans("3dmatch_test.h5"), "3DLoMatch")
+    (index,) = [k for k in range(len(rooms)) if rooms.ij[k].tolist() == [35, 46] and "hotel_uc" in
+                rooms.scenes[rooms.scene[k]]]  # fmt: skip
+    pair = rooms.pair(index)
+    found = align(pair.source, pair.target, refine=True)
+    assert not found.trusted and found.evidence.returns > Thresholds().returns
+    assert found.evidence._replace(returns=0.0).reasons() == []  # nothing else speaks against it
+    reference = np.eye(4)
+    reference[:3, :3], reference[:3, 3] = pair.rotation, pair.translation
+    assert errors(found.motion, reference, pair.source)[0] > 5
+    settled = baselines.icp(pair.source, pair.target, found.voxel, reference, baselines.REACH)
+    assert errors(found.motion, settled, pair.source)[0] < 0.5
+
+
 def test_a_network_is_asked_in_its_own_scale():
     torch.manual_seed(0)
     model = CMIGNet(width=0.06, keypoints=32, iterations=1, size=16)
@@ -175,6 +192,16 @@ def test_no_method_is_trusted_without_evidence(source, target, method):
     assert np.isfinite(found.motion).all() and time.process_time() - began < 30
 
 
+@pytest.mark.parametrize("method", ["ransac", "fgr", "kiss", "icp", "cmignet"])
+def test_clouds_of_two_units_are_named_and_not_registered(method):
+    """Of the smaller one a point or two is left; on one, KISS-Matcher ends the whole process."""
+    for source, target, name in ((1000 * bumpy(), bumpy(seed=1), "target"), (bumpy(), bumpy(12), "target")):
+        found = align(source, target, method, refine=True)
+        (reason,) = found.reasons
+        assert f"of the {name} are left" in reason and "one unit" in reason
+        np.testing.assert_array_equal(found.motion[:3, :3], np.eye(3))
+
+
 def test_a_million_points_take_bounded_time():
     random = np.random.default_rng(0)
     volume = random.uniform(-1, 1, (1_000_000, 3))  # fills its box: the worst for voxels
@@ -194,6 +221,7 @@ def test_a_verdict_follows_from_its_thresholds():
         ({"normals": 0.5}, "parallel in 50 %"),
         ({"apart": 0.5}, "0.50 voxels apart"),
         ({"correction": 4.0}, "use the refined one"),
+        ({"returns": 1.5}, "turns by 1.5 degrees more"),
     ):
         (reason,) = evidence._replace(**change).reasons()
         assert words in reason

@@ -38,6 +38,12 @@ def test_the_page_in_the_repository_is_that_of_its_records():
     )
 
 
+def test_training_adds_less_than_a_gigabyte_by_its_record():
+    rows = json.loads((registration.RESULTS / "registration-memory-cpu.json").read_text())["rows"]
+    (row,) = [row for row in rows if row["width"] == 1 and row["training, batch"] == 8]
+    assert 300 < row["training adds, MB"] * 2**20 / 1e6 < 1000
+
+
 def test_differences_are_paired_by_seed_and_one_seed_by_pairs():
     records = [made("ours", s, 10.0) for s in range(3)]
     records += [made("no images", s, 10.0 + gain) for s, gain in enumerate((1.0, 2.0, 3.0))]
@@ -110,3 +116,37 @@ def test_thresholds_are_counted_and_chosen():
     assert chosen == Thresholds(matches=30, apart=0.26, normals=0.8)  # the strictest that does as well
     # no event in 59 trials: 1 − 0.05^(1/59)
     assert registration_scans.upper_bound(0, 59) == pytest.approx(4.95, abs=0.01)
+
+
+def test_a_record_of_before_the_way_back_is_completed(tmp_path, monkeypatch):
+    """Only what is called good without it is registered again; it can then only be called good no more."""
+    rows = [
+        {"pair": name, "evidence": evidence(True, apart)["evidence"][:-1], "right": right, "degrees": 5.4}
+        for name, apart, right in (
+            ("a", 0.2, True),
+            ("b", 0.5, True),
+            (registration_scans.LOOKED_AT, 0.2, False),
+        )
+    ]
+    assert registration_scans.incomplete(rows) == [0, 2]
+    assert "known of 0 of the 2 pairs" in registration_scans.way_back(rows)
+    path = tmp_path / "some-ransac.json"
+    path.write_text(json.dumps({"set": "some", "rows": rows}))
+    asked = []
+
+    def judge(scan, method):
+        asked.append(scan.name)
+        again = rows[2 if scan.name == registration_scans.LOOKED_AT else 0]
+        return {**again, "evidence": [*again["evidence"], 0.2 if scan.name == "a" else 1.2]}
+
+    monkeypatch.setattr(registration_scans, "judge", judge)
+    scans = [registration_scans.Scan(row["pair"], np.zeros(3), np.zeros(3), None, 0.0) for row in rows]
+    registration_scans.complete("some", "ransac", iter(scans), tmp_path)
+    assert asked == ["a", registration_scans.LOOKED_AT]
+    after = json.loads(path.read_text())["rows"]
+    assert registration_scans.incomplete(after) == [] and registration_scans.counts(after) == (1, 1, 0, 1)
+    text = registration_scans.way_back(after)
+    assert "wrong and called good 1 and 0, right and called good 1 and 1" in text and "known of" not in text
+    path.write_text(json.dumps({"set": "some", "rows": rows}))
+    with pytest.raises(ValueError, match="row 0 is of a; the set has b"):
+        registration_scans.complete("some", "ransac", iter(scans[1:]), tmp_path)
