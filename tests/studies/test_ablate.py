@@ -151,7 +151,7 @@ def test_two_commands_do_not_share_a_folder(tmp_path, capsys):
     out.mkdir()
     code = (
         "import sys, time; from pathlib import Path; from pointcmt.recipes.run import hold\n"
-        "hold(Path(sys.argv[1]), 'pointcmt ablate'); print('held', flush=True); time.sleep(60)"
+        "hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE)
     try:
@@ -163,7 +163,7 @@ def test_two_commands_do_not_share_a_folder(tmp_path, capsys):
     finally:
         other.kill()
         other.wait()
-    with held(out, "pointcmt ablate"):  # the lock went with the process
+    with held(out):  # the lock went with the process
         pass
 
 
