@@ -48,7 +48,8 @@ def check_count(op: str, name: str, value: int) -> None:
 
 def check_number(op: str, name: str, value: float) -> None:
     """``value`` is a number, or TypeError."""
-    if not isinstance(value, int | float) and not hasattr(value, "__float__"):
+    # a tuple: the compiler of torch 2.6 does not know int | float
+    if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
         raise TypeError(f"{op}: {name} is {value!r} of type {type(value).__name__}; expected a number")
 
 

@@ -17,7 +17,7 @@ def cloud(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def rotations(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(Rotation.random(count, rng=np.random.default_rng(seed)).as_matrix())
+    return torch.from_numpy(Rotation.random(count, np.random.default_rng(seed)).as_matrix())
 
 
 def angle(rotation: torch.Tensor) -> torch.Tensor:

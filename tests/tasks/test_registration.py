@@ -62,8 +62,8 @@ def test_right_poses_have_no_error():
 
 def test_isotropic_errors_are_scipys_magnitude_also_when_tiny_and_at_half_a_turn():
     random = np.random.default_rng(1)
-    truth = Rotation.random(200, rng=random)
-    estimate = Rotation.random(200, rng=random)
+    truth = Rotation.random(200, random)
+    estimate = Rotation.random(200, random)
     expected = np.degrees((truth.inv() * estimate).magnitude())
     np.testing.assert_allclose(rotation_errors(estimate.as_matrix(), truth.as_matrix()), expected, atol=1e-5)
     for degrees in (1e-5, 179.99):
