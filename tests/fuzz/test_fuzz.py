@@ -24,9 +24,10 @@ def test_damaged_files_are_read_rightly_or_refused_by_name():
 
 # a crash of the library that read register's clouds; files without their name; a list that named a file
 # twice; cameras of NaN; a weight beyond all floats; a network that does not say how many classes it has; a
-# module without a name
+# module without a name; a first line without a letter
 @pytest.mark.parametrize(
-    "number", [6, 46, 160, 483, 557, 1728, 1876, 2253, 2939, 4989, 5095, 14980, 17332, 23085, 31765, 50283]
+    "number",
+    [6, 46, 160, 483, 557, 1728, 1876, 2253, 2939, 4989, 5095, 14980, 17332, 23085, 31765, 41229, 50283],
 )
 def test_cases_that_were_wrong(number, tmp_path, seeds):
     assert run_case(number, tmp_path / "case", seeds)["wrong"] == ""
