@@ -398,10 +398,11 @@ def run_cell(
             **cost.so_far(),
             "environment": described_environment(machine.device),
         }
+        # before the record: a cell that has one is not looked at again
+        if keep == "student":
+            forget_training(folder)
         (out / "records").mkdir(exist_ok=True)
         write_json(record_path(out, cell), record)
-    if keep == "student":
-        forget_training(folder)
     return record
 
 

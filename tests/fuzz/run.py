@@ -1,6 +1,6 @@
 """Fuzzing: files that were damaged on purpose are read rightly, or refused with their name and a reason.
 
-``make fuzz MINUTES=10`` goes on where it was, once those cases were run again that were wrong; ``--case k`` runs
+``make fuzz MINUTES=10`` goes on where it was, once those that were wrong were run again; ``--case k`` runs
 one case (the same again, but for safetensors files, whose library writes metadata in no fixed order).
 A case is wrong where a reader
 

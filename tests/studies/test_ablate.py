@@ -403,7 +403,7 @@ def test_a_wrong_configuration_is_named(text, words, tmp_path):
     assert "c.yaml" in str(error.value)
 
 
-def test_one_piece_of_a_study_is_a_command(tmp_path, capsys):
+def test_one_piece_of_a_study_is_a_command(tmp_path, capsys, monkeypatch):
     """As --submit hands it to a cluster."""
     config, out = tmp_path / "study.yaml", tmp_path / "out"
     config.write_text(ABLATION)
@@ -413,6 +413,18 @@ def test_one_piece_of_a_study_is_a_command(tmp_path, capsys):
     assert main(command[2:]) == 0
     assert [record["seed"] for record in read_records(out)] == [1]
     assert (out / "cells/net-none-1/state.pt").exists()
+    # stopped where the training state is about to go: the same command makes it go
+    again = [*words(config, out), "--cell", "net-none-0"]
+
+    def stopped(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(study, "forget_training", stopped)
+        assert main(again) == 130
+    assert (out / "cells/net-none-0/state.pt").exists()
+    assert main(again) == 0 and len(read_records(out)) == 2
+    assert not (out / "cells/net-none-0/state.pt").exists()
     assert main([*words(config, out), "--only", "nte"]) == 1
     assert "--only nte: no cell's name contains it; there are net-none-0" in capsys.readouterr().err
     assert main([*command[2:], "--cell", "net-none-7"]) == 1
