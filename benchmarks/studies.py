@@ -12,6 +12,7 @@ records; a decimal or a per cent in its own words is an error:
     {{difference STUDY student=S method=M teacher=T test=X}}    paired difference, with interval
     {{pooled STUDY method=M teacher=T test=X}}              the same, the mean over all students
     {{oa STUDY student=S method=M teacher=T test=X}}            mean ± standard deviation
+    {{heldout STUDY student=S method=M teacher=T}}              the same on the held-out shapes
     {{teacher STUDY NAME}}                                      the teacher's test accuracy
     {{table STUDY}}                                             the whole table of a study
     {{rows NAME}}                                               the rows of explore/NAME.json as a table
@@ -462,6 +463,7 @@ def placeholder(text: str) -> str:
         "difference": lambda: interval_text(wanted(name, given).difference.get(given.get("test", "test"))),
         "pooled": lambda: mean_gain(name, given),
         "oa": lambda: mean_sd(wanted(name, given).oa[given.get("test", "test")]),
+        "heldout": lambda: held_out(name, given),
         "teacher": lambda: f"{Kept(RESULTS / name).teachers[bare[0]]['last']['test_oa']:.1f}",
         "table": lambda: study_table(Kept(RESULTS / name)),
         "rows": lambda: as_markdown(exploration(name)),
@@ -478,6 +480,19 @@ def placeholder(text: str) -> str:
 
 def wanted(name: str, given: Mapping[str, str]) -> Row:
     return Kept(RESULTS / name).row(given["student"], given["method"], given.get("teacher"))
+
+
+def held_out(name: str, given: Mapping[str, str]) -> str:
+    """Accuracy on the shapes that were held out of training, by which alone is chosen."""
+    key = given["student"], given["method"], given.get("teacher")
+    found = [
+        record["last"]["heldout_oa"]
+        for record in Kept(RESULTS / name).records
+        if (record["student"], record["method"], record["teacher"]) == key
+    ]
+    if not found:
+        raise ValueError(f"notes.md: {name} has no record of {dict(given)}")
+    return mean_sd(found)
 
 
 def mean_gain(name: str, given: Mapping[str, str]) -> str:
