@@ -235,7 +235,7 @@ def run(plan: Plan, pieces: Sequence[Piece], out: Path, machine: MachineOptions)
         ValueError: the folder holds records of another configuration.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with held(out, "benchmarks.pretraining"):
+    with held(out):
         check_unchanged(out / "plan.json", plan)
         todo = [piece for piece in pieces if not (out / "records" / piece.path).exists()]
         for number, piece in enumerate(todo, 1):
