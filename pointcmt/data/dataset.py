@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pointcmt.data.checks import Up, check_coordinates
-from pointcmt.data.files import folded
+from pointcmt.data.files import same_files
 from pointcmt.data.labelled import check_point_labels
 from pointcmt.types import Batch, Views
 from pointcmt.views import pixels_of, unit_sphere
@@ -276,16 +276,13 @@ def subset(dataset: PointDataset, indices: Sequence[int] | np.ndarray | Tensor) 
 def check_class_names(names: Sequence[str]) -> None:
     """Warns of classes that one name in two spellings makes: capitals, or an accent stored in two ways, as
     systems differ in them."""
-    first: dict[str, str] = {}
-    for name in names:
-        other = first.setdefault(folded(name), name)
-        if other != name:
-            warnings.warn(
-                f"the classes {other!a} and {name!a} differ in nothing but capitals or how an "
-                "accent is stored, and count as two; if they are one, give their folders one name",
-                UserWarning,
-                stacklevel=3,
-            )
+    for other, name in same_files(names):
+        warnings.warn(
+            f"the classes {other!a} and {name!a} differ in nothing but capitals or how an "
+            "accent is stored, and count as two; if they are one, give their folders one name",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def check_labels(labels: np.ndarray, classes: int, shape_ids: Sequence[str]) -> np.ndarray:

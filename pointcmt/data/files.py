@@ -5,12 +5,29 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pointcmt.views.mesh_files import folded, is_junk
 
-__all__ = ["folded", "is_junk", "name_of", "read_json", "read_lines", "read_names", "read_text", "within"]
+__all__ = [
+    "folded",
+    "is_junk",
+    "name_of",
+    "read_json",
+    "read_lines",
+    "read_names",
+    "read_text",
+    "same_files",
+    "within",
+]
+
+
+def same_files(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of names whose files would be one on some systems (see :func:`folded`)."""
+    first: dict[str, str] = {}
+    return [(other, name) for name in names if (other := first.setdefault(folded(name), name)) != name]
 
 
 def name_of(part: str) -> str:

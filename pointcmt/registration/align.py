@@ -228,9 +228,10 @@ def align(
     else:
         motion = run_baseline(method, places[0], places[1], voxel)
     refined = motion if few else icp(places[0], places[1], voxel, motion, REACH)
-    returns = (
-        0.0 if few else _angle(icp(places[1], places[0], voxel, np.linalg.inv(refined), REACH) @ refined)
-    )
+    returns = 0.0
+    if not few:
+        around = icp(places[1], places[0], voxel, np.linalg.inv(refined), REACH) @ refined
+        returns = float(np.degrees(Rotation.from_matrix(around[:3, :3]).magnitude()))
     found = _judged(refined if refine else motion, refined, (a, b), pairs, given, voxel, centres, returns)
     return found._replace(reasons=few) if few else found
 
@@ -290,11 +291,6 @@ def _count_voxels(cloud: np.ndarray, voxel: float) -> int:
     cell = np.floor((cloud - cloud.min(0)) / voxel).astype(np.int64)
     side = cell.max(0) + 1
     return len(np.unique((cell[:, 0] * side[1] + cell[:, 1]) * side[2] + cell[:, 2]))
-
-
-def _angle(motion: np.ndarray) -> float:
-    """Degrees that a motion [4, 4] turns by."""
-    return float(np.degrees(np.linalg.norm(Rotation.from_matrix(motion[:3, :3]).as_rotvec())))
 
 
 def _by_network(

@@ -7,12 +7,12 @@ import itertools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pointcmt.data.files import folded
+from pointcmt.data.files import folded, same_files
 from pointcmt.recipes import train as stage3
 from pointcmt.recipes import train_generator as stage2
 from pointcmt.recipes import train_teacher as stage1
@@ -184,12 +184,6 @@ _SAME_FILES = (
     "{!a} and {!a} differ in nothing but capitals or how an accent is stored, and on some systems name one "
     "file: give them names that differ"
 )
-
-
-def same_files(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of names whose files would be one on some systems."""
-    first: dict[str, str] = {}
-    return [(other, name) for name in names if (other := first.setdefault(folded(name), name)) != name]
 
 
 def check(study: Study) -> None:
